@@ -1,0 +1,85 @@
+"""The event stream, as both ends see it. Bytes in and out; `wire.py` knows what they mean. asyncio, one loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
+
+
+class Delivery(Protocol):
+    """One command, delivered at least once. Exactly one of done, later, drop ends this delivery; until then `working` keeps it."""
+
+    @property
+    def verb(self) -> str:
+        """checkpoint, restore or cancel."""
+
+    @property
+    def data(self) -> bytes: ...
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first delivery."""
+
+    async def done(self) -> None:
+        """Never again. Raises BusUnavailable if the broker did not confirm it (then it may come again)."""
+
+    async def later(self, delay: float) -> None:
+        """Again, after `delay` seconds."""
+
+    async def drop(self) -> None:
+        """Never again, and nobody could read it."""
+
+    async def working(self) -> None:
+        """Still at it: do not give it to anybody else."""
+
+
+class NodeBus(Protocol):
+    """The node's side. All calls may raise BusUnavailable. It reconnects by itself for ever; `connected` says how it is now."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    async def start(self) -> None:
+        """Connect (waiting for the broker is fine), make streams and the consumer if they are not there."""
+
+    def commands(self) -> AsyncIterator[Delivery]:
+        """Commands for this node, for ever, those sent while it was down first. Ends after `stop`."""
+
+    async def publish_event(self, action_id: str, message_id: str, data: bytes) -> None:
+        """Returns when the stream has stored it. The same message id twice within the window is stored once."""
+
+    async def publish_progress(self, action_id: str, data: bytes) -> None:
+        """Best effort: lost when nobody listens or the broker is away."""
+
+    async def put_node(self, data: bytes) -> None:
+        """The node's record, with a time to live."""
+
+    async def answer_find(self, answer: Callable[[bytes], Awaitable[bytes | None]]) -> None:
+        """From now on, answer find requests of this cluster; None = not here, stay silent."""
+
+    async def nodes(self) -> dict[str, bytes]:
+        """All node records of the cluster."""
+
+    async def stop(self) -> None:
+        """Take no more commands, flush, disconnect. Harmless when repeated."""
+
+
+class ControlBus(Protocol):
+    """The control plane's side (REST API, demo, tests)."""
+
+    async def start(self) -> None: ...
+
+    async def send(self, node: str, verb: str, action_id: str, data: bytes) -> None:
+        """File a command; returns when the stream has stored it. The same action id and verb twice is stored once."""
+
+    def follow(self, action_id: str = "", *, durable: str = "") -> AsyncIterator[bytes]:
+        """Events in order: of one action, or of all (`durable` names a consumer that remembers where it was)."""
+
+    def follow_progress(self, action_id: str) -> AsyncIterator[bytes]: ...
+
+    async def find(self, data: bytes, timeout: float) -> list[bytes]:
+        """Ask all nodes of the cluster; the answers that came within `timeout` seconds."""
+
+    async def nodes(self) -> dict[str, bytes]: ...
+
+    async def stop(self) -> None: ...

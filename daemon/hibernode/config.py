@@ -1,0 +1,189 @@
+"""The configuration: defaults, then one TOML file, then `HIBERNODE_*` variables; frozen after `load`.
+
+A key nobody knows or a value out of range is a refusal to start: a daemon that freezes other people's processes does not guess.
+`HIBERNODE_STORE__URL` sets `url` in `[store]`: two underscores for a level.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
+
+from hibernode.errors import Refused
+
+Token = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$", max_length=128)]  # one token of a NATS subject
+MIB = 1 << 20
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Bus(Section):
+    """The event stream. An empty url: no bus, gRPC only."""
+
+    url: str = ""
+    credentials: str = ""  # path of a NATS .creds file
+    user: str = ""
+    password: SecretStr = SecretStr("")
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    events_max_age: float = Field(default=7 * 86400.0, gt=0)  # seconds the events are kept
+    max_deliver: int = Field(default=5, ge=1)
+    ack_wait: float = Field(default=30.0, ge=1)  # seconds without a sign of life until a command is given out again
+    replicas: int = Field(default=1, ge=1, le=5)
+
+
+class S3(Section):
+    """Empty values leave the choice to the SDK's own chain (environment, profile, instance role)."""
+
+    endpoint_url: str = ""
+    region: str = ""
+    access_key_id: str = ""
+    secret_access_key: SecretStr = SecretStr("")
+    profile: str = ""
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    part_size: ByteSize = Field(default=ByteSize(8 * MIB), ge=5 * MIB, le=5 << 30)
+    parts_in_flight: int = Field(default=2, ge=1, le=64)  # per stream
+    connect_timeout: float = Field(default=10.0, gt=0)
+    read_timeout: float = Field(default=60.0, gt=0)
+    attempts: int = Field(default=5, ge=1)
+
+
+class Store(Section):
+    url: str = "file:///var/lib/hibernode/store"  # or s3://bucket/prefix
+    allowed: tuple[str, ...] = ()  # further stores that a command's `directory` may name, or anything under them
+    s3: S3 = S3()
+
+
+class Arena(Section):
+    size: ByteSize = Field(default=ByteSize(512 * MIB), ge=16 * MIB)
+
+
+class Transfer(Section):
+    streams: int = Field(default=0, ge=0, le=64)  # 0: one per CPU, at most 8
+    compression: str = "zstd"
+
+
+class Criu(Section):
+    path: str = ""  # empty: beside the interpreter, else PATH
+    timeout: int = Field(default=120, ge=1)  # seconds CRIU gives a tree to stop
+    log_level: int = Field(default=2, ge=0, le=4)
+    tcp: Literal["refuse", "close", "established"] = "refuse"
+    ghost_limit: ByteSize = Field(default=ByteSize(64 * MIB), ge=0, le=1 << 30)
+
+
+class Limits(Section):
+    actions: int = Field(default=2, ge=1)  # running at once on this node
+    attempts: int = Field(default=3, ge=1)  # of a command that meets a transient error before anything is frozen
+    retry_delay: float = Field(default=5.0, ge=0)  # seconds before the next
+    progress_interval: float = Field(default=0.25, gt=0)  # seconds
+    node_interval: float = Field(default=10.0, gt=0)  # seconds between two node records; they live for three of them
+
+
+class Metrics(Section):
+    listen: str = "127.0.0.1:9465"  # empty: none
+
+
+class Log(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, else json
+
+
+class Config(Section):
+    node: Token = Field(default_factory=lambda: socket.gethostname().replace(".", "-"))
+    cluster: Token = "default"
+    state_dir: Path = Path("/var/lib/hibernode")  # journal, outbox, jobs
+    work_dir: Path = Path("/dev/shm/hibernode")  # tmpfs: CRIU's small images, pages of a restore
+    socket: Path = Path("/run/hibernode/hibernode.sock")
+    bus: Bus = Bus()
+    store: Store = Store()
+    arena: Arena = Arena()
+    transfer: Transfer = Transfer()
+    criu: Criu = Criu()
+    limits: Limits = Limits()
+    metrics: Metrics = Metrics()
+    log: Log = Log()
+
+    def criu_path(self) -> str:
+        """The binary to use: as configured, else beside the interpreter (where `scripts/setup` puts it), else from PATH."""
+        beside = Path(sys.executable).parent / "criu"
+        return self.criu.path or (str(beside) if beside.exists() else "criu")
+
+
+def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration, or Refused("config") that names the key, what was found and what is allowed."""
+    data: dict[str, object] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise Refused(
+                "config", f"cannot read the configuration {path}: {e}", prop="file", found=str(path), wanted="readable TOML"
+            ) from e
+    for name, value in environ.items():
+        if name.startswith("HIBERNODE_") and not name.startswith("HIBERNODE_TEST_") and name not in _OUTSIDE:
+            _set(data, name.removeprefix("HIBERNODE_").lower().split("__"), value)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise Refused(
+            "config",
+            f"configuration key {key}: {first['msg'].lower()}",
+            prop=key,
+            found="(hidden)" if any(s in key for s in _SECRET) else first.get("input"),
+            wanted=first["msg"],
+            hint="`hibernode check-config --defaults` prints every key with its default",
+        ) from e
+
+
+_OUTSIDE = {"HIBERNODE_CONFIG", "HIBERNODE_SOCKET_PATH"}  # read by the command line, not keys of the configuration
+_SECRET = ("password", "secret", "token", "credentials")
+
+
+def _set(data: dict[str, object], keys: list[str], value: str) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            return
+        data = inner
+    data[keys[-1]] = value.split(",") if keys[-1] == "allowed" else value
+
+
+def render(config: Config) -> str:
+    """All values as TOML, secrets hidden."""
+    lines: list[str] = []
+
+    def table(section: BaseModel, path: str) -> None:
+        inner = {k: v for k, v in section if isinstance(v, BaseModel)}
+        if path:
+            lines.append(f"\n[{path}]")
+        lines.extend(f"{k} = {_toml(v)}" for k, v in section if k not in inner)
+        for k, v in inner.items():
+            table(v, f"{path}.{k}" if path else k)
+
+    table(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, SecretStr):
+        return '"(hidden)"' if value.get_secret_value() else '""'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(int(value) if isinstance(value, int) else value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'

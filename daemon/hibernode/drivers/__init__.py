@@ -1,0 +1,1 @@
+"""One outside thing per file; strangers to each other. Only `__main__` imports them."""

@@ -1,0 +1,120 @@
+"""Every way an action can end badly: one class per kind of answer, one stable code per leaf.
+
+    HibernodeError
+    ├── Permanent                 trying the same command again gives the same answer
+    │   ├── BadCommand            bad_command        the message cannot be understood
+    │   ├── NotFound              not_found          no such pod, job, process, action or checkpoint
+    │   ├── Refused               <reason>           understood, and turned down before anything was touched
+    │   ├── Corrupt               corrupt            stored bytes are not what was written
+    │   ├── DumpFailed            dump_failed        CRIU could not dump; the workload runs on
+    │   ├── RestoreFailed         restore_failed     CRIU could not restore; nothing of it is left running
+    │   ├── Interrupted           interrupted        the daemon died in the middle; recovery undid it
+    │   ├── Cancelled             cancelled          somebody asked for it
+    │   ├── Internal              internal           a defect of ours
+    │   └── Stuck                 left_suspended     an undo failed, a workload may need a person
+    │       └── OutcomeUnknown    outcome_unknown    a step was begun and nobody saw how it ended
+    └── Transient                 the same command may succeed later
+        ├── StoreUnavailable      store_unavailable
+        ├── BusUnavailable        bus_unavailable
+        ├── Busy                  busy               the workload or the node has another action
+        └── NoRoom                no_room            disk, tmpfs or memory is full
+
+Codes are stable: the same string stands in events, metrics, gRPC details and the REST API. Messages are lower case, without a
+full stop; `hint` is there where a person can act. A refusal names the property and both values.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HibernodeError(Exception):
+    """Base of all of them. `code` is stable, `retry` says whether the same command may succeed later."""
+
+    code: str = "internal"
+    retry: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, hint: str = "", **details: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+    def __str__(self) -> str:
+        return f"{self.message} (hint: {self.hint})" if self.hint else self.message
+
+
+class Permanent(HibernodeError):
+    """Trying again gives the same answer."""
+
+
+class Transient(HibernodeError):
+    """Trying again later may succeed."""
+
+    retry = True
+
+
+class BadCommand(Permanent):
+    code = "bad_command"
+
+
+class NotFound(Permanent):
+    code = "not_found"
+
+
+class Refused(Permanent):
+    """Turned down before anything was touched: `reason` is the code, `found` and `wanted` are the two values of `prop`."""
+
+    def __init__(
+        self, reason: str, message: str, *, prop: str, found: object, wanted: object, hint: str = "", **details: object
+    ) -> None:
+        super().__init__(message, hint=hint, property=prop, found=found, wanted=wanted, **details)
+        self.code = reason
+
+
+class Corrupt(Permanent):
+    code = "corrupt"
+
+
+class DumpFailed(Permanent):
+    code = "dump_failed"
+
+
+class RestoreFailed(Permanent):
+    code = "restore_failed"
+
+
+class Interrupted(Permanent):
+    code = "interrupted"
+
+
+class Cancelled(Permanent):
+    code = "cancelled"
+
+
+class Internal(Permanent):
+    code = "internal"
+
+
+class Stuck(Permanent):
+    code = "left_suspended"
+
+
+class OutcomeUnknown(Stuck):
+    code = "outcome_unknown"
+
+
+class StoreUnavailable(Transient):
+    code = "store_unavailable"
+
+
+class BusUnavailable(Transient):
+    code = "bus_unavailable"
+
+
+class Busy(Transient):
+    code = "busy"
+
+
+class NoRoom(Transient):
+    code = "no_room"

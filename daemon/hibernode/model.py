@@ -1,0 +1,366 @@
+"""The nouns: commands, targets, manifests, events. Values only: no I/O, no threads, nothing mutable but `Cancel` and `Meter`.
+
+What comes from outside (commands, manifests) is parsed into these strictly: an unknown key, a wrong type or a value out of range
+is an error here and nowhere later.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from hibernode.errors import Cancelled, HibernodeError
+
+PAGE = 4096  # bytes; x86-64 and the only page size format version 1 knows
+FRAME_PAGES = 1024  # pages of one frame at most: 4 MiB, the size of one arena chunk
+MAX_STREAMS = 64
+FORMAT_VERSION = 1
+
+Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+
+
+class Value(BaseModel):
+    """A frozen, strict value: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Status(StrEnum):
+    """Of an action; it only moves forward, and READY and ERROR end it."""
+
+    INITIALIZED = "initialized"
+    PROCESSING = "processing"
+    CHECKPOINT_CREATED = "checkpoint_created"
+    READY = "ready"
+    ERROR = "error"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (Status.READY, Status.ERROR)
+
+
+Kind = Literal["simple", "rootfs", "rootfsonly"]
+Reason = Literal["manual", "heartbeat", "nodeTermination", "nodeUnschedulable"]
+ActionType = Literal["checkpoint", "restore"]
+
+
+class Target(Value):
+    """Who is meant: a pod by UID, or by namespace and name (exact, never a prefix), or a process by pid. Exactly one of them."""
+
+    pod_id: str = ""
+    namespace: str = ""
+    pod_name: str = ""
+    pid: int = 0
+
+    def __str__(self) -> str:
+        if self.pid:
+            return f"pid {self.pid}"
+        return f"pod {self.pod_id}" if self.pod_id else f"pod {self.namespace or 'default'}/{self.pod_name}"
+
+
+class Overrides(Value):
+    """What one command may choose for itself. Empty or 0 means: what the node's configuration says."""
+
+    asynchronous: bool = False
+    compression: str = ""
+    criu_opts: str = ""
+    directory: str = ""
+    streams: int = 0
+    pod_name: str = ""
+
+
+class CheckpointCommand(Value):
+    action_id: Id
+    checkpoint_id: Id
+    target: Target
+    kind: Kind = "simple"
+    reason: Reason = "manual"
+    overrides: Overrides = Overrides()
+    expires_at: float = 0.0  # seconds since the epoch; 0 = never
+
+    @property
+    def type(self) -> ActionType:
+        return "checkpoint"
+
+
+class RestoreCommand(Value):
+    action_id: Id
+    checkpoint_id: Id
+    reason: Reason = "manual"
+    overrides: Overrides = Overrides()
+    expires_at: float = 0.0
+
+    @property
+    def type(self) -> ActionType:
+        return "restore"
+
+
+class CancelCommand(Value):
+    action_id: Id
+
+
+ActionCommand = CheckpointCommand | RestoreCommand
+Command = CheckpointCommand | RestoreCommand | CancelCommand
+
+
+class PhaseCost(Value):
+    seconds: float
+    bytes: int = 0
+
+
+class Profile(Value):
+    """Where the time and the bytes of an action went. Phase seconds and `unaccounted` add up to `total_duration`."""
+
+    phases: dict[str, PhaseCost] = {}
+    unaccounted: float = 0.0  # seconds
+    pause_ns: int = 0  # the time the workload was frozen
+    total_duration: int = 0  # nanoseconds
+    total_io: int = 0  # bytes written to or read from the store
+    raw_bytes: int = 0  # memory pages in the image
+    zero_bytes: int = 0  # of these, pages that hold only zeros and are not stored
+    stored_bytes: int = 0  # what they take in the store, after compression
+    streams: int = 0
+
+
+class Event(Value):
+    """One change of an action's status. `seq` counts up from 1 per action; a terminal event comes exactly once."""
+
+    action_id: Id
+    seq: int
+    type: ActionType
+    status: Status
+    checkpoint_id: str
+    node: str
+    time: float
+    code: str = ""
+    message: str = ""
+    hint: str = ""
+    details: dict[str, object] = {}
+    retry: bool = False
+    profile: Profile | None = None
+
+
+class Progress(Value):
+    """How far an action is; lossy, a few times a second."""
+
+    action_id: Id
+    phase: str
+    bytes_done: int
+    bytes_total: int  # an estimate until the dump is over; 0 = unknown
+    stored_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an action ended: for the journal, the event, and whoever asks again."""
+
+    status: Status
+    code: str = "ok"
+    message: str = ""
+    hint: str = ""
+    details: Mapping[str, object] = field(default_factory=dict)
+    retry: bool = False
+    profile: Profile | None = None
+
+    @classmethod
+    def of(cls, error: HibernodeError, profile: Profile | None = None) -> Outcome:
+        return cls(Status.ERROR, error.code, error.message, error.hint, error.details, error.retry, profile)
+
+
+# --- what is in the store ---------------------------------------------------------------------------------------------------
+
+
+class ObjectRef(Value):
+    """One object of a checkpoint: where (relative to the checkpoint's prefix), how long, and the BLAKE3 of all its bytes."""
+
+    key: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}$")]
+    size: Count
+    digest: Digest
+
+
+class StreamRef(ObjectRef):
+    """One `pages-<n>.zst`. Its digest is the BLAKE3 of its frames' digests in order, then its seek table (`format.stream_digest`)."""
+
+    frames: Count
+
+
+class TaskFacts(Value):
+    """One process of a tree, as CRIU dumped it: these pids and thread ids must be free where it is restored."""
+
+    pid: Annotated[int, Field(gt=0, lt=1 << 31)]
+    ppid: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    comm: Annotated[str, StringConstraints(max_length=64)] = ""
+    threads: Annotated[list[Annotated[int, Field(gt=0, lt=1 << 31)]], Field(max_length=100_000)] = []
+
+
+class ImageRef(Value):
+    """Everything needed to restore one process tree."""
+
+    name: Name
+    tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=100_000)]
+    pages: Count  # memory pages in all, zero pages included
+    zero_pages: Count
+    streams: Annotated[list[StreamRef], Field(max_length=MAX_STREAMS)]
+    index: ObjectRef
+    files: ObjectRef  # images.tar.zst
+
+
+class HostFacts(Value):
+    """Where an image was made; restore compares before it touches anything."""
+
+    arch: str
+    kernel: str
+    page_size: int
+    criu_version: int  # as CRIU counts: 40201 is 4.2.1
+    cpu_model: str = ""
+    hibernode: str = ""
+
+
+class WorkloadFacts(Value):
+    """What was checkpointed, and what its driver needs to bring it back."""
+
+    kind: Literal["process", "job"]
+    name: Annotated[str, StringConstraints(max_length=253)]
+    namespace: Annotated[str, StringConstraints(max_length=253)] = "default"
+    uid: Annotated[str, StringConstraints(max_length=64)] = ""
+    logs: dict[str, str] = {}  # of a job: path at the time of the dump -> "stdout" or "stderr"
+    argv: list[str] = []
+    cwd: str = ""
+
+
+class Manifest(Value):
+    """The last object written. A checkpoint without it does not exist."""
+
+    format_version: int
+    checkpoint_id: Id
+    action_id: Id
+    created_at: float
+    node: str
+    kind: Kind
+    reason: Reason
+    workload: WorkloadFacts
+    host: HostFacts
+    compression: str
+    criu_opts: dict[str, bool | int | str] = {}
+    pause_ns: int
+    raw_bytes: Count
+    zero_bytes: Count
+    stored_bytes: Count
+    images: Annotated[list[ImageRef], Field(min_length=1, max_length=64)]
+
+
+# --- two things that change -------------------------------------------------------------------------------------------------
+
+
+class Cancel:
+    """A request to stop, seen by every thread of an action. Setting it runs the wake-ups that blocking calls have registered."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reason = ""
+        self._wakes: list[Callable[[], None]] = []
+
+    def set(self, reason: str) -> None:
+        with self._lock:
+            if self._reason:
+                return
+            self._reason = reason
+            wakes = list(self._wakes)
+        for wake in wakes:
+            wake()
+
+    @property
+    def reason(self) -> str:
+        return self._reason
+
+    def check(self) -> None:
+        """Raise `Cancelled` if somebody asked for it."""
+        if self._reason:
+            raise Cancelled(self._reason)
+
+    @contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """While inside, `wake` is called (from another thread, at most once) when the action is cancelled."""
+        self.check()
+        with self._lock:
+            self._wakes.append(wake)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._wakes.remove(wake)
+
+
+class Meter:
+    """Counters and phase times of one action, written by its threads and read by whoever shows progress.
+
+    Plain integers: each counter has one writer, or is added to under the lock.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.began = clock()
+        self.phase_name = "starting"
+        self.bytes_total = 0
+        self.raw_bytes = 0
+        self.zero_bytes = 0
+        self.stored_bytes = 0
+        self.total_io = 0
+        self.streams = 0
+        self.pause_ns = 0
+        self._phases: dict[str, PhaseCost] = {}
+
+    def add(self, *, raw: int = 0, zero: int = 0, stored: int = 0, io: int = 0) -> None:
+        with self._lock:
+            self.raw_bytes += raw
+            self.zero_bytes += zero
+            self.stored_bytes += stored
+            self.total_io += io
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time inside towards phase `name`, and the bytes moved inside with it."""
+        self.phase_name, start, moved = name, self._clock(), self.total_io
+        try:
+            yield
+        finally:
+            old = self._phases.get(name, PhaseCost(seconds=0.0))
+            self._phases[name] = PhaseCost(
+                seconds=old.seconds + self._clock() - start, bytes=old.bytes + self.total_io - moved
+            )
+
+    def progress(self, action_id: str) -> Progress:
+        return Progress(
+            action_id=action_id,
+            phase=self.phase_name,
+            bytes_done=self.raw_bytes,
+            bytes_total=max(self.bytes_total, self.raw_bytes),
+            stored_bytes=self.stored_bytes,
+            seconds=self._clock() - self.began,
+        )
+
+    def profile(self) -> Profile:
+        total = self._clock() - self.began
+        return Profile(
+            phases=dict(self._phases),
+            unaccounted=max(0.0, total - sum(p.seconds for p in self._phases.values())),
+            pause_ns=self.pause_ns,
+            total_duration=int(total * 1e9),
+            total_io=self.total_io,
+            raw_bytes=self.raw_bytes,
+            zero_bytes=self.zero_bytes,
+            stored_bytes=self.stored_bytes,
+            streams=self.streams,
+        )

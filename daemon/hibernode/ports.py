@@ -1,0 +1,211 @@
+"""The node's outside, as it looks from inside. One Protocol per outside thing; the docstring is the contract.
+
+`tests/contract/` holds one suite per port; the real thing and the fake pass the same one.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from hibernode.model import Cancel, Target, TaskFacts, WorkloadFacts
+
+Buffer = bytes | bytearray | memoryview
+
+
+# --- store ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ObjectFacts:
+    """An object as the store itself describes it."""
+
+    key: str
+    size: int  # bytes
+    modified: float  # seconds since the epoch
+
+
+class Upload(Protocol):
+    """One object on its way into the store. One thread at a time; invisible until `commit`; exactly one of commit, abort ends it."""
+
+    def write(self, data: Buffer) -> None:
+        """Append. When it returns the caller may reuse the memory. Blocks while too many parts are in flight. Raises
+        StoreUnavailable (retries inside are over) or NoRoom; then only `abort` is legal."""
+
+    def commit(self) -> ObjectFacts:
+        """Make it visible, whole and durable, or raise and leave nothing visible (then `abort`). Every byte was acknowledged
+        by the store under a checksum."""
+
+    def abort(self) -> None:
+        """Throw it away, parts already sent included. Harmless after commit and when repeated. Never raises: what could not
+        be removed is logged, and `gc` finds it."""
+
+
+class Store(Protocol):
+    """Objects under a prefix. Thread-safe. Every call may raise StoreUnavailable after its own retries; a key that is not
+    there is NotFound. Keys are relative, of the form `a/b/c`."""
+
+    @property
+    def location(self) -> str:
+        """The address people know it by: `file:///path` or `s3://bucket/prefix`."""
+
+    def check(self) -> None:
+        """Write, read and remove a small object. Raises StoreUnavailable or NoRoom, with a hint."""
+
+    def free_bytes(self) -> int | None:
+        """Room left, where the store has such a number."""
+
+    def upload(self, key: str) -> Upload:
+        """Begin an object. Nothing is visible under `key` until its commit."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object at once, only if there is none of that key: else Refused("exists")."""
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        """A small object whole; more than `limit` bytes is Corrupt."""
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        """Fill `into` from `offset`. An object too short for it is Corrupt. A failed attempt is retried inside."""
+
+    def stat(self, key: str) -> ObjectFacts: ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectFacts]:
+        """Committed objects whose key starts with `prefix`, in order of key."""
+
+    def delete(self, key: str) -> None:
+        """Remove; a key that is not there is no error."""
+
+
+# --- CRIU -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CriuFacts:
+    version: int  # 40201 is 4.2.1
+    path: str
+
+
+@dataclass(frozen=True)
+class DumpStats:
+    """CRIU's own statistics of a dump (images/stats-dump)."""
+
+    freezing_ns: int
+    frozen_ns: int
+    pages_written: int
+
+
+@dataclass(frozen=True)
+class CriuOptions:
+    """What may differ between two calls. `tcp`: refuse (fail on an open connection), close (restored closed), established."""
+
+    leave_stopped: bool = False
+    tcp: str = "refuse"
+    shell_job: bool = True
+    ext_unix_sk: bool = False
+    file_locks: bool = True
+    link_remap: bool = False
+    ghost_limit: int = 64 << 20  # bytes of one deleted-but-open file
+    timeout: int = 120  # seconds CRIU gives the tree to stop
+    log_level: int = 2
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a workload needs around its restore: descriptors to hand over (CRIU's inherit_fd keys), a cgroup to be born in."""
+
+    inherit: Mapping[str, int] = field(default_factory=dict)
+    cgroup_procs: Sequence[str] = ()  # files to write the restoring process's pid into
+
+
+class Criu(Protocol):
+    """Stock CRIU. Calls block; one thread per call; cancelling kills the CRIU process, and the tree runs on."""
+
+    def facts(self) -> CriuFacts:
+        """Raises Refused("criu_missing" | "criu_too_old")."""
+
+    def check(self) -> str:
+        """What `criu check` says; empty if all is well."""
+
+    def dump(self, pid: int, images: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        """Dump the tree of `pid`: small images and log into `images`, pages as page-server messages into `pages` (our end of
+        the pair is the caller's; this call closes `pages`). The tree runs on, or is left stopped if so asked. Raises
+        DumpFailed with the end of CRIU's log; the tree runs on then too."""
+
+    def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
+        """Restore; the pid of the root task, running. Raises RestoreFailed; nothing of the tree is left."""
+
+    def tasks(self, images: Path) -> list[TaskFacts]:
+        """The tasks a dump directory holds. Raises Corrupt."""
+
+
+# --- workloads --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProcessFacts:
+    """One live process of a workload, as /proc shows it, for preflight and for the record."""
+
+    pid: int
+    start_time: int  # clock ticks since boot: with pid, an identity
+    comm: str
+    state: str
+    tgid: int
+    kernel_thread: bool
+    tracer: int
+    uid: int
+    rss: int  # bytes
+    fds: tuple[tuple[int, str], ...]  # (descriptor, what /proc/<pid>/fd says)
+    tcp: tuple[str, ...] = ()  # established connections, "local -> remote"
+
+
+class Workload(Protocol):
+    """What is frozen together. Found once per action; pids are checked again by start time before anything is done to them."""
+
+    @property
+    def facts(self) -> WorkloadFacts: ...
+
+    @property
+    def key(self) -> str:
+        """Two actions with one key never run together."""
+
+    def roots(self) -> Mapping[str, int]:
+        """Image name -> root pid of its tree."""
+
+    def processes(self) -> Sequence[ProcessFacts]:
+        """Every process of every tree, now."""
+
+    def freeze(self) -> None:
+        """Stop all trees together, where there are several; CRIU stops a single tree by itself."""
+
+    def thaw(self) -> None:
+        """Let everything run that `freeze` or a dump left stopped. Harmless when repeated."""
+
+    def kill(self) -> None:
+        """SIGKILL every process of the trees and wait until they are gone and reaped. Harmless when repeated."""
+
+
+class Workloads(Protocol):
+    def find(self, target: Target) -> Workload:
+        """The one workload that is meant. NotFound, or Refused for something that can never be one (thread, zombie, ...)."""
+
+    def prepare(self, facts: WorkloadFacts, name: str) -> PreparedWorkload:
+        """Make ready for a restore of what `facts` describes, under `name` if one is given."""
+
+    def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
+        """Pids of these tasks that somebody has: (pid, by what). Zombies of ours are reaped first."""
+
+
+class PreparedWorkload(Protocol):
+    """A place for a tree that comes back. Undone by `discard` until `adopt`."""
+
+    @property
+    def prepared(self) -> Prepared: ...
+
+    def adopt(self, pid: int) -> Workload:
+        """The tree is here, with root `pid`: take it into the books."""
+
+    def discard(self) -> None:
+        """Remove what `prepare` made. Harmless when repeated, no effect after `adopt`."""
