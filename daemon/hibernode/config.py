@@ -127,7 +127,11 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
             data = tomllib.loads(path.read_text())
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise Refused(
-                "config", f"cannot read the configuration {path}: {e}", prop="file", found=str(path), wanted="readable TOML"
+                "config",
+                f"cannot read the configuration {path}: {e}",
+                prop="file",
+                found=str(path),
+                wanted="readable TOML",
             ) from e
     for name, value in environ.items():
         if name.startswith("HIBERNODE_") and not name.startswith("HIBERNODE_TEST_") and name not in _OUTSIDE:

@@ -184,7 +184,9 @@ class Outcome:
 class ObjectRef(Value):
     """One object of a checkpoint: where (relative to the checkpoint's prefix), how long, and the BLAKE3 of all its bytes."""
 
-    key: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}$")]
+    key: Annotated[
+        str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}$")
+    ]
     size: Count
     digest: Digest
 
@@ -258,6 +260,89 @@ class Manifest(Value):
     zero_bytes: Count
     stored_bytes: Count
     images: Annotated[list[ImageRef], Field(min_length=1, max_length=64)]
+
+
+# --- what people ask for ------------------------------------------------------------------------------------------------
+
+
+class ActionView(Value):
+    """One action as this node knows it."""
+
+    action_id: str
+    checkpoint_id: str
+    type: ActionType
+    status: Status
+    phase: str
+    target: str
+    began_at: float  # seconds since the epoch
+    ended_at: float = 0.0
+    last: Event | None = None
+
+
+class WorkloadView(Value):
+    """A managed job, or a process somebody asked about."""
+
+    kind: Literal["process", "job"]
+    namespace: str
+    name: str
+    uid: str = ""
+    pid: int = 0  # of the root; 0 when it does not run
+    state: str = "running"  # running, exited, killed
+    command: str = ""
+    rss: int = 0  # bytes, the whole tree
+    processes: int = 0
+    log: str = ""
+    started_at: float = 0.0
+
+
+class Check(Value):
+    """One line of `doctor`."""
+
+    name: str
+    ok: bool
+    found: str
+    hint: str = ""  # how to mend it
+    required: bool = True
+
+
+class Verdict(Value):
+    """How far a verification is, and at its end what it found."""
+
+    ok: bool
+    bytes: int
+    frames: int
+    seconds: float
+    code: str = ""
+    message: str = ""
+
+
+class NodeRecord(Value):
+    """What a node tells the others about itself."""
+
+    node: str
+    cluster: str
+    version: str
+    arch: str
+    kernel: str
+    criu: str
+    store: str
+    cpus: int
+    memory_total: int
+    memory_available: int
+    load: float
+    actions: int
+    time: float
+    arena_bytes: int
+
+
+class JobSpec(Value):
+    """A managed job to start: a pod of this node without Kubernetes."""
+
+    name: Name
+    namespace: Name = "default"
+    argv: Annotated[list[str], Field(min_length=1)]
+    cwd: str = "/"
+    env: dict[str, str] = {}
 
 
 # --- two things that change -------------------------------------------------------------------------------------------------
