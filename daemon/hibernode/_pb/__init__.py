@@ -1,0 +1,1 @@
+"""Made from proto/ by scripts/gen-proto: not edited by hand."""
