@@ -51,7 +51,7 @@ class CheckpointCommand(_message.Message):
     reason: str
     overrides: Overrides
     expires_at: float
-    def __init__(self, action_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., target: _Optional[_Union[Target, _Mapping[str, object]]] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., overrides: _Optional[_Union[Overrides, _Mapping]] = ..., expires_at: _Optional[float] = ...) -> None: ...
+    def __init__(self, action_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., target: _Optional[_Union[Target, _Mapping[str, object]]] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., overrides: _Optional[_Union[Overrides, _Mapping[str, object]]] = ..., expires_at: _Optional[float] = ...) -> None: ...
 
 class RestoreCommand(_message.Message):
     __slots__ = ("action_id", "checkpoint_id", "reason", "overrides", "expires_at")
@@ -138,7 +138,7 @@ class Event(_message.Message):
     details: _struct_pb2.Struct
     retry: bool
     profile: Profile
-    def __init__(self, action_id: _Optional[str] = ..., seq: _Optional[int] = ..., type: _Optional[str] = ..., status: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., node: _Optional[str] = ..., time: _Optional[float] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., details: _Optional[_Union[_struct_pb2.Struct, _Mapping[str, object]]] = ..., retry: _Optional[bool] = ..., profile: _Optional[_Union[Profile, _Mapping]] = ...) -> None: ...
+    def __init__(self, action_id: _Optional[str] = ..., seq: _Optional[int] = ..., type: _Optional[str] = ..., status: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., node: _Optional[str] = ..., time: _Optional[float] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., details: _Optional[_Union[_struct_pb2.Struct, _Mapping[str, object]]] = ..., retry: _Optional[bool] = ..., profile: _Optional[_Union[Profile, _Mapping[str, object]]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("action_id", "phase", "bytes_done", "bytes_total", "stored_bytes", "seconds")
@@ -234,7 +234,7 @@ class Update(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     event: Event
     progress: Progress
-    def __init__(self, event: _Optional[_Union[Event, _Mapping[str, object]]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ...) -> None: ...
+    def __init__(self, event: _Optional[_Union[Event, _Mapping[str, object]]] = ..., progress: _Optional[_Union[Progress, _Mapping[str, object]]] = ...) -> None: ...
 
 class ActionId(_message.Message):
     __slots__ = ("action_id",)
