@@ -6,6 +6,7 @@ is an error here and nowhere later.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from hibernode.errors import Cancelled, HibernodeError
+from hibernode.errors import BadCommand, Cancelled, HibernodeError
 
 PAGE = 4096  # bytes; x86-64 and the only page size format version 1 knows
 FRAME_PAGES = 1024  # pages of one frame at most: 4 MiB, the size of one arena chunk
@@ -179,6 +180,22 @@ class Outcome:
 
 
 # --- what is in the store ---------------------------------------------------------------------------------------------------
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,7}")
+
+
+def checked_key(key: str) -> str:
+    """`key`, if every store can hold it: one to eight names, none hidden, none `..`, nothing absolute. Else BadCommand."""
+    if not _KEY.fullmatch(key):
+        raise BadCommand(f"{key[:200]!r} is no object key", property="key", found=key[:200], wanted=_KEY.pattern)
+    return key
+
+
+def checked_prefix(prefix: str) -> str:
+    """`prefix`, if it is empty or how a key can begin. Else BadCommand."""
+    if prefix:
+        checked_key(prefix.removesuffix("/"))
+    return prefix
 
 
 class ObjectRef(Value):

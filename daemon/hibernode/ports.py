@@ -28,6 +28,15 @@ class ObjectFacts:
     modified: float  # seconds since the epoch
 
 
+@dataclass(frozen=True)
+class OpenUpload:
+    """An upload that nobody has committed or aborted: in progress, or left by a daemon that died. `gc` aborts the old ones."""
+
+    key: str  # "" where the store cannot say
+    id: str  # how the store knows it
+    began: float  # seconds since the epoch
+
+
 class Upload(Protocol):
     """One object on its way into the store. One thread at a time; invisible until `commit`; exactly one of commit, abort ends it."""
 
