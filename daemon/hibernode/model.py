@@ -80,6 +80,20 @@ class Overrides(Value):
     pod_name: str = ""
 
 
+class CriuOpts(Value):
+    """The documented keys of `criu_opts`. `tcp` says what becomes of established connections: the checkpoint is refused, they are
+    closed in the restored workload, or they are restored (which needs the same addresses). None: as the node is configured."""
+
+    tcp: Literal["refuse", "close", "established"] | None = None
+    leave_running: bool = True  # False: killed after the checkpoint is ready
+    shell_job: bool = True
+    ext_unix_sk: bool = False
+    file_locks: bool = True
+    link_remap: bool = False
+    ghost_limit: Annotated[int, Field(ge=0, le=1 << 30)] | None = None  # bytes of one deleted-but-open file
+    timeout: Annotated[int, Field(ge=1, le=86400)] | None = None  # seconds CRIU gives the tree to stop
+
+
 class CheckpointCommand(Value):
     action_id: Id
     checkpoint_id: Id
@@ -186,9 +200,14 @@ _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{
 
 def checked_key(key: str) -> str:
     """`key`, if every store can hold it: one to eight names, none hidden, none `..`, nothing absolute. Else BadCommand."""
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise BadCommand(f"{key[:200]!r} is no object key", property="key", found=key[:200], wanted=_KEY.pattern)
     return key
+
+
+def is_key(text: str) -> bool:
+    """Whether `checked_key` takes it: stores list nothing else, whatever others have put beside our objects."""
+    return _KEY.fullmatch(text) is not None
 
 
 def checked_prefix(prefix: str) -> str:
@@ -271,7 +290,7 @@ class Manifest(Value):
     workload: WorkloadFacts
     host: HostFacts
     compression: str
-    criu_opts: dict[str, bool | int | str] = {}
+    criu_opts: CriuOpts = CriuOpts()
     pause_ns: int
     raw_bytes: Count
     zero_bytes: Count
