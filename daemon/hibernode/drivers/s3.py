@@ -1,0 +1,648 @@
+"""The store in an S3 bucket, AWS or compatible; the only file that knows boto3.
+
+What it knows that no other file knows:
+
+- Checksums are ours. boto3 would send them as trailers of a chunked body over HTTPS, which many compatible servers do
+  not understand, so it is told `when_required`, and every body goes with its CRC32 in the header (awscrt's CRC32C
+  would be another dependency, and zlib's CRC32 costs 0.24 s per GB). A body counts as stored when the answer repeats
+  that CRC32 or, from servers that do not know the header, when its ETag is the body's MD5 (1.3 s per GB, so only
+  then). Where the ETag is no MD5 either, the body is sent again with Content-MD5, which every server must check.
+- Every object of ours carries a random token in its metadata. When an answer is lost (or boto3 has retried a call
+  that had succeeded), the token says whether the object that is there is the one we wrote.
+- A bucket has 10,000 parts per upload: `part_size`. Compatible servers that want all parts alike (R2) need a
+  `part_size` in the configuration with which no stream exceeds 1,000 parts.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import random
+import re
+import time
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from urllib3.exceptions import HTTPError  # what boto3 lets through when a body breaks inside TLS
+
+from hibernode import config
+from hibernode.errors import Corrupt, HibernodeError, Internal, NoRoom, NotFound, Refused, StoreUnavailable
+from hibernode.model import MAX_STREAMS, checked_key, checked_prefix, is_key
+from hibernode.ports import Buffer, ObjectFacts, OpenUpload
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef, HeadObjectOutputTypeDef
+
+_log = logging.getLogger(__name__)
+
+MIB = 1 << 20
+MAX_PARTS = 10_000
+MAX_PART = 5 << 30
+_EVEN_PARTS = 1_000  # parts of the configured size; most objects never need more
+_STEP_PARTS, _STEP = 100, 13 * MIB  # then each 100 parts are 13 MiB larger: 10,000 of them hold 5.3 TB from any base
+_SLICE = (
+    256 << 10
+)  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
+_TOKEN = "hibernode-token"  # in the metadata of every object
+
+
+def part_size(number: int, base: int) -> int:
+    """Bytes of part `number` (from 1). 10,000 of them hold the 5 TiB that S3 allows, from the smallest base on; the
+    largest is 1.2 GiB over `base`. NoRoom after the last."""
+    if number > MAX_PARTS:
+        raise NoRoom(f"an object has {MAX_PARTS} parts at most", hint="a larger part_size or more streams")
+    steps = -(-max(0, number - _EVEN_PARTS) // _STEP_PARTS)
+    return min(base + steps * _STEP, MAX_PART)
+
+
+class S3:
+    """ports.Store in a bucket, under a prefix. boto3's clients are thread-safe, and so is this."""
+
+    def __init__(
+        self, bucket: str, prefix: str, settings: config.S3, *, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._bucket = bucket
+        self._base = "".join(f"{checked_key(p)}/" for p in [prefix.strip("/")] if p)
+        self._client = _client(settings)
+        self._attempts = settings.attempts
+        self._sleep = sleep
+        self._conditional = True  # until the server says that it knows no If-None-Match
+        self._content_md5 = False  # until the server answers with nothing else to compare
+        self.part_size = int(settings.part_size)
+        self.parts_in_flight = settings.parts_in_flight
+
+    @property
+    def location(self) -> str:
+        return f"s3://{self._bucket}/{self._base}".rstrip("/")
+
+    def check(self) -> None:
+        key, data = f"check-{uuid.uuid4().hex}", random.randbytes(64)
+        self.put(key, data)
+        try:
+            if self.get(key, limit=len(data)) != data:
+                raise StoreUnavailable(f"{self.location} does not give back what was written")
+        finally:
+            self.delete(key)
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def upload(self, key: str) -> S3Upload:
+        return S3Upload(self, checked_key(key))
+
+    def put(self, key: str, data: bytes) -> None:
+        """Asks first, because some servers ignore If-None-Match; there only a put at the same moment can go unseen."""
+        checked_key(key)
+        with suppress(NotFound):
+            self._head(key)
+            raise Refused("exists", f"{key} is already there", prop="object", found=key, wanted="no object of that key")
+        token = uuid.uuid4().hex
+        try:
+            self._put_once(key, data, token)
+        except _Mismatch:
+            self.withdraw(key, token)
+            raise
+        except (Refused, StoreUnavailable):
+            if not self.landed(key, token, len(data)):  # else only the answer was lost
+                raise
+
+    def get(self, key: str, *, limit: int) -> bytes:
+        size = self.stat(key).size
+        if size > limit:
+            raise Corrupt(f"{key} has {size} bytes, at most {limit} were expected")
+        data = bytearray(size)
+        self.read_into(key, 0, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        checked_key(key)
+        view, done = into.cast("B"), 0
+        if not view:
+            self.stat(key)
+        for attempt in range(self._attempts):
+            if done == len(view):
+                return
+            if attempt:
+                self._sleep(min(5.0, 0.1 * 2**attempt) * random.random())
+            done += self._fetch(key, offset + done, view[done:])
+        if done < len(view):
+            raise StoreUnavailable(
+                f"the body of {key} broke {self._attempts} times, {len(view) - done} bytes are missing", hint=_NETWORK
+            )
+
+    def stat(self, key: str) -> ObjectFacts:
+        checked_key(key)
+        try:
+            return _facts(key, self._head(key))
+        except NotFound:
+            with self._translating("cannot look for the bucket"):
+                self._bucket_is_there()
+            raise
+
+    def list(self, prefix: str = "") -> Iterator[ObjectFacts]:
+        """In the order of the server, which S3 promises to be that of the keys (directory buckets do not)."""
+        pages = iter(
+            self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._base + checked_prefix(prefix)
+            )
+        )
+        while True:
+            with self._translating("cannot list"):
+                page = next(pages, None)
+            if page is None:
+                return
+            for found in page.get("Contents", []):
+                key = found["Key"].removeprefix(self._base)
+                if is_key(key):
+                    yield ObjectFacts(key, found["Size"], found["LastModified"].timestamp())
+
+    def delete(self, key: str) -> None:
+        checked_key(key)
+        with suppress(NotFound), self._translating(f"cannot delete {key}"):
+            self._client.delete_object(Bucket=self._bucket, Key=self._base + key)
+
+    def open_uploads(self, prefix: str = "") -> Iterator[OpenUpload]:
+        pages = iter(
+            self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._base + checked_prefix(prefix)
+            )
+        )
+        while True:
+            with self._translating("cannot list uploads"):
+                page = next(pages, None)
+            if page is None:
+                return
+            for found in page.get("Uploads", []):
+                key = found["Key"].removeprefix(self._base)
+                yield OpenUpload(key, found["UploadId"], found["Initiated"].timestamp())
+
+    def abort_upload(self, upload: OpenUpload) -> None:
+        """Abort it; one that is gone is no error."""
+        with suppress(NotFound, _NoSuchUpload), self._translating(f"cannot abort the upload of {upload.key}"):
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._base + upload.key, UploadId=upload.id)
+
+    # --- for the upload ---
+
+    def begin_parts(self, key: str, token: str) -> _Multipart:
+        with self._translating(f"cannot begin {key}"):
+            answer = self._client.create_multipart_upload(
+                Bucket=self._bucket, Key=self._base + key, ChecksumAlgorithm="CRC32", Metadata={_TOKEN: token}
+            )
+        return _Multipart(
+            key,
+            answer["UploadId"],
+            answer.get("ChecksumAlgorithm") == "CRC32",
+            answer["ResponseMetadata"]["RetryAttempts"],
+        )
+
+    def send_part(self, upload: _Multipart, number: int, data: bytearray) -> _Part:
+        """Send one part until the store has confirmed its bytes."""
+
+        def send(**checks: Any) -> Mapping[str, Any]:
+            with self._translating(f"cannot send part {number} of {upload.key}"):
+                return self._client.upload_part(
+                    Bucket=self._bucket, Key=self._base + upload.key, UploadId=upload.id, PartNumber=number, **checks
+                )
+
+        etag, crc = self._confirmed(f"part {number} of {upload.key}", send, data)
+        return _Part(number, etag, crc, len(data), data)
+
+    def put_object(self, key: str, data: bytearray, token: str) -> None:
+        def send(**checks: Any) -> Mapping[str, Any]:
+            with self._translating(f"cannot write {key}"):
+                return self._client.put_object(
+                    Bucket=self._bucket, Key=self._base + key, Metadata={_TOKEN: token}, **checks
+                )
+
+        self._confirmed(key, send, data)
+
+    def complete(self, upload: _Multipart, parts: Sequence[_Part]) -> None:
+        listed: Sequence[CompletedPartTypeDef] = [
+            {"PartNumber": p.number, "ETag": p.etag, "ChecksumCRC32": p.crc}
+            if upload.checksums
+            else {"PartNumber": p.number, "ETag": p.etag}
+            for p in parts
+        ]
+        with self._translating(f"cannot commit {upload.key}"):
+            self._client.complete_multipart_upload(
+                Bucket=self._bucket,
+                Key=self._base + upload.key,
+                UploadId=upload.id,
+                MultipartUpload={"Parts": listed},
+            )
+
+    def landed(self, key: str, token: str, size: int, crc: str = "") -> ObjectFacts | None:
+        """The object, if it is there and ours, with that size and no other checksum (`crc` as S3 writes it)."""
+        try:
+            head = self._head(key)
+        except HibernodeError as e:
+            _log.warning("cannot see whether %s was written: %s", key, e)
+            return None
+        if _token(head) != token or head["ContentLength"] != size or _contradicts(head, crc):
+            return None
+        return _facts(key, head)
+
+    def withdraw(self, key: str, token: str) -> None:
+        """Remove the object if it is ours. May raise what any call may."""
+        with suppress(NotFound):
+            if _token(self._head(key)) == token:
+                self.delete(key)
+
+    # --- inside ---
+
+    def _head(self, key: str) -> HeadObjectOutputTypeDef:
+        with self._translating(f"cannot look at {key}"):
+            return self._client.head_object(Bucket=self._bucket, Key=self._base + key, ChecksumMode="ENABLED")
+
+    def _bucket_is_there(self) -> None:
+        try:
+            self._client.head_bucket(Bucket=self._bucket)
+        except ClientError as e:
+            if _status(e) == 404:
+                raise self._no_bucket() from e
+            raise
+
+    def _put_once(self, key: str, data: bytes, token: str) -> None:
+        """PutObject that replaces nothing, sent once: sent again it would meet itself."""
+        checks: dict[str, Any] = {"ChecksumCRC32": _crc32(data), "ContentMD5": _base64(hashlib.md5(data).digest())}
+        if self._conditional:
+            checks["IfNoneMatch"] = "*"
+        try:
+            with self._translating(f"cannot write {key}"):
+                answer = self._client.put_object(
+                    Bucket=self._bucket, Key=self._base + key, Body=data, Metadata={_TOKEN: token}, **checks
+                )
+        except StoreUnavailable as e:
+            if not self._conditional or e.details.get("status") != 501:
+                raise
+            self._conditional = False
+            self._put_once(key, data, token)
+        else:
+            if _proof(answer, data, checks["ChecksumCRC32"]) is False:
+                raise _Mismatch(f"{self.location} acknowledged other bytes than were sent for {key}")
+
+    def _confirmed(self, what: str, send: Callable[..., Mapping[str, Any]], data: bytearray) -> tuple[str, str]:
+        """Send `data` with its checksum until the store confirms these bytes; (ETag, CRC32)."""
+        crc = _crc32(data)
+        for _ in range(max(2, self._attempts)):
+            more = {"ContentMD5": _base64(hashlib.md5(data).digest())} if self._content_md5 else {}
+            try:
+                answer = send(Body=data, ChecksumCRC32=crc, **more)
+            except _Mismatch:
+                continue
+            proof = _proof(answer, data, crc)
+            if proof or (proof is None and more):
+                return str(answer["ETag"]), crc
+            self._content_md5 = self._content_md5 or proof is None
+        raise _Mismatch(f"{self.location} acknowledged other bytes than were sent for {what}", hint=_NETWORK)
+
+    def _fetch(self, key: str, offset: int, view: memoryview) -> int:
+        """One GET into `view`; how many bytes came before it broke."""
+        end = offset + len(view) - 1
+        with self._translating(f"cannot read {key}"):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._base + key, Range=f"bytes={offset}-{end}")
+        body, done = answer["Body"], 0
+        try:
+            self._check_range(key, answer, offset, end)
+            while done < len(view):
+                n = body.readinto(view[done : done + _SLICE])  # type: ignore[arg-type]  # the stub's mistake
+                if n == 0:
+                    break
+                done += n
+        except (BotoCoreError, HTTPError) as e:
+            _log.info("the body of %s broke after %d of %d bytes: %s", key, done, len(view), type(e).__name__)
+        finally:
+            if done < len(view):
+                body.close()  # a connection with a rest in it must not go back to the pool
+        return done
+
+    def _check_range(self, key: str, answer: GetObjectOutputTypeDef, offset: int, end: int) -> None:
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.get("ContentRange", ""))
+        if found is None:
+            raise StoreUnavailable(f"{self.location} does not answer ranges, asked for {offset}-{end} of {key}")
+        first, last, total = int(found[1]), int(found[2]), found[3]
+        if total != "*" and int(total) <= end:
+            raise Corrupt(f"{key} ends at byte {total}, {end + 1 - int(total)} bytes too early")
+        if (first, last) != (offset, end):
+            raise StoreUnavailable(f"{self.location} answered {first}-{last} when asked for {offset}-{end} of {key}")
+
+    # --- errors ---
+
+    @contextmanager
+    def _translating(self, what: str) -> Iterator[None]:
+        """The one place where errors of boto3 become ours. Only codes and class names are quoted: a server's text, or
+        boto3's, may hold parts of the request."""
+        try:
+            yield
+        except ClientError as e:
+            raise self._translated(what, e) from e
+        except (BotoCoreError, HTTPError) as e:
+            name = type(e).__name__
+            hint = _CREDENTIALS if re.search("Credential|Token|Login|SSO", name) else _NETWORK
+            raise StoreUnavailable(f"{what} in {self.location}: {name}", hint=hint) from e
+
+    def _translated(self, what: str, error: ClientError) -> HibernodeError:
+        code, status = _code(error), _status(error)
+        text = f"{what} in {self.location}: {code}"
+        if code == "NoSuchBucket":
+            return self._no_bucket()
+        if code == "NoSuchUpload":
+            return _NoSuchUpload(text, hint="something else aborts uploads, perhaps a lifecycle rule")
+        if status == 507 or "Quota" in code or "StorageFull" in code:
+            return NoRoom(text, hint="free space there, or let store.url name another place")
+        if code in _DIGESTS:
+            return _Mismatch(text, hint=_NETWORK)
+        return _by_status(text, status)
+
+    def _no_bucket(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"there is no bucket {self._bucket}", hint="create it, or let store.url name another", status=404
+        )
+
+
+class S3Upload:
+    """ports.Upload: parts go to the bucket while the next one fills; less than one part goes as one PutObject.
+
+    Worst-case memory: `(parts_in_flight + 1) * part_size(last part)`, allocated as needed and reused; that is
+    `(parts_in_flight + 1) * base` for an object of up to 1,000 parts, and with `base` 8 MiB a part has 151 MiB when
+    the object has 100 GiB. Threads: `parts_in_flight`, from the first full part until the end.
+    """
+
+    def __init__(self, store: S3, key: str) -> None:
+        self._store = store
+        self._key = key
+        self._token = uuid.uuid4().hex
+        self._size = 0
+        self._writable = True
+        self._over = False  # committed, or aborted with nothing left
+        self._stray = False  # an upload may be open in the bucket whose id we never learnt
+        self._committing = False  # the object may be visible
+        self._upload: _Multipart | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._flying: deque[Future[_Part]] = deque()
+        self._landed: list[_Part] = []
+        self._free: list[bytearray] = []
+        self._buffer = bytearray()
+        self._filled = 0
+
+    def write(self, data: Buffer) -> None:
+        with self._breaking():
+            view = memoryview(data).cast("B")
+            while view:
+                n = self._fill(view)
+                view = view[n:]
+                if self._filled == len(self._buffer):
+                    self._ship()
+
+    def commit(self) -> ObjectFacts:
+        """Raises with everything withdrawn, or, if even that failed, with the withdrawal left to `abort`."""
+        with self._breaking():
+            try:
+                facts = self._finish()
+            except HibernodeError:
+                self.abort()
+                raise
+        self._writable, self._over = False, True
+        self._stop_threads()
+        return facts
+
+    def abort(self) -> None:
+        """Waits for parts on their way (a request has time limits), else they would arrive after the abort and stay."""
+        self._writable = False
+        if self._over:
+            return
+        self._stop_threads()
+        try:
+            self._remove()
+            self._over = True
+        except HibernodeError as e:
+            _log.warning("aborting the upload of %s failed, gc will find it: %s", self._key, e)
+
+    # --- filling and shipping ---
+
+    def _fill(self, view: memoryview) -> int:
+        if not self._buffer:
+            self._buffer = self._take(part_size(len(self._landed) + len(self._flying) + 1, self._store.part_size))
+        n = min(len(view), len(self._buffer) - self._filled)
+        memoryview(self._buffer)[self._filled : self._filled + n] = view[:n]
+        self._filled += n
+        self._size += n
+        return n
+
+    def _take(self, size: int) -> bytearray:
+        while self._flying and self._flying[0].done():
+            self._land()
+        self._free = [b for b in self._free if len(b) == size]
+        return self._free.pop() if self._free else bytearray(size)
+
+    def _ship(self) -> None:
+        """Send the buffer on its way, when there is a place among the parts in flight."""
+        if self._upload is None:
+            self._stray = True
+            self._upload = self._store.begin_parts(self._key, self._token)
+            self._stray = self._upload.retries > 0
+            self._pool = ThreadPoolExecutor(self._store.parts_in_flight, thread_name_prefix=f"s3 {self._key}")
+        while len(self._flying) >= self._store.parts_in_flight:
+            self._land()
+        assert self._pool is not None
+        number = len(self._landed) + len(self._flying) + 1
+        self._flying.append(self._pool.submit(self._store.send_part, self._upload, number, self._buffer))
+        self._buffer, self._filled = bytearray(), 0
+
+    def _land(self) -> None:
+        """Wait for the oldest part in flight; what failed it is raised here."""
+        part = self._flying.popleft().result()
+        self._landed.append(part)
+        self._free.append(part.buffer)
+
+    # --- ending ---
+
+    def _finish(self) -> ObjectFacts:
+        del self._buffer[self._filled :]
+        if self._upload is not None and self._filled:
+            self._ship()
+        while self._flying:
+            self._land()
+        self._committing = True
+        failure: StoreUnavailable | None = None
+        try:
+            if self._upload is None:
+                self._store.put_object(self._key, self._buffer, self._token)
+            else:
+                self._store.complete(self._upload, self._landed)
+        except _Mismatch:
+            raise
+        except StoreUnavailable as e:
+            failure = e  # perhaps only the answer was lost
+        crc = _composite([p.crc for p in self._landed]) if self._upload else _crc32(self._buffer)
+        facts = self._store.landed(self._key, self._token, self._size, crc)
+        if facts is None:
+            raise failure or StoreUnavailable(f"{self._store.location} shows another {self._key} than was written")
+        return facts
+
+    def _remove(self) -> None:
+        if self._upload is not None:
+            self._store.abort_upload(OpenUpload(self._key, self._upload.id, 0.0))
+        if self._stray:
+            for upload in self._store.open_uploads(self._key):
+                if upload.key == self._key:
+                    self._store.abort_upload(upload)
+        if self._committing:
+            self._store.withdraw(self._key, self._token)
+
+    def _stop_threads(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._flying.clear()
+        self._free.clear()
+        self._buffer, self._filled = bytearray(), 0
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """Whatever fails in here leaves only `abort` legal."""
+        if not self._writable:
+            raise Internal(f"the upload of {self._key} has ended or failed before")
+        self._writable = False
+        yield
+        self._writable = True
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Multipart:
+    key: str
+    id: str
+    checksums: bool  # the server keeps CRC32s, and wants them again at the end
+    retries: int  # calls that it took; the earlier ones may have begun an upload too
+
+
+@dataclass(frozen=True)
+class _Part:
+    number: int
+    etag: str
+    crc: str
+    size: int
+    buffer: bytearray  # to be used again
+
+
+class _Mismatch(StoreUnavailable):
+    """The store has other bytes than we sent."""
+
+
+class _NoSuchUpload(StoreUnavailable):
+    """Aborted, or completed by a call whose answer was lost."""
+
+
+_NETWORK = "check store.s3.endpoint_url, the network and the server"
+_CREDENTIALS = (
+    "check store.s3 credentials; the daemon needs GetObject, PutObject, DeleteObject, AbortMultipartUpload, ListBucket "
+    "and ListBucketMultipartUploads"
+)
+_DIGESTS = ("BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch")
+
+
+def _client(settings: config.S3) -> S3Client:
+    """The client, with the SDK's own chain for what is not set. Refused("config") if it cannot be made."""
+    for name in ("botocore", "boto3", "urllib3"):  # at debug level they log headers: signatures and session tokens
+        logging.getLogger(name).setLevel(logging.INFO)
+    options = Config(
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+        retries={"mode": "standard", "total_max_attempts": settings.attempts},
+        max_pool_connections=MAX_STREAMS * settings.parts_in_flight,  # a bound on idle connections, not on open ones
+        tcp_keepalive=True,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": settings.addressing},
+    )
+    try:
+        session = boto3.session.Session(
+            aws_access_key_id=settings.access_key_id or None,
+            aws_secret_access_key=settings.secret_access_key.get_secret_value() or None,
+            region_name=settings.region or None,
+            profile_name=settings.profile or None,
+        )
+        endpoint = settings.endpoint_url or None
+        client = session.client("s3", endpoint_url=endpoint, config=options)
+        if client.meta.endpoint_url.startswith("https:"):
+            # Over TLS and with a checksum the SDK leaves the body unsigned, but it does not see a checksum that we set
+            # ourselves and would spend 0.56 s per GB on SHA-256.
+            unsigned = Config(s3={"addressing_style": settings.addressing, "payload_signing_enabled": False})
+            client = session.client("s3", endpoint_url=endpoint, config=options.merge(unsigned))
+    except (BotoCoreError, ValueError) as e:
+        name = type(e).__name__
+        raise Refused("config", f"no S3 client can be made: {name}", prop="store.s3", found=name, wanted="valid") from e
+    return client
+
+
+def _by_status(text: str, status: int) -> HibernodeError:
+    if status == 404:
+        return NotFound(text)
+    if status == 412:
+        return Refused("exists", text, prop="object", found="one", wanted="none")
+    if status == 416:
+        return Corrupt(f"{text}: the object is shorter than that")
+    hint = _CREDENTIALS if status in (401, 403) else _NETWORK if status >= 500 else ""
+    return StoreUnavailable(text, hint=hint, status=status)
+
+
+def _proof(answer: Mapping[str, Any], data: Buffer, crc: str) -> bool | None:
+    """Whether the server has these bytes, from what it answered; None if the answer does not tell."""
+    if echoed := answer.get("ChecksumCRC32"):
+        return bool(echoed == crc)
+    etag = str(answer.get("ETag", "")).strip('"')
+    encrypted = "kms" in str(answer.get("ServerSideEncryption", "")) or answer.get("SSECustomerAlgorithm")
+    if encrypted or not re.fullmatch("[0-9a-f]{32}", etag):
+        return None
+    return etag == hashlib.md5(data).hexdigest()
+
+
+def _contradicts(head: Mapping[str, Any], crc: str) -> bool:
+    """Whether the server states another checksum. One of a kind that we did not compute says nothing."""
+    stated = str(head.get("ChecksumCRC32", ""))
+    whole = head.get("ChecksumType") == "FULL_OBJECT" or "-" not in stated
+    return bool(stated and crc) and whole == ("-" not in crc) and stated != crc
+
+
+def _composite(crcs: Sequence[str]) -> str:
+    """The CRC32 that S3 gives an object of parts: that of their CRC32s, and their number."""
+    return f"{_crc32(b''.join(base64.b64decode(c) for c in crcs))}-{len(crcs)}"
+
+
+def _crc32(data: Buffer) -> str:
+    return _base64(zlib.crc32(data).to_bytes(4, "big"))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _token(head: Mapping[str, Any]) -> str:
+    """Our token; some servers answer names of metadata with capitals."""
+    return next((v for k, v in head["Metadata"].items() if k.lower() == _TOKEN), "")
+
+
+def _facts(key: str, head: HeadObjectOutputTypeDef) -> ObjectFacts:
+    return ObjectFacts(key, head["ContentLength"], head["LastModified"].timestamp())
+
+
+def _code(error: ClientError) -> str:
+    code = str(error.response.get("Error", {}).get("Code", ""))
+    return code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else "an error without a code"
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
