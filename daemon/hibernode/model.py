@@ -220,9 +220,7 @@ def checked_prefix(prefix: str) -> str:
 class ObjectRef(Value):
     """One object of a checkpoint: where (relative to the checkpoint's prefix), how long, and the BLAKE3 of all its bytes."""
 
-    key: Annotated[
-        str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}$")
-    ]
+    key: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,2}$")]
     size: Count
     digest: Digest
 
@@ -413,8 +411,8 @@ class Cancel:
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
         """While inside, `wake` is called (from another thread, at most once) when the action is cancelled."""
-        self.check()
-        with self._lock:
+        with self._lock:  # with `set`: either it sees the wake-up, or we see the reason
+            self.check()
             self._wakes.append(wake)
         try:
             yield
@@ -458,9 +456,7 @@ class Meter:
             yield
         finally:
             old = self._phases.get(name, PhaseCost(seconds=0.0))
-            self._phases[name] = PhaseCost(
-                seconds=old.seconds + self._clock() - start, bytes=old.bytes + self.total_io - moved
-            )
+            self._phases[name] = PhaseCost(seconds=old.seconds + self._clock() - start, bytes=old.bytes + self.total_io - moved)
 
     def progress(self, action_id: str) -> Progress:
         return Progress(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from hibernode.model import Cancel, Target, TaskFacts, WorkloadFacts
+from hibernode.model import Cancel, HostFacts, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
 
 Buffer = bytes | bytearray | memoryview
 
@@ -206,6 +206,28 @@ class Workloads(Protocol):
     def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
         """Pids of these tasks that somebody has: (pid, by what). Zombies of ours are reaped first."""
 
+    def thaw(self, processes: Sequence[tuple[int, int]]) -> None:
+        """Recovery: let these run on, if they are stopped; (pid, start time), because pids come again."""
+
+    def kill(self, processes: Sequence[tuple[int, int]]) -> None:
+        """Recovery: SIGKILL these and wait until they are gone. A start time of 0 is nobody: who it was is not known."""
+
+
+class Jobs(Protocol):
+    """Managed jobs: pods of a machine without Kubernetes."""
+
+    def run(self, spec: JobSpec) -> WorkloadView:
+        """Start one. Refused("name_taken" | "cannot_start")."""
+
+    def stop(self, namespace: str, name: str, signal_name: str) -> WorkloadView:
+        """TERM and after a grace time KILL, or KILL at once; returns when it is gone. NotFound."""
+
+    def views(self, target: Target | None) -> list[WorkloadView]:
+        """All jobs, or the one workload (process or job) that `target` names."""
+
+    def reap(self) -> None:
+        """Wait for children that have ended and note how jobs did. Never blocks."""
+
 
 class PreparedWorkload(Protocol):
     """A place for a tree that comes back. Undone by `discard` until `adopt`."""
@@ -218,3 +240,28 @@ class PreparedWorkload(Protocol):
 
     def discard(self) -> None:
         """Remove what `prepare` made. Harmless when repeated, no effect after `adopt`."""
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load:
+    """How the machine is now."""
+
+    cpus: int
+    memory_total: int  # bytes
+    memory_available: int
+    load: float  # of the last minute
+
+
+class Host(Protocol):
+    """The machine this daemon runs on."""
+
+    def facts(self) -> HostFacts:
+        """What an image made here says about where it was made; `criu_version` is 0 here, the Criu port knows it."""
+
+    def load(self) -> Load: ...
+
+    def room(self, path: Path) -> int:
+        """Bytes free in the file system of `path`, or of its nearest parent that is there."""

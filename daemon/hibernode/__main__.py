@@ -1,0 +1,83 @@
+"""`hibernode ...`: `node` is the daemon (`service.py`), `check-config` shows its configuration; everything else is `cli.py`.
+
+Each is imported only when it is meant: click and rich would cost the daemon memory that it promises not to need, and the daemon's
+drivers would cost the command line its quick start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hibernode import config
+from hibernode.config import Config
+from hibernode.errors import HibernodeError
+
+EXIT_CONFIG = 78  # EX_CONFIG; the unit does not start again after it, because that would not help
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    match words[:1]:
+        case ["node"]:
+            sys.exit(_node(words[1:]))
+        case ["check-config"]:
+            sys.exit(_check_config(words[1:]))
+        case _:
+            from hibernode.cli import cli  # noqa: PLC0415 - see above
+
+            cli(words, prog_name="hibernode")
+
+
+def _node(words: Sequence[str]) -> int:
+    """Run the node daemon until SIGTERM or SIGINT."""
+    arguments = _parser("node", "Run the node daemon: commands from JetStream and gRPC, until SIGTERM.").parse_args(words)
+    from hibernode import service  # noqa: PLC0415 - see above
+
+    try:
+        service.run(_load(arguments))
+    except HibernodeError as e:
+        return _complain(e)
+    return 0
+
+
+def _check_config(words: Sequence[str]) -> int:
+    """Print every value (secrets hidden) and say whether a daemon would start with them."""
+    parser = _parser("check-config", "Read the configuration as the daemon would, print it with secrets hidden, and exit.")
+    parser.add_argument("--defaults", action="store_true", help="print the built-in defaults instead")
+    arguments = parser.parse_args(words)
+    from hibernode import service  # noqa: PLC0415 - see above
+
+    try:
+        settings = config.load(None, {}) if arguments.defaults else _load(arguments)
+        service.store_opener(settings)("")
+    except HibernodeError as e:
+        return _complain(e)
+    sys.stdout.write(config.render(settings))
+    return 0
+
+
+def _parser(name: str, what: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"hibernode {name}", description=what)
+    parser.add_argument(
+        "--config", type=Path, help="TOML file; else $HIBERNODE_CONFIG, else /etc/hibernode/hibernode.toml if there"
+    )
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> Config:
+    path = arguments.config or (Path(found) if (found := os.environ.get("HIBERNODE_CONFIG")) else None)
+    default = Path("/etc/hibernode/hibernode.toml")
+    return config.load(path or (default if default.exists() else None))
+
+
+def _complain(error: HibernodeError) -> int:
+    sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
+    return EXIT_CONFIG
+
+
+if __name__ == "__main__":
+    main()

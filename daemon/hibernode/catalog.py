@@ -1,0 +1,143 @@
+"""Checkpoints in a store, as a whole: commit, read, list, verify, delete. The manifest is the checkpoint; nothing else says that it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from hibernode.errors import Corrupt, NotFound, Refused
+from hibernode.flow import Threads
+from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, ImageRef, Manifest, Meter, Verdict
+from hibernode.node import Node
+from hibernode.ports import Store, Workload
+from hibernode.preflight import Options
+from hibernode.transfer import format
+from hibernode.transfer.receive import Receiver
+
+_MANIFEST = "manifest.json"
+
+
+def _key(checkpoint_id: str) -> str:
+    return f"{checkpoint_id}/{_MANIFEST}"
+
+
+def insist_new(store: Store, checkpoint_id: str) -> None:
+    """Nothing is overwritten: a checkpoint id that is there already is refused."""
+    try:
+        store.stat(_key(checkpoint_id))
+    except NotFound:
+        return
+    raise Refused(
+        "exists",
+        f"checkpoint {checkpoint_id} exists already",
+        prop="checkpoint_id",
+        found=checkpoint_id,
+        wanted="a new id",
+    )
+
+
+def describe(
+    node: Node, command: CheckpointCommand, workload: Workload, options: Options, meter: Meter, images: list[ImageRef]
+) -> Manifest:
+    """The manifest of what was captured."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        checkpoint_id=command.checkpoint_id,
+        action_id=command.action_id,
+        created_at=time.time(),
+        node=node.config.node,
+        kind=command.kind,
+        reason=command.reason,
+        workload=workload.facts,
+        host=node.host.facts().model_copy(update={"criu_version": node.criu.facts().version}),
+        compression=options.compression,
+        criu_opts=options.criu_opts,
+        pause_ns=meter.pause_ns,
+        raw_bytes=meter.raw_bytes,
+        zero_bytes=meter.zero_bytes,
+        stored_bytes=meter.stored_bytes,
+        images=images,
+    )
+
+
+def commit(store: Store, manifest: Manifest) -> None:
+    """Make it a checkpoint: every object is there with its size, then the manifest, read back and compared. Raises with no manifest
+    left behind."""
+    check_sizes(store, manifest)
+    data = format.encode_manifest(manifest)
+    format.decode_manifest(data)  # what we could not read we do not write
+    store.put(_key(manifest.checkpoint_id), data)
+    try:
+        if store.get(_key(manifest.checkpoint_id), limit=format.MAX_MANIFEST) != data:
+            raise Corrupt("the manifest came back from the store different from what was written")
+    except BaseException:
+        store.delete(_key(manifest.checkpoint_id))
+        raise
+
+
+def check_sizes(store: Store, manifest: Manifest) -> None:
+    """Every object that the manifest names is there with the size it names, or Corrupt."""
+    for image in manifest.images:
+        for ref in (*image.streams, image.index, image.files):
+            try:
+                size = store.stat(f"{manifest.checkpoint_id}/{ref.key}").size
+            except NotFound as e:
+                raise Corrupt(f"{ref.key} is not in the store", key=ref.key) from e
+            if size != ref.size:
+                raise Corrupt(f"{ref.key} has {size} bytes, the manifest says {ref.size}", key=ref.key)
+
+
+def read(store: Store, checkpoint_id: str) -> Manifest:
+    """The manifest, checked. NotFound, Corrupt, or Refused("format_version")."""
+    try:
+        data = store.get(_key(checkpoint_id), limit=format.MAX_MANIFEST)
+    except NotFound:
+        raise NotFound(
+            f"no checkpoint {checkpoint_id} in {store.location}",
+            hint="`hibernode list` shows those that are",
+            id=checkpoint_id,
+        ) from None
+    manifest = format.decode_manifest(data)
+    if manifest.checkpoint_id != checkpoint_id:
+        raise Corrupt(f"the manifest of {checkpoint_id} says that it is {manifest.checkpoint_id}")
+    return manifest
+
+
+def manifests(store: Store) -> Iterator[Manifest]:
+    """All readable checkpoints, in order of their ids; one that is damaged or too new is left out."""
+    for facts in store.list():
+        checkpoint_id, _, rest = facts.key.partition("/")
+        if rest == _MANIFEST:
+            try:
+                yield read(store, checkpoint_id)
+            except (NotFound, Corrupt, Refused):
+                continue
+
+
+def verify(store: Store, checkpoint_id: str, threads: int, cancel: Cancel, tell: Callable[[Verdict], None]) -> Verdict:
+    """Read every byte and compare it with its digest, inflate every frame. Raises Corrupt at the first that does not hold."""
+    began, meter = time.monotonic(), Meter()
+    manifest, frames = read(store, checkpoint_id), 0
+    check_sizes(store, manifest)
+    for image in manifest.images:
+        frames += _verify_image(store, checkpoint_id, image, threads, cancel, meter)
+        tell(Verdict(ok=True, bytes=meter.total_io, frames=frames, seconds=time.monotonic() - began))
+    return Verdict(ok=True, bytes=meter.total_io, frames=frames, seconds=time.monotonic() - began, code="ok")
+
+
+def _verify_image(store: Store, prefix: str, image: ImageRef, threads: int, cancel: Cancel, meter: Meter) -> int:
+    receiver = Receiver(store, prefix, image, threads, meter)
+    receiver.verify_files()
+    index = receiver.fetch_index()
+    with Threads(cancel) as scope:
+        receiver.verify_pages(index, scope)
+    return len(index.frames)
+
+
+def delete(store: Store, checkpoint_id: str) -> None:
+    """The manifest first: what is half deleted is no checkpoint any more."""
+    manifest_key = _key(checkpoint_id)
+    store.stat(manifest_key)
+    store.delete(manifest_key)
+    for facts in list(store.list(f"{checkpoint_id}/")):
+        store.delete(facts.key)

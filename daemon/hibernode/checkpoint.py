@@ -1,0 +1,55 @@
+"""A checkpoint, on one page. Twin: `restore.py`.
+
+Everything before `dumping` only looks; everything after it is undone if it fails, and the workload runs on with its data. Undos are
+registered before the deed. CRIU never kills: a workload that is to be killed is held stopped, and killed after the commit.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from hibernode import catalog, preflight
+from hibernode.capture import Capture
+from hibernode.journal import Tree
+from hibernode.model import CheckpointCommand, Status
+from hibernode.node import Attempt, Node, insist, on_error
+
+
+def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None:
+    """Freeze, dump, let go; ship; commit; report `ready`; kill if asked. Raises with the workload running as before."""
+    meter = attempt.meter
+    with attempt.phase("preflight"):
+        store = node.open_store(command.overrides.directory)
+        options = preflight.options(command.overrides, node.config, node.host.load().cpus)
+        workload = node.workloads.find(command.target)
+        processes = workload.processes()
+        preflight.checkpoint(command, processes, options.criu)
+        meter.bytes_total = sum(process.rss for process in processes)
+        preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
+        catalog.insist_new(store, command.checkpoint_id)
+        store.check()
+
+    claim = node.claims.claim(workload.key, command.action_id)
+    with claim, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+        capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
+        trees = [Tree(pid=process.pid, start_time=process.start_time) for process in processes]
+        attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
+
+        with attempt.phase("dumping"), ExitStack() as held:
+            held.callback(insist, "letting the workload go on", workload.thaw)
+            workload.freeze()
+            meter.pause_ns = capture.dump()
+            if options.kill:
+                undo.push(on_error(held.pop_all()))  # stays stopped until it is killed, or let go if anything fails
+        meter.bytes_total = meter.raw_bytes
+        attempt.report(Status.CHECKPOINT_CREATED)
+
+        with attempt.phase("shipping"):
+            images = capture.finish()
+        with attempt.phase("committing"):
+            catalog.commit(store, catalog.describe(node, command, workload, options, meter, images))
+            capture.keep()
+        attempt.report(Status.READY)
+        if options.kill:
+            attempt.entry.enter("killing")
+            insist("killing the workload", workload.kill)

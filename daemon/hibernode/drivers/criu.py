@@ -1,0 +1,243 @@
+"""Stock CRIU: `criu swrk` spawned by us, spoken to with pycriu. The only place that knows CRIU's options, its exit and its log.
+
+We spawn the worker ourselves (pycriu would fork inside a threaded process) and hand pycriu our end of the socket: so its pid, its
+time limit and its log are ours. A worker that dumps is never killed by us: nobody would resume the tree. Closing the page socket makes
+it roll back instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pycriu
+from pycriu.images import core_pb2, magic, pstree_pb2, stats_pb2
+
+from hibernode.children import Children
+from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed
+from hibernode.model import Cancel, TaskFacts
+from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared
+
+OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
+_LOG_LINES = 12
+_HARMLESS = re.compile(r"RLIMIT_NOFILE|prlimit|Can't set RLIMIT")  # criu.md: logged as an error without CAP_SYS_RESOURCE
+# What CRIU's log says -> (stable reason, what to do about it).
+_KNOWN = (
+    (r"Connected TCP socket", "tcp_established", 'say {"tcp": "close"} or {"tcp": "established"} in criu_opts'),
+    (r"io_uring", "io_uring", "CRIU cannot save io_uring; run the workload without it"),
+    (
+        r"has bad size",
+        "file_changed",
+        "a file the workload has open is longer or shorter than it was; put it back as it was",
+    ),
+    (r"Can't open file|Can't open .* on restore", "file_missing", "a file the workload had open is not here"),
+    (r"Can't get rlimit", "cap_sys_resource", "the daemon needs CAP_SYS_RESOURCE for workloads of other users"),
+    (r"tty|pts/", "terminal", "the workload holds a terminal; start it with `hibernode run` or under setsid"),
+    (r"Pid \d+ do not match|EEXIST|File exists", "pid_taken", "a pid of the tree is in use"),
+    (r"is unlinked|Can't dump ghost file", "ghost_file", "a deleted file is larger than criu.ghost_limit"),
+)
+
+
+class Criu:
+    """ports.Criu on the binary at `path`."""
+
+    def __init__(self, path: str, children: Children, plugins: Path) -> None:
+        self._path, self._children = path, children
+        plugins.mkdir(parents=True, exist_ok=True)
+        self._env = {
+            **os.environ,
+            "CRIU_LIBS_DIR": str(plugins),
+        }  # an empty folder: CRIU's own CUDA plugin must stay out
+        self._facts: CriuFacts | None = None
+
+    def facts(self) -> CriuFacts:
+        if self._facts is None:
+            version = self._version()
+            if version < OLDEST:
+                raise Refused(
+                    "criu_too_old",
+                    f"CRIU {show_version(version)} is too old",
+                    prop="criu",
+                    found=show_version(version),
+                    wanted=f"{show_version(OLDEST)} or newer",
+                    hint="`scripts/setup` provides one",
+                )
+            self._facts = CriuFacts(version, self._path)
+        return self._facts
+
+    def _version(self) -> int:
+        try:
+            said = subprocess.run([self._path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout  # noqa: S603
+        except (OSError, subprocess.TimeoutExpired) as e:
+            said = str(e)
+        if not (found := re.search(r"Version: (\d+)\.(\d+)(?:\.(\d+))?", said)):
+            raise Refused(
+                "criu_missing",
+                f"no usable CRIU at {self._path}",
+                prop="criu",
+                found=said.strip()[:200],
+                wanted=f"{show_version(OLDEST)} or newer",
+                hint="`scripts/setup` provides one; or set `path` in [criu]",
+            )
+        major, minor, sub = (int(part or 0) for part in found.groups())
+        return major * 10000 + minor * 100 + sub
+
+    def check(self) -> str:
+        done = subprocess.run([self._path, "check"], capture_output=True, text=True, timeout=60, check=False, env=self._env)  # noqa: S603
+        said = [line for line in (done.stdout + done.stderr).splitlines() if not _HARMLESS.search(line)]
+        return "" if done.returncode == 0 else "; ".join(said)[-500:] or f"exit status {done.returncode}"
+
+    def dump(self, pid: int, images: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        cancel.check()
+        try:
+            with self._worker(images, "dump.log", options, pass_fds=[pages.fileno()]) as request:
+                request.opts.pid = pid
+                request.opts.ps.fd = pages.fileno()
+                request.opts.leave_running = not options.leave_stopped
+                request.opts.leave_stopped = options.leave_stopped
+                pages_closed = pages.detach()
+                try:
+                    request.dump()
+                finally:
+                    os.close(pages_closed)
+        except pycriu.CRIUException as e:
+            raise self._failed(DumpFailed, f"CRIU could not dump pid {pid}", e, images / "dump.log") from e
+        finally:
+            pages.close()
+        return read_stats(images)
+
+    def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
+        cancel.check()
+        try:
+            with self._worker(
+                images,
+                "restore.log",
+                options,
+                pass_fds=list(prepared.inherit.values()),
+                cgroup_procs=prepared.cgroup_procs,
+            ) as request:
+                request.opts.auto_dedup = True  # frees each page of the files as it is used: no second copy at the end
+                for key, descriptor in prepared.inherit.items():
+                    request.opts.inherit_fd.add(key=key, fd=descriptor)
+                return int(request.restore().pid)
+        except pycriu.CRIUException as e:
+            raise self._failed(RestoreFailed, "CRIU could not restore the tree", e, images / "restore.log") from e
+
+    @contextmanager
+    def _worker(
+        self, images: Path, log: str, options: CriuOptions, *, pass_fds: list[int], cgroup_procs: Sequence[str] = ()
+    ) -> Iterator[pycriu.criu]:
+        """A request to a worker of its own; the worker has ended when this is left."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        directory = os.open(images, os.O_DIRECTORY)
+        try:
+            argv = [self._path, "swrk", str(theirs.fileno())]
+            worker = self._children.spawn(argv, pass_fds=[theirs.fileno(), *pass_fds], env=self._env)
+            theirs.close()
+            for procs in cgroup_procs:
+                _join_cgroup(procs, worker.pid)
+            request = pycriu.criu()
+            request.use_fd(ours.fileno())
+            _apply(request.opts, options, directory, log)
+            try:
+                yield request
+            finally:
+                ours.close()
+                self._children.wait(worker)
+        finally:
+            os.close(directory)
+            ours.close()
+            theirs.close()
+
+    def _failed(self, kind: type[HibernodeError], what: str, error: Exception, log: Path) -> HibernodeError:
+        tail = log_tail(log)
+        text = "\n".join(tail)
+        reason, hint = next(((r, h) for pattern, r, h in _KNOWN if re.search(pattern, text)), ("", ""))
+        why = tail[-1] if tail else str(error)
+        first = next((line for line in tail if "Error" in line), why)
+        return kind(f"{what}: {first}", hint=hint, criu_log=tail, reason=reason, criu=str(error).strip())
+
+    def tasks(self, images: Path) -> list[TaskFacts]:
+        try:
+            entries = list(_entries((images / "pstree.img").read_bytes(), "PSTREE"))
+            parsed = [pstree_pb2.pstree_entry.FromString(entry) for entry in entries]
+            return [
+                TaskFacts(pid=e.pid, ppid=e.ppid, comm=_comm(images, e.pid), threads=[t for t in e.threads if t != e.pid])
+                for e in parsed
+            ]
+        except (OSError, struct.error, ValueError) as e:
+            raise Corrupt(f"pstree.img: {e}") from e
+
+
+def _apply(opts: pycriu.rpc.criu_opts, options: CriuOptions, directory: int, log: str) -> None:
+    opts.images_dir_fd = directory
+    opts.log_file, opts.log_level = log, options.log_level
+    opts.timeout = options.timeout  # CRIU's own 10 s is too short for large trees
+    opts.shell_job, opts.ext_unix_sk = options.shell_job, options.ext_unix_sk
+    opts.file_locks, opts.link_remap = options.file_locks, options.link_remap
+    opts.ghost_limit = options.ghost_limit
+    opts.tcp_established = options.tcp == "established"
+    opts.tcp_close = options.tcp == "close"
+    # A dump locks the network of a tree with a network namespace of its own, and a killed CRIU leaves the lock: only where needed.
+    opts.network_lock = pycriu.rpc.IPTABLES if options.tcp == "established" else pycriu.rpc.SKIP
+    opts.manage_cgroups_mode = pycriu.rpc.IGNORE
+
+
+def _join_cgroup(procs: str, pid: int) -> None:
+    try:
+        Path(procs).write_text(str(pid))
+    except OSError:
+        return  # best effort: the tree is then born in the daemon's own cgroup, and `KillMode` keeps it alive
+
+
+def read_stats(images: Path) -> DumpStats:
+    """CRIU's statistics of the dump in `images`."""
+    try:
+        (entry,) = _entries((images / "stats-dump").read_bytes(), "STATS")
+        dump = stats_pb2.stats_entry.FromString(entry).dump
+    except (OSError, struct.error, ValueError) as e:
+        raise DumpFailed(f"CRIU said that it dumped, but left no readable statistics: {e}") from e
+    return DumpStats(dump.freezing_time * 1000, dump.frozen_time * 1000, dump.pages_written + dump.shpages_written)
+
+
+def _entries(data: bytes, kind: str) -> Iterator[bytes]:
+    """The protobufs of a CRIU image file: one or two magic numbers, then length-prefixed messages."""
+    first, second = struct.unpack_from("<II", data)
+    if first not in (magic.by_name["IMG_COMMON"], magic.by_name["IMG_SERVICE"]) or second != magic.by_name[kind]:
+        raise ValueError("wrong magic number")
+    at = 8
+    while at < len(data):
+        (size,) = struct.unpack_from("<I", data, at)
+        if at + 4 + size > len(data):
+            raise ValueError("truncated")
+        yield data[at + 4 : at + 4 + size]
+        at += 4 + size
+
+
+def _comm(images: Path, pid: int) -> str:
+    path = images / f"core-{pid}.img"
+    if not path.exists():
+        return ""  # a zombie's core has no name worth keeping; a helper task has no core
+    entry = next(_entries(path.read_bytes(), "CORE"), b"")
+    return str(core_pb2.core_entry.FromString(entry).tc.comm)[:64]
+
+
+def log_tail(log: Path, lines: int = _LOG_LINES) -> list[str]:
+    """The last errors and warnings of a CRIU log, harmless ones left out; the last lines if there is none."""
+    try:
+        text = log.read_bytes()[-65536:].decode(errors="replace").splitlines()
+    except OSError:
+        return []
+    text = [line for line in text if not _HARMLESS.search(line)]
+    return [line for line in text if "Error" in line or "Warn" in line][-lines:] or text[-lines:]
+
+
+def show_version(version: int) -> str:
+    major, minor, sub = version // 10000, version // 100 % 100, version % 100
+    return f"{major}.{minor}.{sub}" if sub else f"{major}.{minor}"

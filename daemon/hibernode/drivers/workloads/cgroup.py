@@ -1,0 +1,51 @@
+"""A cgroup for what is not ours: managed jobs and restored trees leave the daemon's, so that stopping the daemon's unit does not stop
+them, and their memory is not counted as the daemon's. Best effort: without one, `KillMode` in the unit still keeps them alive.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_PARENT = "hibernode"
+_NEEDS_SETTINGS = {"cpuset"}  # an empty cpuset takes no process
+
+
+def _hierarchies() -> list[Path]:
+    """Where cgroups are mounted: one place on v2, one per controller on v1."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [
+        Path(where)
+        for _, where, kind, options, *_ in mounts
+        if kind == "cgroup2" or (kind == "cgroup" and not _NEEDS_SETTINGS & set(options.split(",")))
+    ]
+
+
+def create(uid: str) -> tuple[str, ...]:
+    """The files to write a pid into, so that it and its children live in cgroup `hibernode/<uid>` of every hierarchy."""
+    procs = []
+    for hierarchy in _hierarchies():
+        place = hierarchy / _PARENT / uid
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue  # read-only here, as in most containers
+        procs.append(str(place / "cgroup.procs"))
+    return tuple(procs)
+
+
+def join(procs: tuple[str, ...], pid: int) -> None:
+    for file in procs:
+        try:
+            Path(file).write_text(str(pid))
+        except OSError:
+            continue
+
+
+def remove(uid: str) -> None:
+    """Remove the empty cgroups of `uid`; those in use stay."""
+    for hierarchy in _hierarchies():
+        try:
+            os.rmdir(hierarchy / _PARENT / uid)
+        except OSError:
+            continue

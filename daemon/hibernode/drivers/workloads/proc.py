@@ -1,0 +1,134 @@
+"""What /proc says of processes. Knows the files and their fields; decides nothing."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hibernode.model import PAGE
+from hibernode.ports import ProcessFacts
+
+_PF_KTHREAD = 0x00200000  # include/linux/sched.h
+_ESTABLISHED = "01"  # include/net/tcp_states.h
+GONE = (FileNotFoundError, ProcessLookupError)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Of /proc/<pid>/stat, the fields that are used here."""
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    flags: int
+    start_time: int
+    rss: int
+
+
+def stat(pid: int) -> Stat:
+    """Raises FileNotFoundError or ProcessLookupError when there is no such process."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    comm, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+    return Stat(pid, comm, rest[0], int(rest[1]), int(rest[6]), int(rest[19]), int(rest[21]) * PAGE)
+
+
+def start_time(pid: int) -> int:
+    """0 when there is no such process. With the pid it is an identity: pids come again."""
+    try:
+        return stat(pid).start_time
+    except GONE:
+        return 0
+
+
+def state(pid: int) -> str:
+    """R, S, D, T, t, Z, X as in proc(5); empty when there is no such process."""
+    try:
+        return stat(pid).state
+    except GONE:
+        return ""
+
+
+def alive(pid: int, started: int) -> bool:
+    """This very process is there and not a zombie."""
+    try:
+        found = stat(pid)
+    except GONE:
+        return False
+    return found.start_time == started and found.state not in ("Z", "X")
+
+
+def tgid(pid: int) -> int:
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        return int(next(line for line in file if line.startswith("Tgid:")).split()[1])
+
+
+def tree(root: int) -> list[int]:
+    """`root` and all its descendants now, parents first."""
+    children = defaultdict(list)
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                children[stat(int(name)).ppid].append(int(name))
+            except GONE:
+                continue
+    found = [root]
+    for pid in found:
+        found.extend(children[pid])
+    return found
+
+
+def facts(pid: int) -> ProcessFacts:
+    """Everything preflight asks about one process. Raises FileNotFoundError or ProcessLookupError when it is gone."""
+    of = stat(pid)
+    status = _status(pid)
+    return ProcessFacts(
+        pid=pid,
+        start_time=of.start_time,
+        comm=of.comm,
+        state=of.state,
+        tgid=int(status["Tgid"]),
+        kernel_thread=bool(of.flags & _PF_KTHREAD),
+        tracer=int(status["TracerPid"]),
+        uid=int(status["Uid"].split()[0]),
+        rss=of.rss,
+        fds=() if of.state == "Z" else tuple(_descriptors(pid)),
+    )
+
+
+def _status(pid: int) -> dict[str, str]:
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
+
+
+def _descriptors(pid: int) -> Iterable[tuple[int, str]]:
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            yield int(name), os.readlink(f"/proc/{pid}/fd/{name}")
+        except GONE:
+            continue  # closed while we looked
+
+
+def connections(pid: int, fds: Iterable[tuple[int, str]]) -> tuple[str, ...]:
+    """Established TCP connections among the descriptors `fds` of `pid`, as the kernel writes their addresses."""
+    inodes = {what[8:-1] for _, what in fds if what.startswith("socket:[")}
+    found = []
+    for table in ("tcp", "tcp6") if inodes else ():
+        try:
+            with open(f"/proc/{pid}/net/{table}", encoding="ascii") as file:
+                rows = [line.split() for line in file][1:]
+        except GONE:
+            continue
+        found += [f"{row[1]} -> {row[2]}" for row in rows if row[3] == _ESTABLISHED and row[9] in inodes]
+    return tuple(found)
+
+
+def command_line(pid: int) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return [part.decode(errors="replace") for part in file.read().split(b"\0")[:-1]]
+    except GONE:
+        return []

@@ -1,0 +1,439 @@
+"""Processes and managed jobs. A managed job is a pod of a machine without Kubernetes: a name, a namespace, a UID, a log, one tree.
+
+The book of jobs is a directory: `<uid>.json` with what a job is and which process it is now, `<uid>.log` with what it wrote. A job
+writes its log with O_APPEND, because CRIU compares the length of every other file at restore; on a restore CRIU is handed a fresh
+descriptor of the log (`inherit_fd`), so that nothing of the old node's files is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hibernode.children import Children
+from hibernode.drivers.workloads import cgroup, proc
+from hibernode.errors import NotFound, Refused, Stuck
+from hibernode.model import JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
+from hibernode.ports import Prepared, ProcessFacts
+
+KILL_DEADLINE = 30.0  # seconds for a SIGKILLed tree to be gone: freeing much memory takes time
+_ROOT = "main"  # the image of a workload with one tree
+
+
+class ProcessWorkload:
+    """One tree. ports.Workload."""
+
+    def __init__(self, facts: WorkloadFacts, pid: int, children: Children) -> None:
+        self._facts, self._pid, self._children = facts, pid, children
+        self._started = proc.start_time(pid)
+        self._stopped_before: set[int] = set()
+
+    @property
+    def facts(self) -> WorkloadFacts:
+        return self._facts
+
+    @property
+    def key(self) -> str:
+        return f"pid {self._pid}"
+
+    def roots(self) -> Mapping[str, int]:
+        self._insist_alive()
+        return {_ROOT: self._pid}
+
+    def _insist_alive(self) -> None:
+        if not proc.alive(self._pid, self._started):
+            raise NotFound(f"process {self._pid} has ended", hint="it exited after the command was given", pid=self._pid)
+
+    def processes(self) -> Sequence[ProcessFacts]:
+        found = []
+        for pid in proc.tree(self._pid):
+            with contextlib.suppress(*proc.GONE):
+                facts = proc.facts(pid)
+                found.append(replace(facts, tcp=proc.connections(pid, facts.fds)))
+        return found
+
+    def freeze(self) -> None:
+        """CRIU stops a single tree by itself; here it is only noted who was stopped before, because `thaw` leaves him so."""
+        self._stopped_before = {pid for pid in proc.tree(self._pid) if proc.state(pid) == "T"}
+
+    def thaw(self) -> None:
+        """SIGCONT to what a dump left stopped."""
+        if proc.start_time(self._pid) == self._started:
+            for pid in proc.tree(self._pid):
+                if pid not in self._stopped_before and proc.state(pid) == "T":
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        if proc.start_time(self._pid) == self._started:
+            kill_tree(self._pid, self._children)
+
+
+def kill_tree(root: int, children: Children) -> None:
+    """SIGKILL `root` and its descendants and wait until their pids are free. Stuck if they are not in time."""
+    deadline = time.monotonic() + KILL_DEADLINE
+    pending: dict[int, int] = {}  # pid -> pidfd
+    try:
+        while True:
+            for pid in proc.tree(root):
+                if pid not in pending:
+                    with contextlib.suppress(OSError):
+                        pending[pid] = os.pidfd_open(pid)
+            for pidfd in pending.values():
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            _wait_dead(pending, deadline)
+            children.reap()
+            left = [pid for pid in pending if proc.start_time(pid)]
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise Stuck(f"processes {left} do not go away after SIGKILL", hint="does their parent wait for them?", pids=left)
+            select.select([], [], [], 0.005)
+    finally:
+        for pidfd in pending.values():
+            os.close(pidfd)
+
+
+def _wait_dead(pending: Mapping[int, int], deadline: float) -> None:
+    """A pidfd is readable when its process has ended (its zombie may still be there)."""
+    poller = select.poll()
+    for pidfd in pending.values():
+        poller.register(pidfd, select.POLLIN)
+    while pending and len(poller.poll(100)) < len(pending) and time.monotonic() < deadline:
+        continue
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of the book."""
+
+    uid: str
+    namespace: str
+    name: str
+    argv: list[str]
+    cwd: str
+    log: str
+    pid: int
+    start_time: int
+    started_at: float
+    exit_code: int | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.pid > 0 and proc.alive(self.pid, self.start_time)
+
+
+class Jobs:
+    """The book. Thread-safe as far as the file system is: one file per job, replaced whole."""
+
+    def __init__(self, directory: Path, children: Children, clock: Callable[[], float] = time.time) -> None:
+        self._directory, self._children, self._clock = directory, children, clock
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def all(self) -> list[Job]:
+        jobs = []
+        for path in sorted(self._directory.glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                jobs.append(Job(**json.loads(path.read_text())))
+        return sorted(jobs, key=lambda job: job.started_at)
+
+    def save(self, job: Job) -> None:
+        temporary = self._directory / f".{job.uid}.json"
+        with open(temporary, "w", opener=lambda path, flags: os.open(path, flags, 0o600), encoding="utf-8") as file:
+            json.dump(asdict(job), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self._directory / f"{job.uid}.json")
+
+    def log_path(self, uid: str) -> str:
+        return str(self._directory / f"{uid}.log")
+
+    def open_log(self, uid: str) -> int:
+        return os.open(self.log_path(uid), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def named(self, namespace: str, name: str) -> Job | None:
+        """The running job of that name, else the latest that ran."""
+        jobs = [job for job in self.all() if (job.namespace, job.name) == (namespace, name)]
+        return next((job for job in jobs if job.running), jobs[-1] if jobs else None)
+
+    def insist_free(self, namespace: str, name: str) -> None:
+        job = self.named(namespace, name)
+        if job is not None and job.running:
+            raise Refused(
+                "name_taken",
+                f"a job {namespace}/{name} runs already, as pid {job.pid}",
+                prop="name",
+                found=f"{namespace}/{name} (pid {job.pid})",
+                wanted="a name no running job has",
+                hint="stop it, or choose another name",
+            )
+
+    def run(self, spec: JobSpec) -> WorkloadView:
+        """Start a job in a session and a cgroup of its own."""
+        self.insist_free(spec.namespace, spec.name)
+        uid = str(uuid.uuid4())
+        log = self.open_log(uid)
+        try:
+            child = subprocess.Popen(  # noqa: S603 - an argument list, no shell; starting it is what we were asked for
+                spec.argv, cwd=spec.cwd, env=spec.env or None, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+        except OSError as e:
+            raise Refused(
+                "cannot_start",
+                f"cannot start {spec.argv[0]!r} in {spec.cwd}: {e.strerror}",
+                prop="argv",
+                found=spec.argv[0],
+                wanted="a program that can be executed there",
+            ) from e
+        finally:
+            os.close(log)
+        child.returncode = 0  # the reaper waits for it, not this object
+        cgroup.join(cgroup.create(uid), child.pid)
+        job = Job(
+            uid, spec.namespace, spec.name, list(spec.argv), spec.cwd, self.log_path(uid), child.pid,
+            proc.start_time(child.pid), self._clock(),
+        )  # fmt: skip
+        self.save(job)
+        return self.view(job)
+
+    def stop(self, namespace: str, name: str, signal_name: str, grace: float = 10.0) -> WorkloadView:
+        """TERM, then KILL after `grace` seconds; or KILL at once. Returns when it is gone."""
+        job = self.named(namespace, name)
+        if job is None:
+            raise NotFound(f"no job {namespace}/{name}", hint="`hibernode jobs` lists them")
+        if job.running:
+            if signal_name != "KILL":
+                self._terminate(job, grace)
+            if job.running:
+                kill_tree(job.pid, self._children)
+            self._children.reap()
+        cgroup.remove(job.uid)
+        return self.view(job)
+
+    def _terminate(self, job: Job, grace: float) -> None:
+        pidfd = os.pidfd_open(job.pid)
+        try:
+            os.kill(job.pid, signal.SIGTERM)
+            select.select([pidfd], [], [], grace)
+        finally:
+            os.close(pidfd)
+
+    def ended(self, exits: Mapping[int, int]) -> None:
+        """Children that were reaped: keep the exit codes of those that were jobs."""
+        if exits:
+            for job in self.all():
+                if job.pid in exits and not proc.alive(job.pid, job.start_time):
+                    self.save(replace(job, exit_code=exits[job.pid]))
+                    cgroup.remove(job.uid)
+
+    def view(self, job: Job) -> WorkloadView:
+        running = job.running
+        pids = proc.tree(job.pid) if running else []
+        state = "running" if running else "killed" if (job.exit_code or 0) < 0 else "exited"
+        return WorkloadView(
+            kind="job",
+            namespace=job.namespace,
+            name=job.name,
+            uid=job.uid,
+            pid=job.pid if running else 0,
+            state=state,
+            command=" ".join(job.argv),
+            rss=sum(_rss(pid) for pid in pids),
+            processes=len(pids),
+            log=job.log,
+            started_at=job.started_at,
+        )
+
+
+def _rss(pid: int) -> int:
+    try:
+        return proc.stat(pid).rss
+    except proc.GONE:
+        return 0
+
+
+class ProcessWorkloads:
+    """ports.Workloads for processes and managed jobs."""
+
+    def __init__(self, jobs: Jobs, children: Children) -> None:
+        self._jobs, self._children = jobs, children
+
+    def find(self, target: Target) -> ProcessWorkload:
+        if target.pid:
+            return self._process(target.pid)
+        job = self._job(target)
+        if not job.running:
+            raise NotFound(
+                f"job {job.namespace}/{job.name} does not run", hint="`hibernode jobs` shows how it ended", uid=job.uid
+            )
+        return ProcessWorkload(self._facts_of(job), job.pid, self._children)
+
+    def _job(self, target: Target) -> Job:
+        if target.pod_id:
+            job = next((job for job in self._jobs.all() if job.uid == target.pod_id), None)
+        else:
+            job = self._jobs.named(target.namespace or "default", target.pod_name)
+        if job is None:
+            raise NotFound(f"no {target} on this node", hint="`hibernode jobs` lists what can be checkpointed here")
+        return job
+
+    def _facts_of(self, job: Job) -> WorkloadFacts:
+        logs = {job.log: "log"}
+        return WorkloadFacts(
+            kind="job", name=job.name, namespace=job.namespace, uid=job.uid, logs=logs, argv=job.argv, cwd=job.cwd
+        )
+
+    def _process(self, pid: int) -> ProcessWorkload:
+        try:
+            facts = proc.facts(pid)
+        except proc.GONE:
+            raise NotFound(f"no process {pid}", hint="it has ended, or lives in another pid namespace", pid=pid) from None
+        insist_dumpable(facts)
+        job = next((job for job in self._jobs.all() if job.pid == pid and job.running), None)
+        if job is not None:
+            return ProcessWorkload(self._facts_of(job), pid, self._children)
+        argv = proc.command_line(pid)
+        return ProcessWorkload(WorkloadFacts(kind="process", name=facts.comm, argv=argv), pid, self._children)
+
+    def prepare(self, facts: WorkloadFacts, name: str) -> PreparedProcess:
+        return PreparedProcess(facts, name, self._jobs, self._children)
+
+    def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
+        self._jobs.ended(self._children.reap())
+        taken = []
+        for pid in (pid for task in tasks for pid in (task.pid, *task.threads)):
+            with contextlib.suppress(*proc.GONE):
+                holder = proc.stat(pid)
+                what = f"a zombie of {holder.comm!r} that its parent {holder.ppid} has not waited for"
+                taken.append((pid, what if holder.state == "Z" else repr(holder.comm)))
+        return taken
+
+    def thaw(self, processes: Sequence[tuple[int, int]]) -> None:
+        for pid, started in processes:
+            if proc.start_time(pid) == started and proc.state(pid) == "T":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def kill(self, processes: Sequence[tuple[int, int]]) -> None:
+        for pid, started in processes:
+            if started and proc.start_time(pid) == started:
+                kill_tree(pid, self._children)
+
+    # --- ports.Jobs ---------------------------------------------------------------------------------------------------------
+
+    def run(self, spec: JobSpec) -> WorkloadView:
+        return self._jobs.run(spec)
+
+    def stop(self, namespace: str, name: str, signal_name: str) -> WorkloadView:
+        return self._jobs.stop(namespace, name, signal_name)
+
+    def reap(self) -> None:
+        self._jobs.ended(self._children.reap())
+
+    def views(self, target: Target | None) -> list[WorkloadView]:
+        """All jobs, or the one workload that `target` names."""
+        if target is None:
+            return [self._jobs.view(job) for job in self._jobs.all()]
+        if not target.pid:
+            return [self._jobs.view(self._job(target))]
+        workload = self._process(target.pid)
+        processes = workload.processes()
+        return [
+            WorkloadView(
+                kind="process",
+                namespace="",
+                name=workload.facts.name,
+                pid=target.pid,
+                command=" ".join(workload.facts.argv),
+                rss=sum(p.rss for p in processes),
+                processes=len(processes),
+            )
+        ]
+
+
+def insist_dumpable(facts: ProcessFacts) -> None:
+    """Refuse what can never be the root of a workload."""
+    pid = facts.pid
+    if facts.kernel_thread:
+        raise Refused(
+            "kernel_thread", f"pid {pid} is the kernel thread {facts.comm!r}", prop="pid", found=pid, wanted="a process"
+        )
+    if facts.tgid != pid:
+        raise Refused(
+            "pid_is_thread",
+            f"pid {pid} is a thread of process {facts.tgid}",
+            prop="pid",
+            found=pid,
+            wanted=facts.tgid,
+            hint=f"name the process: {facts.tgid}",
+        )
+    if facts.state in ("Z", "X"):
+        raise Refused(
+            "zombie",
+            f"process {pid} ({facts.comm!r}) is a zombie",
+            prop="state",
+            found=facts.state,
+            wanted="a live process",
+            hint="it has ended; its parent has not waited for it",
+        )
+    if pid in (1, os.getpid()):
+        raise Refused(
+            "not_a_workload",
+            f"pid {pid} is the daemon or init",
+            prop="pid",
+            found=pid,
+            wanted="somebody else's process",
+        )
+
+
+class PreparedProcess:
+    """ports.PreparedWorkload: a log and a cgroup for a tree that comes back."""
+
+    def __init__(self, facts: WorkloadFacts, name: str, jobs: Jobs, children: Children) -> None:
+        self._jobs, self._children = jobs, children
+        self._facts = facts.model_copy(update={"name": name or facts.name})
+        self._is_job = facts.kind == "job" or bool(name)
+        if self._is_job:
+            jobs.insist_free(self._facts.namespace, self._facts.name)
+        running = {job.uid for job in jobs.all() if job.running}
+        reuse = facts.uid and not name and facts.uid not in running
+        self._uid = facts.uid if reuse else str(uuid.uuid4())
+        self._log = jobs.open_log(self._uid) if facts.logs else -1
+        self._procs = cgroup.create(self._uid)
+
+    @property
+    def prepared(self) -> Prepared:
+        keys = {path.lstrip("/"): self._log for path in self._facts.logs if self._log >= 0}
+        return Prepared(inherit=keys, cgroup_procs=self._procs)
+
+    def adopt(self, pid: int) -> ProcessWorkload:
+        self._close()
+        facts = self._facts
+        if self._is_job:
+            job = Job(
+                self._uid, facts.namespace, facts.name, facts.argv, facts.cwd, self._jobs.log_path(self._uid), pid,
+                proc.start_time(pid), time.time(),
+            )  # fmt: skip
+            self._jobs.save(job)
+            facts = facts.model_copy(update={"uid": self._uid, "logs": {job.log: "log"}, "kind": "job"})
+        return ProcessWorkload(facts, pid, self._children)
+
+    def discard(self) -> None:
+        self._close()
+        cgroup.remove(self._uid)
+
+    def _close(self) -> None:
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1

@@ -1,0 +1,157 @@
+"""What this node was about to do: the phase of every action, durable before the step it names.
+
+One file per action (temporary file, fsync, rename). Phases are gerunds written before their step, so that a crash undoes too much and
+never too little. `remedy` is the pure rule for what recovery has to do; `recovery.py` does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, RestoreCommand, Status, Value
+
+Remedy = Literal["nothing", "thaw", "settle", "finish_kill", "kill_restored"]
+
+
+class Tree(Value):
+    """A process somebody has to answer for: pid and start time, because pids come again."""
+
+    pid: int
+    start_time: int
+
+
+class Record(Value):
+    """One action, as the journal keeps it."""
+
+    action_id: str
+    checkpoint_id: str
+    type: ActionType
+    target: str
+    command: str  # JSON of the model, for whoever has to finish it
+    phase: str = "starting"
+    status: Status = Status.INITIALIZED
+    seq: int = 0
+    began_at: float
+    ended_at: float = 0.0
+    location: str = ""  # the store's
+    trees: list[Tree] = []  # being dumped, or restored
+    kill: bool = False  # the workload is to be killed when the checkpoint is ready
+    last: Event | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.phase == "done"
+
+    def parsed(self) -> ActionCommand:
+        kind = CheckpointCommand if self.type == "checkpoint" else RestoreCommand
+        return kind.model_validate_json(self.command)
+
+
+def remedy(record: Record) -> Remedy:
+    """What is left to do for an action whose daemon died. Repeating it is harmless."""
+    match record.type, record.phase:
+        case _, "done" | "starting" | "preflight" | "fetching":
+            return "nothing"
+        case "checkpoint", "dumping" | "shipping":
+            return "thaw"
+        case "checkpoint", "committing":
+            return "settle"
+        case "checkpoint", "killing":
+            return "finish_kill"
+        case _:
+            return "kill_restored"
+
+
+class Entry:
+    """One action's page of the journal, open for writing. Thread-safe; every change is on disk when the call returns."""
+
+    def __init__(self, path: Path, record: Record) -> None:
+        self._path, self._record, self._lock = path, record, threading.Lock()
+        self._write(record)
+
+    @property
+    def action_id(self) -> str:
+        return self._record.action_id
+
+    @property
+    def record(self) -> Record:
+        return self._record
+
+    def enter(self, phase: str) -> None:
+        self.update(phase=phase)
+
+    def update(self, **changes: object) -> None:
+        with self._lock:
+            self._write(self._record.model_copy(update=changes))
+
+    def emit(self, make: Callable[[int], Event | None]) -> Event | None:
+        """Give the next sequence number to `make` and keep the event it returns; None (no event is due) changes nothing.
+        Statuses move forward only: `make` sees the record as it is under the lock."""
+        with self._lock:
+            event = make(self._record.seq + 1)
+            if event is not None:
+                self._write(self._record.model_copy(update={"seq": event.seq, "status": event.status, "last": event}))
+        return event
+
+    def _write(self, record: Record) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        with open(temporary, "w", opener=_private, encoding="utf-8") as file:
+            file.write(record.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(self._path)
+        self._record = record
+
+
+class Journal:
+    """All of them, in one directory. `keep` finished ones are kept for redelivered commands and for people."""
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time, keep: int = 1000) -> None:
+        self._directory, self._clock, self._keep = directory, clock, keep
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._entries: dict[str, Entry] = {}
+        for path in directory.glob("*.json"):
+            with contextlib.suppress(OSError, ValidationError, json.JSONDecodeError):
+                record = Record.model_validate_json(path.read_bytes())
+                self._entries[record.action_id] = Entry(path, record)
+
+    def find(self, action_id: str) -> Entry | None:
+        return self._entries.get(action_id)
+
+    def all(self) -> list[Entry]:
+        return sorted(self._entries.values(), key=lambda entry: entry.record.began_at)
+
+    def begin(self, command: ActionCommand) -> Entry:
+        """The page of a new action. The action id must be new."""
+        target = str(command.target) if isinstance(command, CheckpointCommand) else f"checkpoint {command.checkpoint_id}"
+        record = Record(
+            action_id=command.action_id,
+            checkpoint_id=command.checkpoint_id,
+            type=command.type,
+            target=target,
+            command=command.model_dump_json(),
+            began_at=self._clock(),
+        )
+        self._prune()
+        entry = Entry(self._directory / f"{command.action_id}.json", record)
+        self._entries[command.action_id] = entry
+        return entry
+
+    def _prune(self) -> None:
+        finished = [entry.record for entry in self.all() if entry.record.done]
+        for record in finished[: max(0, len(finished) - self._keep)]:
+            del self._entries[record.action_id]
+            (self._directory / f"{record.action_id}.json").unlink(missing_ok=True)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

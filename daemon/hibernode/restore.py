@@ -1,0 +1,75 @@
+"""A restore, on one page. Twin: `checkpoint.py`.
+
+Everything before `restoring` only reads and prepares; the image is verified frame by frame before CRIU sees any of it. If CRIU, the
+probe or anything later fails, no process of the tree is left. The local machine decides what a restored tree may do; the image does not.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from hibernode import catalog, preflight
+from hibernode.errors import RestoreFailed
+from hibernode.flow import Threads
+from hibernode.journal import Tree
+from hibernode.model import ImageRef, RestoreCommand, Status, TaskFacts
+from hibernode.node import Attempt, Node, insist
+from hibernode.ports import Store, Workload
+from hibernode.transfer.receive import Receiver
+
+
+def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
+    """Read the manifest, refuse what does not fit, fetch and verify, restore, probe, report `ready`. Raises with nothing left."""
+    with attempt.phase("preflight"):
+        store = node.open_store(command.overrides.directory)
+        manifest = catalog.read(store, command.checkpoint_id)
+        options = preflight.options(command.overrides, node.config, node.host.load().cpus, manifest.criu_opts)
+        tasks = [task for image in manifest.images for task in image.tasks]
+        preflight.restore(manifest, node.host.facts(), node.criu.facts())
+        preflight.restore_room(manifest, node.host.room(node.config.work_dir), node.host.load())
+        catalog.check_sizes(store, manifest)
+        preflight.pids(node.workloads.blockers(tasks))
+        attempt.meter.bytes_total = manifest.raw_bytes
+        attempt.meter.streams = sum(len(image.streams) for image in manifest.images)
+
+    claim = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)
+    with claim, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+        with attempt.phase("fetching"):
+            for image in manifest.images:
+                _fetch(store, image, work, attempt)
+        prepared = node.workloads.prepare(manifest.workload, command.overrides.pod_name)
+        undo.callback(prepared.discard)
+        preflight.pids(node.workloads.blockers(tasks))  # again: the fetch took its time
+        attempt.entry.update(trees=[Tree(pid=task.pid, start_time=0) for task in tasks])
+
+        with attempt.phase("restoring"):
+            (image,) = manifest.images
+            pid = node.criu.restore(work / image.name, options.criu, prepared.prepared, attempt.cancel)
+            workload = prepared.adopt(pid)
+            undo.callback(insist, "killing the restored tree", workload.kill)
+        with attempt.phase("probing"):
+            _probe(workload, tasks)
+            attempt.cancel.check()
+        undo.pop_all()  # it runs, and it stays
+    attempt.report(Status.READY)
+
+
+def _fetch(store: Store, image: ImageRef, work: Path, attempt: Attempt) -> None:
+    """One image into `work/<name>`: small images, pagemaps, pages; every byte of it compared with its digest."""
+    receiver = Receiver(store, attempt.entry.record.checkpoint_id, image, max(2, len(image.streams)), attempt.meter)
+    directory = work / image.name
+    directory.mkdir()
+    receiver.fetch_files(work / f"{image.name}.tar.zst", directory)
+    with Threads(attempt.cancel) as threads:
+        receiver.fetch_pages(receiver.fetch_index(), directory, threads)
+
+
+def _probe(workload: Workload, tasks: list[TaskFacts]) -> None:
+    """Every process of the image is there, and none has ended or is still being held."""
+    there = {process.pid: process for process in workload.processes()}
+    for task in tasks:
+        process = there.get(task.pid)
+        if process is None or process.state in ("Z", "X", "t"):
+            state = process.state if process else "gone"
+            raise RestoreFailed(f"restored process {task.pid} ({task.comm!r}) does not run: {state}", pid=task.pid, state=state)

@@ -1,0 +1,203 @@
+"""The daemon: builds every port by hand, in order, and runs it. With `__main__` the only place that knows the drivers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import structlog
+
+from hibernode import __version__
+from hibernode.bus import NodeBus
+from hibernode.children import Children
+from hibernode.config import Config
+from hibernode.dispatch import Dispatcher
+from hibernode.drivers.criu import Criu
+from hibernode.drivers.host import LinuxHost
+from hibernode.drivers.localdir import LocalDir
+from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
+from hibernode.errors import Refused
+from hibernode.journal import Journal
+from hibernode.metrics import Metrics, Readings
+from hibernode.model import Event, Progress
+from hibernode.node import Node
+from hibernode.outbox import Outbox
+from hibernode.ports import Store
+from hibernode.rpc import RpcServer
+from hibernode.transfer.arena import Arena
+
+_DRAIN = 30.0  # seconds running actions get after the first SIGTERM; the unit's TimeoutStopSec is longer
+_log = structlog.get_logger("hibernode")
+
+
+def run(settings: Config) -> None:
+    """Until SIGTERM or SIGINT; a second one cancels what still runs. Raises what keeps it from starting."""
+    if os.geteuid():
+        raise Refused("not_root", "the daemon needs root", prop="uid", found=os.geteuid(), wanted=0, hint="CRIU does")
+    log_to_stderr(settings)
+    asyncio.run(serve(settings))
+
+
+async def serve(settings: Config) -> None:
+    """Build, start, tell systemd, wait for a signal, drain."""
+    this, metrics, outbox = build(settings), Metrics(__version__), Outbox(settings.state_dir / "outbox")
+    bus = open_bus(settings)
+
+    def observe(update: Event | Progress) -> None:
+        if isinstance(update, Event):
+            metrics.observe_event(update)
+        else:
+            metrics.observe_progress(update)
+
+    desk = Dispatcher(this, outbox, bus, observe)
+    metrics.read_from(
+        Readings(
+            actions_running=lambda: desk.running,
+            arena_used=lambda: this.arena.used_bytes,
+            arena_total=lambda: this.arena.total_bytes,
+            outbox=lambda: len(outbox),
+            bus_connected=lambda: bus is not None and bus.connected,
+            queues={"chunks": lambda: this.arena.used_bytes >> 22},
+        )
+    )
+    rpc, stop = RpcServer(desk, settings.socket), _signals(desk.cancel_all)
+    if settings.metrics.listen:
+        metrics.serve(settings.metrics.listen)
+    try:
+        await desk.start()
+        await rpc.start()
+        _log.info("ready", node=settings.node, version=__version__, socket=str(settings.socket), bus=settings.bus.url or None)
+        notify("READY=1")
+        await _beat_until(stop)
+        notify("STOPPING=1")
+        await desk.stop(_DRAIN)
+    finally:
+        await rpc.stop()
+        metrics.stop()
+
+
+def _signals(cancel_all: Callable[[str], None]) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT; a second one cancels every action."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def handle() -> None:
+        if stop.is_set():
+            cancel_all("a second signal: the daemon is stopping now")
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, handle)
+    return stop
+
+
+async def _beat_until(stop: asyncio.Event) -> None:
+    """Answer systemd's watchdog from the loop that does the work, so that a stuck loop is noticed."""
+    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
+    while not stop.is_set():
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stop.wait(), interval)
+        notify("WATCHDOG=1")
+
+
+def notify(state: str) -> None:
+    """sd_notify(3). Nothing happens where systemd did not start us."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+
+
+def build(settings: Config) -> Node:
+    """The node's ports, one after the other."""
+
+    children = Children()
+    children.adopt_orphans()
+    settings.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    processes = ProcessWorkloads(Jobs(settings.state_dir / "jobs", children), children)
+    criu = Criu(settings.criu_path(), children, settings.state_dir / "criu-plugins")
+    criu.facts()  # too old or missing: refuse to start
+    return Node(
+        config=settings,
+        workloads=processes,
+        jobs=processes,
+        criu=criu,
+        host=LinuxHost(),
+        arena=Arena(settings.arena.size),
+        journal=Journal(settings.state_dir / "journal"),
+        open_store=store_opener(settings),
+    )
+
+
+def open_bus(settings: Config) -> NodeBus | None:
+    if not settings.bus.url:
+        return None
+    from hibernode.drivers.nats import NatsNode  # noqa: PLC0415
+
+    return NatsNode(settings.bus, settings.cluster, settings.node, record_ttl=3 * settings.limits.node_interval)
+
+
+def store_opener(settings: Config) -> Callable[[str], Store]:
+    """By URL, "" being the configured one; Refused("directory") for one that no rule of the configuration allows."""
+
+    @lru_cache(maxsize=64)
+    def opened(url: str) -> Store:
+        parts = urlsplit(url)
+        if parts.scheme == "file" and not parts.netloc and parts.path:
+            return LocalDir(Path(parts.path))
+        if parts.scheme == "s3" and parts.netloc:
+            from hibernode.drivers.s3 import S3  # noqa: PLC0415 - boto3 costs 40 MB: only who uses it pays
+
+            return S3(parts.netloc, parts.path.strip("/"), settings.store.s3)
+        raise Refused("directory", f"not a store: {url!r}", prop="url", found=url, wanted="file:///path or s3://bucket/prefix")
+
+    def allowed(url: str) -> Store:
+        roots = (settings.store.url, *settings.store.allowed)
+        if url and (".." in url.split("/") or not any(url == root or url.startswith(root.rstrip("/") + "/") for root in roots)):
+            raise Refused(
+                "directory",
+                f"the store {url!r} is not allowed on this node",
+                prop="directory",
+                found=url,
+                wanted=" or under ".join(roots),
+                hint="add it to `allowed` in [store]",
+            )
+        return opened(url.rstrip("/") or settings.store.url)
+
+    return allowed
+
+
+def log_to_stderr(settings: Config) -> None:
+    """One line per change of state: for people on a terminal, JSON otherwise. The standard library's loggers come along."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    on_terminal = sys.stderr.isatty() if settings.log.format == "auto" else settings.log.format == "console"
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer(default=str)
+    )
+    structlog.configure(
+        processors=[
+            *shared,
+            structlog.processors.format_exc_info,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=[*shared, structlog.processors.format_exc_info])
+    )
+    logging.basicConfig(level=settings.log.level.upper(), handlers=[handler], force=True)

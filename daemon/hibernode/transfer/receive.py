@@ -1,0 +1,137 @@
+"""Ranged reads on N streams -> frames, verified -> inflated -> pages files. Twin: `send.py`.
+
+Every frame is compared with its digest before it is inflated, so damaged or foreign bytes reach neither zstd nor CRIU. Memory beside
+the pages files themselves (tmpfs, the image's pages that are not zero): threads * (2 * batch) for reads and inflated frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hibernode.errors import Corrupt
+from hibernode.flow import Channel, Threads
+from hibernode.model import FRAME_PAGES, PAGE, ImageRef, Meter, ObjectRef
+from hibernode.ports import Store
+from hibernode.transfer import codec, files, format
+from hibernode.transfer.format import FrameTable, Index
+from hibernode.transfer.pagemap import PageFiles
+
+BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request's latency is paid rarely
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Frames that lie end to end in one stream."""
+
+    key: str
+    frames: FrameTable
+
+    @property
+    def offset(self) -> int:
+        return int(self.frames["offset"][0])
+
+    @property
+    def size(self) -> int:
+        return int(self.frames["stored"].sum())
+
+
+class Receiver:
+    """One image on its way out of the store."""
+
+    def __init__(self, store: Store, prefix: str, image: ImageRef, threads: int, meter: Meter) -> None:
+        self._store, self._prefix, self._image, self._meter = store, prefix, image, meter
+        self._threads = max(1, threads)
+
+    def fetch_files(self, packed: Path, directory: Path) -> None:
+        """CRIU's small images into `directory`; `packed` is where the tar lies meanwhile, and is gone afterwards."""
+        try:
+            files.fetch(self._store, self._prefix, self._image.files, packed)
+            files.unpack(packed, directory)
+        finally:
+            packed.unlink(missing_ok=True)
+        self._meter.add(io=self._image.files.size)
+
+    def verify_files(self) -> None:
+        """Read CRIU's small images, compare them with their digest, and keep nothing."""
+        files.verify(self._store, self._prefix, self._image.files)
+        self._meter.add(io=self._image.files.size)
+
+    def fetch_index(self) -> Index:
+        limit = format.index_limit(self._image.pages)
+        data = self._fetch_small(self._image.index, limit)
+        return format.decode_index(codec.inflate(data, limit=limit), self._image)
+
+    def _fetch_small(self, ref: ObjectRef, limit: int) -> bytes:
+        if ref.size > limit:
+            raise Corrupt(f"{ref.key} is larger than it can be")
+        data = bytearray(ref.size)
+        if data:
+            self._store.read_into(f"{self._prefix}/{ref.key}", 0, memoryview(data))
+        if format.digest(memoryview(data)).hex() != ref.digest:
+            raise Corrupt(f"{ref.key} is damaged: its digest is not the manifest's", key=ref.key)
+        self._meter.add(io=len(data))
+        return bytes(data)
+
+    def fetch_pages(self, index: Index, directory: Path, threads: Threads) -> None:
+        """All pages into pages files in `directory`, verified; returns when they are there."""
+        with PageFiles(directory, index.segments) as pages:
+            self._each_frame(index, threads, pages)
+
+    def verify_pages(self, index: Index, threads: Threads) -> None:
+        """Read, compare and inflate every frame, and keep nothing."""
+        self._each_frame(index, threads, None)
+
+    def _each_frame(self, index: Index, threads: Threads, pages: PageFiles | None) -> None:
+        batches: Channel[_Batch] = threads.channel(1 << 20)
+        workers = [threads.start(f"{self._image.name} read {n}", self._work, batches, index, pages) for n in range(self._threads)]
+        for batch in self._plan(index):
+            batches.put(batch)
+        batches.close()
+        threads.join(workers)
+        holes = (self._image.pages - int(index.frames["pages"].sum())) * PAGE  # runs of zero pages have no frame at all
+        self._meter.add(raw=holes, zero=holes)
+
+    def _plan(self, index: Index) -> list[_Batch]:
+        """Batches of every stream in turn, so that the threads read from all of them at once."""
+        rows = []
+        for n, stream in enumerate(self._image.streams):
+            frames = np.sort(index.frames[index.frames["stream"] == n], order="offset")
+            cuts = np.flatnonzero(np.diff(frames["offset"] // BATCH)) + 1 if len(frames) else np.array([], np.int64)
+            for turn, part in enumerate(np.split(frames, cuts)):
+                if len(part):
+                    rows.append((turn, n, _Batch(f"{self._prefix}/{stream.key}", part)))
+        return [batch for _, _, batch in sorted(rows, key=lambda row: row[:2])]
+
+    def _work(self, batches: Channel[_Batch], index: Index, pages: PageFiles | None) -> None:
+        unpacker = codec.Unpacker()
+        buffer = memoryview(bytearray(BATCH + 3 * FRAME_PAGES * PAGE))
+        for batch in batches:
+            if batch.size > len(buffer):
+                raise Corrupt(f"{batch.key}: frames are larger than they can be")
+            data = buffer[: batch.size]
+            self._store.read_into(batch.key, batch.offset, data)
+            self._meter.add(io=batch.size, stored=batch.size)
+            for frame in batch.frames:
+                at = int(frame["offset"]) - batch.offset
+                self._frame(frame, data[at : at + int(frame["stored"])], batch.key, unpacker, index, pages)
+
+    def _frame(
+        self,
+        frame: np.void,
+        stored: memoryview,
+        key: str,
+        unpacker: codec.Unpacker,
+        index: Index,
+        pages: PageFiles | None,
+    ) -> None:
+        if format.digest(stored) != frame["digest"].tobytes():
+            raise Corrupt(f"{key}: the frame at {frame['offset']} is damaged", key=key, offset=int(frame["offset"]))
+        first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
+        content = unpacker.unpack(stored, kept * PAGE)
+        if pages is not None:
+            numbers = np.arange(first, first + count, dtype=np.int64)
+            pages.write(numbers if kept == count else numbers[index.keeps[first]], content)
+        self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)

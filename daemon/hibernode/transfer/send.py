@@ -1,0 +1,205 @@
+"""Chunks of the arena -> frames -> N streams -> uploads. Twin: `receive.py`.
+
+Each stream is one thread with one upload and one zstd context; all of them take chunks from one channel. Opened before anything is
+frozen. Memory while sending is bounded by
+
+    arena + streams * (frame + zstd context + (parts in flight + 1) * part size) + 2 * socket buffer + 32 bytes * segments
+
+which is `memory_bound`, beside the interpreter and its libraries.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from hibernode.errors import HibernodeError, Internal
+from hibernode.flow import Channel, Threads
+from hibernode.model import FRAME_PAGES, PAGE, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
+from hibernode.ports import Store, Upload
+from hibernode.transfer import codec, format
+from hibernode.transfer.arena import CHUNK, Arena, Chunk
+from hibernode.transfer.collect import SOCKET_BUFFER
+from hibernode.transfer.format import FRAME, Digester, Index, KeepMap, SegmentTable
+
+_QUEUE = 1 << 16  # chunks waiting: more than any arena has, so that the arena alone is the bound
+_ZSTD_CONTEXT = 8 << 20  # level 1 to 9 with a 4 MiB input; measured by zstd's own estimate
+_log = logging.getLogger("hibernode.send")
+
+
+def memory_bound(arena: int, streams: int, parts_in_flight: int, part_size: int, segments: int) -> int:
+    """Bytes that a checkpoint needs at most, whatever the size of the workload (without the interpreter itself)."""
+    per_stream = 3 * CHUNK + _ZSTD_CONTEXT + (parts_in_flight + 1) * part_size  # frame: kept pages, compressed, on its way
+    return arena + streams * per_stream + 2 * SOCKET_BUFFER + 32 * segments
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How an image is stored: so many streams, at this zstd level (None: raw frames only)."""
+
+    streams: int
+    level: int | None
+
+
+class Sender(AbstractContextManager["Sender"]):
+    """One image on its way into the store. Inside its `with`, chunks put into `chunks` end up in the streams; `finish` completes
+    the image and says what it consists of. Left without `keep`, nothing of it stays in the store."""
+
+    def __init__(
+        self, store: Store, prefix: str, image: str, packing: Packing, arena: Arena, threads: Threads, meter: Meter
+    ) -> None:
+        self._store, self._prefix, self._image, self._arena = store, prefix, image, arena
+        self._threads, self._meter = threads, meter
+        self._streams = [_Stream(f"{image}/pages-{n}.zst", n, packing.level, arena, meter) for n in range(packing.streams)]
+        self._uploads: list[tuple[str, Upload]] = []
+        self._kept = False
+        self.chunks: Channel[Chunk] = threads.channel(_QUEUE)
+
+    def __enter__(self) -> Sender:
+        try:
+            for stream in self._streams:
+                stream.upload = self._open(stream.key)
+        except BaseException:
+            self._undo()
+            raise
+        for stream in self._streams:
+            stream.thread = self._threads.start(stream.key, stream.run, self.chunks)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if not self._kept:
+            self._threads.fail(error or Internal(f"image {self._image} was not kept"))
+            self._threads.wait()
+            for chunk in self.chunks.drain():
+                self._arena.give_back(chunk)
+            self._undo()
+
+    def finish(
+        self, table: SegmentTable, pages: int, tasks: list[TaskFacts], pack: Callable[[Callable[[bytes], None]], None]
+    ) -> ImageRef:
+        """No more chunks: wait for the streams, write the small images (`pack` is given a writer) and the index."""
+        self.chunks.close()
+        self._threads.join([stream.thread for stream in self._streams if stream.thread])
+        frames = np.concatenate([s.table() for s in self._streams])
+        keeps = {page: keep for s in self._streams for page, keep in s.keeps.items()}
+        files = self._put("images.tar.zst", pack)
+        index = format.encode_index(Index(table, frames, keeps))
+        index_ref = self._put("index.zst", lambda write: write(codec.deflate(index)))
+        return ImageRef(
+            name=self._image,
+            tasks=tasks,
+            pages=pages,
+            zero_pages=pages - int(frames["kept"].sum()),
+            streams=[s.ref() for s in self._streams],
+            index=index_ref,
+            files=files,
+        )
+
+    def keep(self) -> None:
+        """It is part of a committed checkpoint now."""
+        self._kept = True
+
+    def _put(self, name: str, fill: Callable[[Callable[[bytes], None]], None]) -> ObjectRef:
+        upload, digester = self._open(f"{self._image}/{name}"), Digester()
+
+        def write(data: bytes) -> None:
+            digester.update(data)
+            upload.write(data)
+            self._meter.add(stored=len(data), io=len(data))
+
+        fill(write)
+        upload.commit()
+        return ObjectRef(key=f"{self._image}/{name}", size=digester.size, digest=digester.hex())
+
+    def _open(self, key: str) -> Upload:
+        upload = self._store.upload(f"{self._prefix}/{key}")
+        self._uploads.append((key, upload))  # the undo, before the first byte
+        return upload
+
+    def _undo(self) -> None:
+        for key, upload in self._uploads:
+            upload.abort()
+            try:
+                self._store.delete(f"{self._prefix}/{key}")  # it may have been committed before another one failed
+            except HibernodeError as e:
+                _log.warning("could not remove %s/%s: %s", self._prefix, key, e)  # invisible without a manifest; gc finds it
+
+
+class _Stream:
+    """One `pages-<n>.zst`: a thread, an upload, a zstd context, and the frames it has written."""
+
+    def __init__(self, key: str, number: int, level: int | None, arena: Arena, meter: Meter) -> None:
+        self.key = key
+        self.keeps: dict[int, KeepMap] = {}
+        self.upload: Upload | None = None
+        self.thread: threading.Thread | None = None
+        self._number, self._arena, self._meter = number, arena, meter
+        self._packer = codec.Packer(level)
+        self._scratch = np.empty((FRAME_PAGES, PAGE // 8), np.uint64)
+        self._frames: list[_Frame] = []
+        self._offset = 0
+
+    def run(self, chunks: Channel[Chunk]) -> None:
+        assert self.upload is not None
+        for chunk in chunks:
+            try:
+                self._send(chunk, self.upload)
+            finally:
+                self._arena.give_back(chunk)
+        self.upload.write(self._seek_table())
+        self.upload.commit()
+
+    def _send(self, chunk: Chunk, upload: Upload) -> None:
+        data, keep = self._drop_zeros(chunk)
+        kept, stored = len(data) // PAGE, 0
+        if kept:
+            pieces = self._packer.pack(data)
+            stored = sum(len(piece) for piece in pieces)
+            self._frames.append(_Frame(chunk.first_page, self._offset, stored, chunk.pages, kept, format.digest(*pieces)))
+            if kept < chunk.pages:
+                self.keeps[chunk.first_page] = keep
+            for piece in pieces:
+                upload.write(piece)
+            self._offset += stored
+        self._meter.add(raw=chunk.pages * PAGE, zero=(chunk.pages - kept) * PAGE, stored=stored, io=stored)
+
+    def _drop_zeros(self, chunk: Chunk) -> tuple[memoryview, KeepMap]:
+        """The pages that are not all zero, end to end, and which ones they are."""
+        pages = np.frombuffer(chunk.data, np.uint64).reshape(-1, PAGE // 8)
+        keep = np.bitwise_or.reduce(pages, axis=1) != 0  # 25 GB/s here: cheaper than asking the first words first
+        if keep.all():
+            return chunk.data, keep
+        kept = np.compress(keep, pages, axis=0, out=self._scratch[: int(keep.sum())])
+        return kept.reshape(-1).data.cast("B"), keep
+
+    def _seek_table(self) -> bytes:
+        return format.seek_table((f.stored for f in self._frames), (f.kept * PAGE for f in self._frames))
+
+    def table(self) -> format.FrameTable:
+        table = np.zeros(len(self._frames), FRAME)
+        for name in ("first_page", "offset", "stored", "pages", "kept"):
+            table[name] = [getattr(f, name) for f in self._frames]
+        table["stream"] = self._number
+        table["digest"] = np.frombuffer(b"".join(f.digest for f in self._frames), np.uint8).reshape(-1, 32)
+        return table
+
+    def ref(self) -> StreamRef:
+        table = self._seek_table()
+        digest = format.stream_digest((f.digest for f in self._frames), table)
+        return StreamRef(key=self.key, size=self._offset + len(table), digest=digest, frames=len(self._frames))
+
+
+class _Frame(NamedTuple):
+    first_page: int
+    offset: int
+    stored: int
+    pages: int
+    kept: int
+    digest: bytes
