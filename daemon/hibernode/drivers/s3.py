@@ -51,9 +51,7 @@ MAX_PARTS = 10_000
 MAX_PART = 5 << 30
 _EVEN_PARTS = 1_000  # parts of the configured size; most objects never need more
 _STEP_PARTS, _STEP = 100, 13 * MIB  # then each 100 parts are 13 MiB larger: 10,000 of them hold 5.3 TB from any base
-_SLICE = (
-    256 << 10
-)  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
+_SLICE = 256 << 10  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
 _TOKEN = "hibernode-token"  # in the metadata of every object
 
 
@@ -69,9 +67,7 @@ def part_size(number: int, base: int) -> int:
 class S3:
     """ports.Store in a bucket, under a prefix. boto3's clients are thread-safe, and so is this."""
 
-    def __init__(
-        self, bucket: str, prefix: str, settings: config.S3, *, sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, bucket: str, prefix: str, settings: config.S3, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._bucket = bucket
         self._base = "".join(f"{checked_key(p)}/" for p in [prefix.strip("/")] if p)
         self._client = _client(settings)
@@ -221,9 +217,7 @@ class S3:
     def put_object(self, key: str, data: bytearray, token: str) -> None:
         def send(**checks: Any) -> Mapping[str, Any]:
             with self._translating(f"cannot write {key}"):
-                return self._client.put_object(
-                    Bucket=self._bucket, Key=self._base + key, Metadata={_TOKEN: token}, **checks
-                )
+                return self._client.put_object(Bucket=self._bucket, Key=self._base + key, Metadata={_TOKEN: token}, **checks)
 
         self._confirmed(key, send, data)
 
@@ -366,9 +360,7 @@ class S3:
         return _by_status(text, status)
 
     def _no_bucket(self) -> StoreUnavailable:
-        return StoreUnavailable(
-            f"there is no bucket {self._bucket}", hint="create it, or let store.url name another", status=404
-        )
+        return StoreUnavailable(f"there is no bucket {self._bucket}", hint="create it, or let store.url name another", status=404)
 
 
 class S3Upload:
@@ -415,6 +407,7 @@ class S3Upload:
                 raise
         self._writable, self._over = False, True
         self._stop_threads()
+        self._best_effort(self._remove_strays)
         return facts
 
     def abort(self) -> None:
@@ -423,11 +416,7 @@ class S3Upload:
         if self._over:
             return
         self._stop_threads()
-        try:
-            self._remove()
-            self._over = True
-        except HibernodeError as e:
-            _log.warning("aborting the upload of %s failed, gc will find it: %s", self._key, e)
+        self._over = self._best_effort(self._remove)
 
     # --- filling and shipping ---
 
@@ -494,12 +483,25 @@ class S3Upload:
     def _remove(self) -> None:
         if self._upload is not None:
             self._store.abort_upload(OpenUpload(self._key, self._upload.id, 0.0))
+        self._remove_strays()
+        if self._committing:
+            self._store.withdraw(self._key, self._token)
+
+    def _remove_strays(self) -> None:
+        """Uploads of this key that were begun by a call whose answer was lost."""
         if self._stray:
             for upload in self._store.open_uploads(self._key):
                 if upload.key == self._key:
                     self._store.abort_upload(upload)
-        if self._committing:
-            self._store.withdraw(self._key, self._token)
+
+    def _best_effort(self, undo: Callable[[], None]) -> bool:
+        """Whether `undo`, which may be repeated, worked; what it raises is logged."""
+        try:
+            undo()
+        except HibernodeError as e:
+            _log.warning("the upload of %s was not cleaned up, gc will find it: %s", self._key, e)
+            return False
+        return True
 
     def _stop_threads(self) -> None:
         if self._pool is not None:
