@@ -378,9 +378,7 @@ class _Node(pb_grpc.NodeServicer):
         request.action_id = request.action_id or str(uuid.uuid4())
         return self._submitted(request, context)
 
-    async def _submitted(
-        self, request: pb.CheckpointCommand | pb.RestoreCommand, context: Context
-    ) -> AsyncGenerator[pb.Update]:
+    async def _submitted(self, request: pb.CheckpointCommand | pb.RestoreCommand, context: Context) -> AsyncGenerator[pb.Update]:
         command = wire.command_from_pb(request)
         assert isinstance(command, CheckpointCommand | RestoreCommand)
         await self._desk.submit(command)

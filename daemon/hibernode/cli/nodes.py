@@ -1,0 +1,95 @@
+"""Commands about this machine and its cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hibernode._pb import hibernode_pb2 as pb
+from hibernode.cli import text
+from hibernode.cli.failure import Answered
+from hibernode.cli.screen import Cell, Column, Screen, ago
+from hibernode.cli.session import (
+    Session,
+    command,
+)
+
+
+@command("doctor")
+def doctor(session: Session) -> None:
+    """Check this machine, and say how to mend what is wrong.
+
+    The exit code is 1 if something that is required is missing. What is marked `!` is a feature less, not a defect.
+
+    \b
+    Examples:
+      hibernode doctor
+      hibernode doctor --json | jq '.checks[] | select(.ok | not)'
+    """
+    answer: pb.DoctorReply = session.client.ask(session.client.stub.Doctor, pb.Empty())
+    broken = [check.name for check in answer.checks if check.required and not check.ok]
+    if session.screen.as_json:
+        session.screen.document(text.plain(answer))
+    else:
+        _checks(session.screen, answer.checks)
+    if broken:
+        many = "a required check fails" if len(broken) == 1 else f"{len(broken)} required checks fail"
+        raise Answered("unfit", f"{many}: {', '.join(broken)}")
+    if not session.screen.as_json:
+        session.screen.say()
+        session.screen.say("this node can do its work")
+
+
+def _checks(screen: Screen, checks: Iterable[pb.Check]) -> None:
+    checks = list(checks)
+    width = max((len(check.name) for check in checks), default=0)
+    for check in checks:
+        mark = ("✓", "bold green") if check.ok else ("✗", "bold red") if check.required else ("!", "bold yellow")
+        optional = "" if check.ok or check.required else "  (not required)"
+        screen.say(mark, f" {text.shown(check.name):<{width}}  {text.shown(check.found)}", (optional, "dim"))
+        if check.hint and not check.ok:
+            screen.say(" " * (width + 4), (f"mend: {text.shown(check.hint)}", "yellow"))
+
+
+@command("nodes")
+def nodes(session: Session) -> None:
+    """Show the nodes of this cluster.
+
+    Each node tells the others about itself through the event stream. Without one there is only this node.
+
+    \b
+    Examples:
+      hibernode nodes
+      hibernode nodes --json | jq -r '.nodes[].node'
+    """
+    answer: pb.Nodes = session.client.ask(session.client.stub.ListNodes, pb.Empty())
+    if session.screen.as_json:
+        session.screen.document(text.plain(answer))
+        return
+    columns = [
+        Column("NODE", flexible=True),
+        Column("ACTIONS", right=True),
+        Column("LOAD", right=True),
+        Column("CPUS", right=True, keep=6),
+        Column("MEMORY FREE", right=True),
+        Column("SEEN", keep=7),
+        Column("VERSION", keep=5),
+        Column("CRIU", keep=4),
+        Column("KERNEL", keep=1),
+        Column("STORE", flexible=True, keep=3),
+    ]
+    session.screen.table(columns, [_node_row(n) for n in answer.nodes], empty="no nodes")
+
+
+def _node_row(n: pb.NodeRecord) -> list[Cell]:
+    return [
+        n.node,
+        str(n.actions),
+        f"{n.load:.1f}",
+        str(n.cpus),
+        text.sizes(n.memory_available, n.memory_total),
+        ago(n.time),
+        n.version,
+        n.criu,
+        n.kernel,
+        text.shown(n.store),
+    ]
