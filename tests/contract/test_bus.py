@@ -77,7 +77,7 @@ def new_id() -> str:
 
 
 async def take(iterator: AsyncIterator[T]) -> T:
-    return await asyncio.wait_for(anext(iterator), LIMIT)  # type: ignore[arg-type]
+    return await asyncio.wait_for(anext(iterator), LIMIT)
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:

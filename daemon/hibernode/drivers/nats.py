@@ -20,6 +20,7 @@ once.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import logging
 import random
@@ -45,7 +46,7 @@ from nats.js.api import (
     StreamConfig,
     StreamInfo,
 )
-from nats.js.errors import APIError, BadRequestError, NotFoundError
+from nats.js.errors import APIError, BadRequestError, NoStreamResponseError, NotFoundError
 
 from hibernode.bus import Delivery
 from hibernode.config import Bus
@@ -71,7 +72,8 @@ PERMANENT = {10052, 10058, 10065, 10069, 10074}  # the server's codes for settin
 
 log = logging.getLogger("hibernode.bus")
 
-_TROUBLE = (NatsError, OSError, TimeoutError, HibernodeError)
+_SLIPS = (AssertionError, AttributeError, LookupError, TypeError, ValueError)  # nats-py's, when a connection ends badly
+_TROUBLE = (NatsError, OSError, TimeoutError, HibernodeError, *_SLIPS)
 
 
 class NatsNode:
@@ -115,7 +117,7 @@ class NatsNode:
     async def commands(self) -> AsyncIterator[Delivery]:
         config = self._consumer()
         async for client in self._link.clients():
-            with _logged(client, "commands"):
+            with self._link.logged(client, "commands"):
                 await _ensure_consumer(client, COMMANDS, config)
                 async with aclosing(_pull(client, COMMANDS, str(config.name), batch=1)) as messages:
                     async for message in messages:
@@ -178,9 +180,7 @@ class NatsControl:
 
     async def send(self, node: str, verb: str, action_id: str, data: bytes) -> None:
         if verb not in VERBS:
-            raise BadCommand(
-                f"there is no command {verb!r}", property="verb", found=verb, wanted="checkpoint, restore, cancel"
-            )
+            raise BadCommand(f"there is no command {verb!r}", property="verb", found=verb, wanted="checkpoint, restore, cancel")
         subject = f"hibernode.cmd.{self._cluster}.{_token(node, 'node')}.{verb}"
         await self._link.store(subject, data, f"{_token(action_id, 'action_id')}.{verb}")
 
@@ -194,7 +194,7 @@ class NatsControl:
         """From the beginning, then live. The place is kept here; every connection gets a consumer of its own."""
         last = 0
         async for client in self._link.clients():
-            with _logged(client, "events"):
+            with self._link.logged(client, "events"):
                 consumer = await _follower(client, subject, last)
                 async with aclosing(_pull(client, EVENTS, consumer, batch=FOLLOW)) as messages:
                     async for message in _in_order(messages):
@@ -213,7 +213,7 @@ class NatsControl:
             max_deliver=-1,
         )
         async for client in self._link.clients():
-            with _logged(client, "events"):
+            with self._link.logged(client, "events"):
                 await _ensure_consumer(client, EVENTS, config)
                 async with aclosing(_pull(client, EVENTS, str(config.name), batch=1)) as messages:
                     async for message in messages:
@@ -223,7 +223,7 @@ class NatsControl:
     async def follow_progress(self, action_id: str) -> AsyncIterator[bytes]:
         subject = f"hibernode.progress.{self._cluster}.*.{_token(action_id, 'action_id')}"
         async for client in self._link.clients():
-            with _logged(client, "progress"):
+            with self._link.logged(client, "progress"):
                 subscription = await client.subscribe(subject)
                 try:
                     while client.is_connected:
@@ -294,7 +294,7 @@ class _Link:
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
         self._first: asyncio.Future[HibernodeError | None] | None = None
-        self._trouble = ""  # what was logged last, so that it is logged once
+        self._said: set[str] = set()  # the troubles logged since the last connection
 
     @property
     def connected(self) -> bool:
@@ -351,20 +351,21 @@ class _Link:
             try:
                 client, lost = await self._dial()
                 log.info("connected to the broker at %s", self._where)
-                self._trouble = ""
+                self._said.clear()
                 return client, lost
             except _TROUBLE as e:
                 if refuse and isinstance(e, Refused):
                     raise
-                self._log_once(e)
+                self._log_once("cannot use", e)
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # spread: all nodes lose a broker in the same moment
             delay = min(delay * 2, longest)
 
-    def _log_once(self, error: Exception) -> None:
-        trouble = _describe(error)
-        if trouble != self._trouble:
-            log.warning("cannot use the broker at %s, trying again: %s", self._where, trouble)
-        self._trouble = trouble
+    def _log_once(self, what: str, error: Exception) -> None:
+        """One line for one trouble until the next connection."""
+        line = f"{what} the broker at {self._where}, trying again: {_describe(error)}"
+        if line not in self._said:
+            log.warning("%s", line)
+        self._said.add(line)
 
     async def _dial(self) -> tuple[Client, asyncio.Event]:
         client, lost, causes = Client(), asyncio.Event(), list[Exception]()
@@ -393,9 +394,7 @@ class _Link:
             await self._prepare(client)
         except _TROUBLE as e:
             await _discard(client)
-            raise _refusal(
-                self._config, causes[0] if causes and not isinstance(e, HibernodeError) else e, self._where
-            ) from e
+            raise _refusal(self._config, causes[0] if causes and not isinstance(e, HibernodeError) else e, self._where) from e
         except asyncio.CancelledError:
             await _discard(client)
             raise
@@ -411,6 +410,9 @@ class _Link:
             if client is not None:
                 yield client
                 await asyncio.sleep(PAUSE)
+                if client is self._client:  # it did not work and is still there: our streams may be gone
+                    with self.logged(client, "streams"):
+                        await self._prepare(client)
 
     @contextmanager
     def translated(self) -> Iterator[Client]:
@@ -420,8 +422,17 @@ class _Link:
             raise BusUnavailable(f"not connected to the broker at {self._where}")
         try:
             yield client
-        except (NatsError, OSError, TimeoutError) as e:
+        except (NatsError, OSError, TimeoutError, *_SLIPS) as e:
             raise BusUnavailable(f"the broker at {self._where} did not answer as it should: {_describe(e)}") from e
+
+    @contextmanager
+    def logged(self, client: Client, what: str) -> Iterator[None]:
+        """Trouble inside ends the work on this connection; one line, and none where the connection is lost anyway."""
+        try:
+            yield
+        except _TROUBLE as e:
+            if client.is_connected:
+                self._log_once(f"cannot use the {what} of", e)
 
     async def publish(self, subject: str, data: bytes) -> None:
         with self.translated() as client:
@@ -431,7 +442,11 @@ class _Link:
         """Returns when a stream has it."""
         with self.translated() as client:
             headers: dict[str, Any] | None = {"Nats-Msg-Id": message_id} if message_id else None
-            await client.jetstream(timeout=CALL).publish(subject, data, headers=headers)
+            try:
+                await client.jetstream(timeout=CALL).publish(subject, data, headers=headers)
+            except NoStreamResponseError:
+                await self._prepare(client)  # for the next attempt
+                raise
 
     async def ask(self, subject: str, data: bytes) -> bytes:
         with self.translated() as client:
@@ -445,7 +460,7 @@ async def _watch(client: Client, lost: asyncio.Event) -> None:
             await asyncio.wait_for(lost.wait(), ALIVE)
         try:
             await client.rtt(timeout=ALIVE)  # type: ignore[arg-type] # any number of seconds does
-        except (NatsError, OSError, TimeoutError):
+        except (NatsError, OSError, TimeoutError, *_SLIPS):
             return
 
 
@@ -532,6 +547,15 @@ def _insist_on_tls(config: Bus, client: Client) -> None:
 
 def _credentials(path: str) -> str:
     """A .creds file with both its parts: nats-py reads for ever in one that has none."""
+    if importlib.util.find_spec("nkeys") is None:
+        raise Refused(
+            "config",
+            "bus.credentials needs the package nkeys, which is not installed",
+            prop="bus.credentials",
+            found="no nkeys",
+            wanted="nkeys",
+            hint="pip install nkeys",
+        )
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -573,16 +597,6 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, APIError):
         return f"{error.description or type(error).__name__} ({error.err_code or error.code})"
     return str(error).removeprefix("nats: ") or type(error).__name__
-
-
-@contextmanager
-def _logged(client: Client, what: str) -> Iterator[None]:
-    """Inside, trouble ends the work on this connection; a lost connection has its own line already."""
-    try:
-        yield
-    except _TROUBLE as e:
-        if client.is_connected:
-            log.warning("cannot read %s, trying again: %s", what, _describe(e))
 
 
 # --- streams and consumers --------------------------------------------------------------------------------------------
@@ -707,6 +721,8 @@ async def _pull(client: Client, stream: str, consumer: str, *, batch: int) -> As
                     break
                 if status:
                     reason = (message.headers or {}).get("Description", "no consumer")
+                    if "shutdown" in reason.lower():  # the connection ends next, and has a line of its own
+                        return
                     raise BusUnavailable(f"the broker ended the request: {reason} ({status})")
                 left -= 1
                 yield message
