@@ -15,7 +15,7 @@ from typing import Self
 
 from hibernode.errors import DumpFailed, HibernodeError
 from hibernode.flow import Threads
-from hibernode.model import ImageRef
+from hibernode.model import PAGE, ImageRef
 from hibernode.node import Attempt, Node
 from hibernode.ports import Store
 from hibernode.preflight import Options
@@ -38,7 +38,8 @@ class Capture(AbstractContextManager["Capture"]):
         self._senders = {name: Sender(store, prefix, name, packing, node.arena, self._threads, attempt.meter) for name in roots}
         self._collected: dict[str, Collector] = {}
         self._stack = ExitStack()
-        attempt.meter.streams = options.streams * len(roots)
+        self._meter = attempt.meter
+        self._meter.streams = options.streams * len(roots)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -53,7 +54,9 @@ class Capture(AbstractContextManager["Capture"]):
 
     def dump(self) -> int:
         """Dump every tree; the nanoseconds CRIU held them. When it returns all pages are in the arena or beyond."""
-        return sum(self._dump(name, pid) for name, pid in self._roots.items())
+        held_ns = sum(self._dump(name, pid) for name, pid in self._roots.items())
+        self._meter.bytes_total = sum(collector.pages for collector in self._collected.values()) * PAGE
+        return held_ns
 
     def _dump(self, name: str, pid: int) -> int:
         ours, theirs = page_sockets()

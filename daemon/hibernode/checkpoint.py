@@ -41,7 +41,6 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             meter.pause_ns = capture.dump()
             if options.kill:
                 undo.push(on_error(held.pop_all()))  # stays stopped until it is killed, or let go if anything fails
-        meter.bytes_total = meter.raw_bytes
         attempt.report(Status.CHECKPOINT_CREATED)
 
         with attempt.phase("shipping"):
