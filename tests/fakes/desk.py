@@ -15,6 +15,7 @@ from hibernode.model import (
     ActionView,
     Check,
     CheckpointCommand,
+    CriuOpts,
     Event,
     HostFacts,
     ImageRef,
@@ -159,7 +160,7 @@ def manifest(checkpoint_id: str = CHECKPOINT, name: str = "trainer") -> Manifest
         workload=WorkloadFacts(kind="job", name=name, argv=["python", "train.py", "--epochs", "90"], cwd="/srv/train"),
         host=HostFacts(arch="x86_64", kernel="6.8.0", page_size=4096, criu_version=40201, cpu_model="EPYC 9554"),
         compression="zstd:3",
-        criu_opts={"tcp": "close"},
+        criu_opts=CriuOpts(tcp="close"),
         pause_ns=PROFILE.pause_ns,
         raw_bytes=PROFILE.raw_bytes,
         zero_bytes=PROFILE.zero_bytes,
@@ -170,9 +171,7 @@ def manifest(checkpoint_id: str = CHECKPOINT, name: str = "trainer") -> Manifest
                 tasks=[TaskFacts(pid=4242, comm="python", threads=[4242, 4243]), TaskFacts(pid=4250, ppid=4242)],
                 pages=PROFILE.raw_bytes // 4096,
                 zero_pages=PROFILE.zero_bytes // 4096,
-                streams=[
-                    StreamRef(key=f"{name}/pages-{n}.zst", size=85 * MIB, digest=digest, frames=64) for n in range(8)
-                ],
+                streams=[StreamRef(key=f"{name}/pages-{n}.zst", size=85 * MIB, digest=digest, frames=64) for n in range(8)],
                 index=ObjectRef(key=f"{name}/index.zst", size=71_000, digest=digest),
                 files=ObjectRef(key=f"{name}/images.tar.zst", size=220_000, digest=digest),
             )

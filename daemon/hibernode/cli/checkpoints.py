@@ -27,7 +27,7 @@ def list_checkpoints(session: Session) -> None:
     \b
     Examples:
       hibernode list
-      hibernode list --json | jq -r '.checkpoints[] | select(.workload == "default/trainer") | .checkpoint_id'
+      hibernode list --json | jq -r '.checkpoints[] | select(.kind == "simple").checkpoint_id'
     """
     answer: pb.Checkpoints = session.client.ask(session.client.stub.ListCheckpoints, pb.Empty())
     if session.screen.as_json:
