@@ -32,7 +32,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
     claim = node.claims.claim(workload.key, command.action_id)
     with claim, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
         capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
-        trees = [Tree(pid=process.pid, start_time=process.start_time) for process in processes]
+        trees = tuple(Tree(pid=process.pid, start_time=process.start_time) for process in processes)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
 
         with attempt.phase("dumping"), ExitStack() as held:

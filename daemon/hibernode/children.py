@@ -36,7 +36,7 @@ class Children:
     ) -> subprocess.Popen[bytes]:
         """A helper process that its caller waits for with `wait`."""
         with self._lock:  # so that reap() never sees it before it is in the book
-            child = subprocess.Popen(  # noqa: S603 - an argument list, no shell
+            child = subprocess.Popen(
                 list(argv),
                 pass_fds=tuple(pass_fds),
                 env=dict(env) if env is not None else None,

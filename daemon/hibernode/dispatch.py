@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import ParamSpec, TypeVar
@@ -24,7 +23,6 @@ from hibernode.checkpoint import checkpoint
 from hibernode.errors import (
     BadCommand,
     BusUnavailable,
-    Cancelled,
     HibernodeError,
     Internal,
     NotFound,
@@ -257,7 +255,7 @@ class Dispatcher:
                     _log.info("will try again", action=command.action_id, code=e.code, error=str(e), delay=limits.retry_delay)
                     await self._pause(action, limits.retry_delay)
                     action.meter = Meter()
-                except Exception:  # the last line: a defect of ours must not take the daemon with it
+                except Exception:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
                     _log.exception("defect", action=command.action_id)
                     return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
             return Outcome.of(Internal("no attempt was made"))
@@ -429,7 +427,9 @@ class Dispatcher:
                     return
             while True:
                 update = await queue.get()
-                if action_id and update.action_id != action_id or isinstance(update, Event) and update.seq <= seen and action_id:
+                if (action_id and update.action_id != action_id) or (
+                    isinstance(update, Event) and update.seq <= seen and action_id
+                ):
                     continue
                 yield update
                 if action_id and isinstance(update, Event) and update.status.terminal:

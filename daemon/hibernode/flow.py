@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, Self, TypeVar
 
 from hibernode.errors import Cancelled
 from hibernode.model import Cancel
@@ -113,7 +113,7 @@ class Threads(AbstractContextManager["Threads"]):
         def run() -> None:
             try:
                 work(*args, **kwargs)
-            except BaseException as e:  # kept, and raised again where the scope ends
+            except BaseException as e:  # noqa: BLE001 - kept, and raised again where the scope ends
                 self.fail(e)
 
         thread = threading.Thread(target=run, name=name, daemon=True)
@@ -148,7 +148,7 @@ class Threads(AbstractContextManager["Threads"]):
     def _cancelled(self) -> None:
         self.fail(Cancelled(self.cancel.reason))
 
-    def __enter__(self) -> Threads:
+    def __enter__(self) -> Self:
         self._waking.__enter__()
         return self
 

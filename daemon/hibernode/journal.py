@@ -43,7 +43,7 @@ class Record(Value):
     began_at: float
     ended_at: float = 0.0
     location: str = ""  # the store's
-    trees: list[Tree] = []  # being dumped, or restored
+    trees: tuple[Tree, ...] = ()  # being dumped, or restored
     kill: bool = False  # the workload is to be killed when the checkpoint is ready
     last: Event | None = None
 

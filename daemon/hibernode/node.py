@@ -97,12 +97,10 @@ def insist(what: str, undo: Callable[[], None], tries: int = 3) -> None:
     return None
 
 
-def on_error(
-    held: ExitStack,
-) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
+def on_error(held: ExitStack) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:
     """An exit that runs the undos of `held` only if something was raised."""
 
-    def leave(kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def leave(_kind: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None) -> None:
         if error is not None:
             held.close()
 

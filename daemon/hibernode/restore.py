@@ -41,7 +41,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         prepared = node.workloads.prepare(manifest.workload, command.overrides.pod_name)
         undo.callback(prepared.discard)
         preflight.pids(node.workloads.blockers(tasks))  # again: the fetch took its time
-        attempt.entry.update(trees=[Tree(pid=task.pid, start_time=0) for task in tasks])
+        attempt.entry.update(trees=tuple(Tree(pid=task.pid, start_time=0) for task in tasks))
 
         with attempt.phase("restoring"):
             (image,) = manifest.images

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 from pycriu.images import pagemap_pb2
@@ -108,7 +109,7 @@ class PageFiles:
             yield piece.descriptor, piece.at + first - piece.first, stop - first
             first, at = stop, at + 1
 
-    def __enter__(self) -> PageFiles:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

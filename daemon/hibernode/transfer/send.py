@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class Sender(AbstractContextManager["Sender"]):
         self._kept = False
         self.chunks: Channel[Chunk] = threads.channel(_QUEUE)
 
-    def __enter__(self) -> Sender:
+    def __enter__(self) -> Self:
         try:
             for stream in self._streams:
                 stream.upload = self._open(stream.key)

@@ -184,7 +184,7 @@ class Jobs:
         uid = str(uuid.uuid4())
         log = self.open_log(uid)
         try:
-            child = subprocess.Popen(  # noqa: S603 - an argument list, no shell; starting it is what we were asked for
+            child = subprocess.Popen(
                 spec.argv, cwd=spec.cwd, env=spec.env or None, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
