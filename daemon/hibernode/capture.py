@@ -55,12 +55,15 @@ class Capture(AbstractContextManager["Capture"]):
     def dump(self) -> int:
         """Dump every tree; the nanoseconds CRIU held them. When it returns all pages are in the arena or beyond."""
         held_ns = sum(self._dump(name, pid) for name, pid in self._roots.items())
+        for collector in self._collected.values():
+            collector.release()
         self._meter.bytes_total = sum(collector.pages for collector in self._collected.values()) * PAGE
         return held_ns
 
     def _dump(self, name: str, pid: int) -> int:
         ours, theirs = page_sockets()
         collector = Collector(ours, self._wire, self._node.arena, self._senders[name].chunks, self._threads)
+        self._stack.callback(collector.discard)
         receiving = self._threads.start(f"{name} collect", collector.run)
         (self._work / name).mkdir()
         try:

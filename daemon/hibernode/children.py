@@ -54,9 +54,8 @@ class Children:
             self._own.discard(child.pid)
         return code
 
-    def reap(self) -> dict[int, int]:
-        """Wait for every other child that has ended: pid -> exit code (negative: the signal). Never blocks."""
-        ended = {}
+    def reap(self) -> None:
+        """Wait for every other child that has ended; how it did is kept for `take_exits`. Never blocks."""
         with self._lock:
             for pid in _children() - self._own:
                 try:
@@ -64,8 +63,13 @@ class Children:
                 except ChildProcessError:
                     continue
                 if found:
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-        return ended
+                    self._exits[pid] = os.waitstatus_to_exitcode(status)
+
+    def take_exits(self) -> dict[int, int]:
+        """Who was reaped since the last call, by whichever thread: pid -> exit code (negative: the signal)."""
+        with self._lock:
+            exits, self._exits = self._exits, {}
+        return exits
 
 
 def _children() -> set[int]:

@@ -115,6 +115,7 @@ class Dispatcher:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._node.jobs.reap()  # who ended until now; the next daemon is not their parent and cannot see it
         if self._bus is not None:
             await self._bus.stop()
 

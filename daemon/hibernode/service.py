@@ -24,6 +24,7 @@ from hibernode.dispatch import Dispatcher
 from hibernode.drivers.criu import Criu
 from hibernode.drivers.host import LinuxHost
 from hibernode.drivers.localdir import LocalDir
+from hibernode.drivers.workloads import cgroup
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
 from hibernode.journal import Journal
@@ -120,6 +121,7 @@ def build(settings: Config) -> Node:
 
     children = Children()
     children.adopt_orphans()
+    cgroup.remove_empty()
     settings.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     processes = ProcessWorkloads(Jobs(settings.state_dir / "jobs", children), children)

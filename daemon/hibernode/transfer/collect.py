@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from array import array
+from collections import deque
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from hibernode.transfer.format import SEGMENT, SegmentTable
 from hibernode.transfer.pageproto import Header, Wire
 
 SOCKET_BUFFER = 8 << 20  # bytes each way; larger ones brought nothing
+# Chunks are held back while the workload is frozen, until the arena is this full: compression beside the copy made the pause of a
+# 1 GB process on two (busy) cores three times longer, 0.65 s instead of 0.21 s, for the same time until `ready`.
+_FILLED = 0.9
 _MAX_SEGMENT_PAGES = 1 << 32  # 16 TiB: beyond it the header is garbage
 
 
@@ -41,6 +45,7 @@ class Collector:
         self._segments = array("Q")  # dst_id, vaddr, pages, flags: 32 bytes a segment
         self._dst = 0
         self._chunk: Chunk | None = None
+        self._held_back: deque[Chunk] = deque()
         self.pages = 0  # with content: the image's page numbers run from 0 to here
         self.closed = False  # CRIU said that it was finished
         threads.on_stop(self._shut)
@@ -62,6 +67,16 @@ class Collector:
             if self._chunk is not None:
                 self._arena.give_back(self._chunk)
                 self._chunk = None
+
+    def release(self) -> None:
+        """Hand every filled chunk to the streams: the workload is running again, or the arena runs low."""
+        while self._held_back:
+            self._out.put(self._held_back.popleft())
+
+    def discard(self) -> None:
+        """Give back what was never released. Harmless when nothing is left."""
+        while self._held_back:
+            self._arena.give_back(self._held_back.popleft())
 
     def _shut(self) -> None:
         try:
@@ -105,13 +120,15 @@ class Collector:
                 self._flush()
 
     def _open_chunk(self) -> Chunk:
+        if self._arena.used_bytes > self._arena.total_bytes * _FILLED:
+            self.release()
         self._chunk = self._arena.take(self._threads)
         self._chunk.first_page = self.pages
         return self._chunk
 
     def _flush(self) -> None:
         if self._chunk is not None and self._chunk.pages:
-            self._out.put(self._chunk)
+            self._held_back.append(self._chunk)
             self._chunk = None
 
     def _receive(self, into: memoryview) -> bool:

@@ -49,3 +49,13 @@ def remove(uid: str) -> None:
             os.rmdir(hierarchy / _PARENT / uid)
         except OSError:
             continue
+
+
+def remove_empty() -> None:
+    """Remove every cgroup of ours that nothing lives in: those of processes that ended while no daemon ran."""
+    for hierarchy in _hierarchies():
+        for place in (hierarchy / _PARENT).glob("*/"):
+            try:
+                os.rmdir(place)
+            except OSError:
+                continue  # in use

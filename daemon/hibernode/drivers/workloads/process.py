@@ -15,7 +15,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -138,14 +138,17 @@ class Jobs:
 
     def __init__(self, directory: Path, children: Children, clock: Callable[[], float] = time.time) -> None:
         self._directory, self._children, self._clock = directory, children, clock
+        self._guests: dict[int, str] = {}
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def all(self) -> list[Job]:
-        jobs = []
-        for path in sorted(self._directory.glob("*.json")):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                jobs.append(Job(**json.loads(path.read_text())))
-        return sorted(jobs, key=lambda job: job.started_at)
+        jobs = [self._load(path.stem) for path in self._directory.glob("[!.]*.json")]
+        return sorted((job for job in jobs if job is not None), key=lambda job: job.started_at)
+
+    def _load(self, uid: str) -> Job | None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Job(**json.loads((self._directory / f"{uid}.json").read_text()))
+        return None
 
     def save(self, job: Job) -> None:
         temporary = self._directory / f".{job.uid}.json"
@@ -217,9 +220,9 @@ class Jobs:
                 self._terminate(job, grace)
             if job.running:
                 kill_tree(job.pid, self._children)
-            self._children.reap()
+            self.reap()
         cgroup.remove(job.uid)
-        return self.view(job)
+        return self.view(self._load(job.uid) or job)
 
     def _terminate(self, job: Job, grace: float) -> None:
         pidfd = os.pidfd_open(job.pid)
@@ -229,13 +232,20 @@ class Jobs:
         finally:
             os.close(pidfd)
 
-    def ended(self, exits: Mapping[int, int]) -> None:
-        """Children that were reaped: keep the exit codes of those that were jobs."""
-        if exits:
-            for job in self.all():
-                if job.pid in exits and not proc.alive(job.pid, job.start_time):
-                    self.save(replace(job, exit_code=exits[job.pid]))
-                    cgroup.remove(job.uid)
+    def adopt(self, pid: int, uid: str) -> None:
+        """A restored process that is no job lives in cgroup `uid`: removed when it has ended."""
+        self._guests[pid] = uid
+
+    def reap(self) -> None:
+        """Wait for children that have ended: keep the exit codes of those that were jobs, remove the cgroups. Never blocks."""
+        self._children.reap()
+        exits = self._children.take_exits()
+        for job in self.all() if exits else ():
+            if job.pid in exits and not proc.alive(job.pid, job.start_time):
+                self.save(replace(job, exit_code=exits[job.pid]))
+                cgroup.remove(job.uid)
+        for pid in exits.keys() & self._guests.keys():
+            cgroup.remove(self._guests.pop(pid))
 
     def view(self, job: Job) -> WorkloadView:
         running = job.running
@@ -310,7 +320,7 @@ class ProcessWorkloads:
         return PreparedProcess(facts, name, self._jobs, self._children)
 
     def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
-        self._jobs.ended(self._children.reap())
+        self._jobs.reap()
         taken = []
         for pid in (pid for task in tasks for pid in (task.pid, *task.threads)):
             with contextlib.suppress(*proc.GONE):
@@ -339,7 +349,7 @@ class ProcessWorkloads:
         return self._jobs.stop(namespace, name, signal_name)
 
     def reap(self) -> None:
-        self._jobs.ended(self._children.reap())
+        self._jobs.reap()
 
     def views(self, target: Target | None) -> list[WorkloadView]:
         """All jobs, or the one workload that `target` names."""
@@ -427,6 +437,8 @@ class PreparedProcess:
             )  # fmt: skip
             self._jobs.save(job)
             facts = facts.model_copy(update={"uid": self._uid, "logs": {job.log: "log"}, "kind": "job"})
+        else:
+            self._jobs.adopt(pid, self._uid)
         return ProcessWorkload(facts, pid, self._children)
 
     def discard(self) -> None:
