@@ -246,8 +246,6 @@ def _unary(method: Callable[[_Node, M, Context], Awaitable[T]]) -> Callable[[_No
             return await method(self, request, context)
         except HibernodeError as e:
             await _abort(context, e)
-        except grpc.aio.AbortError:
-            raise
         except Exception as e:  # noqa: BLE001 - the last line of this edge: a defect of ours is logged, and told apart
             await _abort(context, _defect(method.__name__, e))
         raise AssertionError("abort returned")
@@ -275,8 +273,6 @@ def _stream(
                     raise  # the client went away
                 # No hibernode-code: to the caller this is a daemon that is not there, and no answer about the action.
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the daemon is stopping")
-            except grpc.aio.AbortError:
-                raise
             except Exception as e:  # noqa: BLE001 - as above
                 await _abort(context, _defect(method.__name__, e))
 

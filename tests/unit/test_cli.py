@@ -24,7 +24,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from hibernode._pb import hibernode_pb2 as pb
 from hibernode.cli import cli, text
+from hibernode.cli.follow import Speeds
 from hibernode.cli.group import DEFAULT_SOCKET, SECTIONS
 from hibernode.config import Config
 from hibernode.errors import (
@@ -154,6 +156,11 @@ def test_run_passes_where_and_with_what(served: Served, desk: FakeDesk) -> None:
     assert (desk.jobs[1].env, desk.jobs[1].cwd) == ({"A": "b"}, "/tmp")
 
 
+def test_options_of_the_job_are_not_ours(served: Served, desk: FakeDesk) -> None:
+    desk.fail["run_job"] = NotFound("no program x")
+    assert hibernode(served.path, "run", "--name", "t", "--", "x", "--json").err == "error: no program x [not_found]\n"
+
+
 def test_run_refuses_what_cannot_be_passed(served: Served, desk: FakeDesk) -> None:
     assert hibernode(served.path, "run", "--name", "t", "-e", "nothing", "--", "true").code == 2
     assert hibernode(served.path, "run", "--name", "t").code == 2
@@ -240,6 +247,13 @@ def test_checkpoint_without_waiting(served: Served, desk: FakeDesk) -> None:
     assert desk.cancelled == []
     served.release()
     assert hibernode(served.path, "watch", told["action_id"]).code == 0
+
+
+def test_a_refusal_is_told_without_waiting_too(served: Served, desk: FakeDesk) -> None:
+    desk.fail["submit"] = Busy("the workload has another action")
+    result = hibernode(served.path, "checkpoint", "trainer", "--no-wait")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == "error: the workload has another action [busy]\n"
 
 
 def test_restore(served: Served, desk: FakeDesk) -> None:
@@ -689,6 +703,15 @@ def test_a_reader_that_leaves_early_causes_no_noise(served: Served) -> None:
     os.close(reader)
     _, err = process.communicate(timeout=DEADLINE)
     assert err == b""
+
+
+def test_a_rate_is_that_of_the_last_seconds() -> None:
+    speeds = Speeds()
+    for second in range(1, 11):  # fast at first, then slow
+        done = min(second, 4) * 100 * MIB + max(0, second - 4) * MIB
+        speed = speeds.of(pb.Progress(action_id=ACTION, bytes_done=done, seconds=float(second)))
+    assert speed == MIB
+    assert speeds.of(pb.Progress(action_id=ACTION, bytes_done=5 * MIB, seconds=1.0)) == 5 * MIB  # another attempt
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class _Plain:
     def __init__(self, screen: Screen, *, names: bool) -> None:
         self._screen = screen
         self._names = names
-        self._speeds = _Speeds()
+        self._speeds = Speeds()
         self._said: dict[str, tuple[str, float]] = {}  # action id -> phase and seconds of its last line
 
     def event(self, event: pb.Event) -> None:
@@ -104,7 +104,7 @@ class _Live:
         self._screen = screen
         self._board = board
         self._names = names
-        self._speeds = _Speeds()
+        self._speeds = Speeds()
 
     def event(self, event: pb.Event) -> None:
         if event.status in TERMINAL:
@@ -127,7 +127,7 @@ class _Live:
         return action_id[:8] if self._names else ""
 
 
-class _Speeds:
+class Speeds:
     """Bytes per second of each action over the last few seconds."""
 
     def __init__(self) -> None:
