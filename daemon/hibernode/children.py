@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,12 @@ class Children:
             raise Internal(f"cannot become a subreaper: {os.strerror(ctypes.get_errno())}")
 
     def spawn(
-        self, argv: Sequence[str], *, pass_fds: Sequence[int] = (), env: Mapping[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        pass_fds: Sequence[int] = (),
+        env: Mapping[str, str] | None = None,
+        out: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
         """A helper process that its caller waits for with `wait`."""
         with self._lock:  # so that reap() never sees it before it is in the book
@@ -41,12 +47,29 @@ class Children:
                 pass_fds=tuple(pass_fds),
                 env=dict(env) if env is not None else None,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
                 cwd="/",
             )
             self._own.add(child.pid)
         return child
+
+    def run(self, argv: Sequence[str], *, timeout: float, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+        """A short command to its end: (exit code, what it said on both streams). One that cannot be started, or takes longer than
+        `timeout` seconds, says why and has the code 127 or 124."""
+        with tempfile.TemporaryFile() as out:
+            try:
+                child = self.spawn(argv, env=env, out=out.fileno())
+            except OSError as e:
+                return 127, f"{argv[0]}: {e.strerror}"
+            try:
+                code = self.wait(child, timeout)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                self.wait(child)
+                return 124, f"{argv[0]}: no answer within {timeout} s"
+            out.seek(0)
+            return code, out.read().decode(errors="replace")
 
     def wait(self, child: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         code = child.wait(timeout)

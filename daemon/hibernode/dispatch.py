@@ -126,20 +126,26 @@ class Dispatcher:
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            known = isinstance(error, HibernodeError)
+            _log.error("a task of the daemon ended", error=str(error), exc_info=None if known else error)
+
     async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The only crossing from loop to thread. If this call is cancelled it waits for the thread: a thread abandoned while a
+        """The only crossing from loop to thread. If this call is cancelled it still waits for the thread: a thread abandoned while a
         workload is frozen is the worst thing that can happen here."""
         future = self._loop.run_in_executor(None, functools.partial(work, *args, **kwargs))
-        while True:
-            try:
-                return await asyncio.shield(future)
-            except asyncio.CancelledError:
-                if future.cancelled():
-                    raise
-                self.cancel_all("the daemon is stopping")
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            raise
 
     # --- commands from the bus ------------------------------------------------------------------------------------------------
 
@@ -388,7 +394,7 @@ class Dispatcher:
             version=__version__,
             arch=facts.arch,
             kernel=facts.kernel,
-            criu=str(node.criu.facts().version),
+            criu=str(node.criu.facts()),
             store=node.open_store("").location,
             cpus=load.cpus,
             memory_total=load.memory_total,

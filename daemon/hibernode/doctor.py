@@ -17,7 +17,7 @@ def checks(node: Node, *, bus_connected: bool | None) -> list[Check]:
     """All of them. `bus_connected` None: there is no bus by configuration."""
     return [
         *_capabilities(),
-        _tried("criu", lambda: f"{node.criu.facts().path}, version {node.criu.facts().version}"),
+        _tried("criu", lambda: f"{node.criu.facts().path}, version {node.criu.facts()}"),
         _criu_check(node),
         _work_dir(node),
         _tried("store", lambda: _store(node)),

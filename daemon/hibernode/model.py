@@ -269,8 +269,8 @@ class WorkloadFacts(Value):
     kind: Literal["process", "job"]
     name: Annotated[str, StringConstraints(max_length=253)]
     namespace: Annotated[str, StringConstraints(max_length=253)] = "default"
-    uid: Annotated[str, StringConstraints(max_length=64)] = ""
-    logs: dict[str, str] = {}  # of a job: path at the time of the dump -> "stdout" or "stderr"
+    uid: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{0,64}$")] = ""  # becomes a file name
+    logs: dict[str, str] = {}  # of a job: path at the time of the dump -> "log"
     argv: list[str] = []
     cwd: str = ""
 

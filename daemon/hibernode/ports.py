@@ -96,6 +96,15 @@ class CriuFacts:
     version: int  # 40201 is 4.2.1
     path: str
 
+    def __str__(self) -> str:
+        return show_version(self.version)
+
+
+def show_version(version: int) -> str:
+    """CRIU's number as people write it: 40201 -> 4.2.1."""
+    major, minor, sub = version // 10000, version // 100 % 100, version % 100
+    return f"{major}.{minor}.{sub}" if sub else f"{major}.{minor}"
+
 
 @dataclass(frozen=True)
 class DumpStats:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from hibernode.config import Config
 from hibernode.errors import Corrupt, NoRoom, Refused
 from hibernode.model import MAX_STREAMS, PAGE, CheckpointCommand, CriuOpts, HostFacts, Manifest, Overrides
-from hibernode.ports import CriuFacts, CriuOptions, Load, ProcessFacts
+from hibernode.ports import CriuFacts, CriuOptions, Load, ProcessFacts, show_version
 from hibernode.transfer.codec import parse_compression
 
 BEST_RATIO = 50  # no memory compresses better in practice: a store with less room than this leaves cannot hold the image
@@ -158,7 +158,8 @@ def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
             )  # fmt: skip
     if criu.version // 100 < made.criu_version // 100:
         raise Refused(
-            "criu_too_old", "the checkpoint was made by a newer CRIU", prop="criu", found=criu.version, wanted=made.criu_version,
+            "criu_too_old", "the checkpoint was made by a newer CRIU", prop="criu", found=str(criu),
+            wanted=show_version(made.criu_version),
             hint="`scripts/setup` provides a newer one",
         )  # fmt: skip
 

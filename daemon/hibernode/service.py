@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -37,6 +38,7 @@ from hibernode.rpc import RpcServer
 from hibernode.transfer.arena import Arena
 
 _DRAIN = 30.0  # seconds running actions get after the first SIGTERM; the unit's TimeoutStopSec is longer
+_THREADS = 64  # at most; made as they are needed
 _log = structlog.get_logger("hibernode")
 
 
@@ -50,6 +52,8 @@ def run(settings: Config) -> None:
 
 async def serve(settings: Config) -> None:
     """Build, start, tell systemd, wait for a signal, drain."""
+    # Actions spend their lives in threads, waiting: none may keep a question from being answered.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "hibernode"))
     this, metrics, outbox = build(settings), Metrics(__version__), Outbox(settings.state_dir / "outbox")
     bus = open_bus(settings)
 

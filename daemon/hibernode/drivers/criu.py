@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from pycriu.images import core_pb2, magic, pstree_pb2, stats_pb2
 from hibernode.children import Children
 from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed
 from hibernode.model import Cancel, TaskFacts
-from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared
+from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_version
 
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
@@ -72,10 +71,7 @@ class Criu:
         return self._facts
 
     def _version(self) -> int:
-        try:
-            said = subprocess.run([self._path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-        except (OSError, subprocess.TimeoutExpired) as e:
-            said = str(e)
+        _, said = self._children.run([self._path, "--version"], timeout=30)
         if not (found := re.search(r"Version: (\d+)\.(\d+)(?:\.(\d+))?", said)):
             raise Refused(
                 "criu_missing",
@@ -89,9 +85,9 @@ class Criu:
         return major * 10000 + minor * 100 + sub
 
     def check(self) -> str:
-        done = subprocess.run([self._path, "check"], capture_output=True, text=True, timeout=60, check=False, env=self._env)
-        said = [line for line in (done.stdout + done.stderr).splitlines() if not _HARMLESS.search(line)]
-        return "" if done.returncode == 0 else "; ".join(said)[-500:] or f"exit status {done.returncode}"
+        code, said = self._children.run([self._path, "check"], timeout=60, env=self._env)
+        lines = [line for line in said.splitlines() if not _HARMLESS.search(line)]
+        return "" if code == 0 else "; ".join(lines)[-500:] or f"exit status {code}"
 
     def dump(self, pid: int, images: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
         cancel.check()
@@ -236,8 +232,3 @@ def log_tail(log: Path, lines: int = _LOG_LINES) -> list[str]:
         return []
     text = [line for line in text if not _HARMLESS.search(line)]
     return [line for line in text if "Error" in line or "Warn" in line][-lines:] or text[-lines:]
-
-
-def show_version(version: int) -> str:
-    major, minor, sub = version // 10000, version // 100 % 100, version % 100
-    return f"{major}.{minor}.{sub}" if sub else f"{major}.{minor}"

@@ -188,7 +188,7 @@ class Jobs:
         log = self.open_log(uid)
         try:
             child = subprocess.Popen(
-                spec.argv, cwd=spec.cwd, env=spec.env or None, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                spec.argv, cwd=spec.cwd, env=spec.env or {"PATH": os.defpath}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         except OSError as e:
@@ -201,7 +201,7 @@ class Jobs:
             ) from e
         finally:
             os.close(log)
-        child.returncode = 0  # the reaper waits for it, not this object
+        child.returncode = 0  # `children` waits for it like for a restored one; this object must not
         cgroup.join(cgroup.create(uid), child.pid)
         job = Job(
             uid, spec.namespace, spec.name, list(spec.argv), spec.cwd, self.log_path(uid), child.pid,
