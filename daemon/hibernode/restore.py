@@ -29,12 +29,13 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         preflight.restore(manifest, node.host.facts(), node.criu.facts())
         preflight.restore_room(manifest, node.host.room(node.config.work_dir), node.host.load())
         catalog.check_sizes(store, manifest)
-        preflight.pids(node.workloads.blockers(tasks))
         attempt.meter.bytes_total = manifest.raw_bytes
         attempt.meter.streams = sum(len(image.streams) for image in manifest.images)
 
     claim = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)
-    with claim, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+    old = node.claims.claim(f"pid {tasks[0].pid}", command.action_id)  # a checkpoint that says `ready` may still be killing it
+    with claim, old, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+        preflight.pids(node.workloads.blockers(tasks))
         with attempt.phase("fetching"):
             for image in manifest.images:
                 _fetch(store, image, work, attempt)
