@@ -87,7 +87,7 @@ async def demo(directory: Path, arguments: argparse.Namespace, screen: Screen) -
         running.callback(daemon.stop_job)
         log = daemon.run_job(arguments.size)
         async with control(nats.url) as bus:
-            counter_before, token_before = await next_step(log, 0)
+            counter_before, token_before = await next_step(log, 20)
             command = CheckpointCommand(
                 action_id=new_id(), checkpoint_id=new_id(), target=Target(namespace="default", pod_name=JOB)
             )
