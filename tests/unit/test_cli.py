@@ -529,7 +529,14 @@ def test_the_default_socket_is_the_daemons() -> None:
 
 def test_help_names_every_command_and_every_exit_code() -> None:
     out = CliRunner().invoke(cli, ["--help"], prog_name="hibernode").output
-    for words in (*(n for names in SECTIONS.values() for n in names), "130  Ctrl-C", "3    no daemon", "Completion"):
+    for words in (
+        *(n for names in SECTIONS.values() for n in names),
+        "130  Ctrl-C",
+        "3    no daemon",
+        "node ",
+        "check-config",
+        "Completion",
+    ):
         assert words in out
     overview = out.partition("Jobs:")[2].partition("Exit codes")[0]
     assert "..." not in overview  # no line of it is cut short
@@ -561,13 +568,13 @@ def test_other_commands_can_be_added_and_their_errors_look_the_same() -> None:
     def refuse() -> None:
         raise Refused("config", "configuration key x: no", prop="x", found=1, wanted=2, hint="mend it")
 
-    cli.add_command(click.Command("check-config", callback=refuse, help="Print the configuration."))
+    cli.add_command(click.Command("refuse", callback=refuse, help="Says no."))
     try:
-        result = CliRunner().invoke(cli, ["check-config"], prog_name="hibernode")
+        result = CliRunner().invoke(cli, ["refuse"], prog_name="hibernode")
         assert (result.exit_code, result.stderr) == (1, "error: configuration key x: no [config]\nhint: mend it\n")
-        assert "Daemon:\n  check-config  Print the configuration." in CliRunner().invoke(cli, ["--help"]).output
+        assert "\n  refuse        Says no.\n" in CliRunner().invoke(cli, ["--help"]).output
     finally:
-        del cli.commands["check-config"]
+        del cli.commands["refuse"]
 
 
 def test_the_group_alone_loads_no_client() -> None:

@@ -1,14 +1,13 @@
 """The command group: its help, its errors and exit codes.
 
-The commands themselves are loaded when one of them is called: `hibernode node`, the daemon, is started through this
-group too and must not carry a client's libraries in its memory.
+The commands themselves are loaded when one of them is called, and not by whoever only imports the group.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn, cast
 
 import click
@@ -27,6 +26,12 @@ SECTIONS = {
 }
 
 
+DAEMON = {  # run by `__main__` without click; here for the help
+    "node": "Run the daemon of this machine, in the foreground.",
+    "check-config": "Print its configuration, and say whether it would start.",
+}
+
+
 class Group(click.Group):
     """Client commands, found by name when needed, and whatever else is added."""
 
@@ -37,12 +42,13 @@ class Group(click.Group):
         return [name for names in SECTIONS.values() for name in names] + sorted(self.commands)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, names in (SECTIONS | {"Daemon": tuple(sorted(self.commands))}).items():
-            commands = [(name, self.get_command(ctx, name)) for name in names]
-            rows = [(name, c.get_short_help_str(limit=72)) for name, c in commands if c is not None and not c.hidden]
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows, col_max=12, col_spacing=2)
+        for title, names in SECTIONS.items():
+            _section(formatter, title, self._described(ctx, names))
+        _section(formatter, "Daemon", list(DAEMON.items()) + self._described(ctx, sorted(self.commands)))
+
+    def _described(self, ctx: click.Context, names: Iterable[str]) -> list[tuple[str, str]]:
+        commands = [(name, self.get_command(ctx, name)) for name in names]
+        return [(name, c.get_short_help_str(limit=72)) for name, c in commands if c is not None and not c.hidden]
 
     def main(
         self,
@@ -68,6 +74,11 @@ class Group(click.Group):
             _end(LeftRunning("interrupted"), given)
         except click.ClickException as e:
             _end(Usage(_lower(e.format_message())), given)
+
+
+def _section(formatter: click.HelpFormatter, title: str, rows: list[tuple[str, str]]) -> None:
+    with formatter.section(title):
+        formatter.write_dl(rows, col_max=12, col_spacing=2)
 
 
 def _client_commands() -> Mapping[str, click.Command]:
