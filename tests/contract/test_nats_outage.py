@@ -183,6 +183,23 @@ async def test_stop_does_not_wait_for_a_broker_that_hangs(server: NatsServer) ->
             server.resume()
 
 
+async def test_stop_does_not_wait_until_a_broker_that_hangs_takes_what_is_left(server: NatsServer) -> None:
+    async with ends(server.url) as (node, _):
+
+        async def flood() -> None:
+            while node.connected:
+                await node.publish_progress(new_id(), bytes(256 << 10))
+
+        server.pause()
+        flooding = asyncio.create_task(flood())
+        try:
+            await asyncio.wait([flooding], timeout=1.0)  # it stands: every buffer on the way is full
+            await asyncio.wait_for(node.stop(), 5)
+        finally:
+            flooding.cancel()
+            server.resume()
+
+
 async def test_a_consumer_that_somebody_deleted_is_made_anew(server: NatsServer) -> None:
     async with ends(server.url) as (node, control):
         waiting = asyncio.create_task(take(node.commands()))
@@ -194,7 +211,14 @@ async def test_a_consumer_that_somebody_deleted_is_made_anew(server: NatsServer)
         assert (await asyncio.wait_for(waiting, 5)).data == b"x"
 
 
-async def test_streams_that_somebody_deleted_are_made_anew(server: NatsServer, caplog: pytest.LogCaptureFixture) -> None:
+async def delete_streams(server: NatsServer) -> None:
+    admin = await nats.connect(server.url)
+    for stream in (COMMANDS, EVENTS):
+        await admin.jetstream().delete_stream(stream)
+    await admin.close()
+
+
+async def test_readers_make_streams_anew_that_somebody_deleted(server: NatsServer, caplog: pytest.LogCaptureFixture) -> None:
     async with ends(server.url) as (node, control):
         commands, events = node.commands(), control.follow()
         await node.publish_event(new_id(), "1", b"1")
@@ -202,23 +226,32 @@ async def test_streams_that_somebody_deleted_are_made_anew(server: NatsServer, c
         assert [await take(events), await take(events)] == [b"1", b"2"]
         waiting, following = asyncio.create_task(take(commands)), asyncio.create_task(take(events))
         await asyncio.wait([waiting, following], timeout=0.2)
+        await delete_streams(server)
         admin = await nats.connect(server.url)
-        for stream in (COMMANDS, EVENTS):
-            await admin.jetstream().delete_stream(stream)
+
+        async def both_there() -> bool:
+            return {COMMANDS, EVENTS} <= {info.config.name for info in await admin.jetstream().streams_info()}
+
+        await until(both_there)
         await admin.close()
-
-        async def both_stored() -> bool:
-            try:
-                await control.send("n", "checkpoint", new_id(), b"x")
-                await node.publish_event(new_id(), "3", b"3")
-            except BusUnavailable:
-                return False
-            return True
-
-        await until(both_stored)
+        await control.send("n", "checkpoint", new_id(), b"x")
+        await node.publish_event(new_id(), "3", b"3")
         assert (await asyncio.wait_for(waiting, LIMIT)).data == b"x"
         assert await asyncio.wait_for(following, LIMIT) == b"3"
     assert len([r for r in caplog.records if r.name == "hibernode.bus"]) <= 10
+
+
+async def test_writers_make_streams_anew_that_somebody_deleted(server: NatsServer) -> None:
+    async with ends(server.url) as (node, control):
+        writes: list[Callable[[], Awaitable[None]]] = [
+            lambda: control.send("n", "checkpoint", new_id(), b"x"),
+            lambda: node.publish_event(new_id(), new_id(), b"3"),
+        ]
+        for write in writes:
+            await delete_streams(server)
+            with pytest.raises(BusUnavailable):
+                await write()
+            await write()
 
 
 async def test_commands_outlive_the_server(server: NatsServer) -> None:
