@@ -25,7 +25,8 @@ from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_ve
 
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
-_HARMLESS = re.compile(r"RLIMIT_NOFILE|prlimit|Can't set RLIMIT")  # criu.md: logged as an error without CAP_SYS_RESOURCE
+# Logged as an error without CAP_SYS_RESOURCE, and as a warning because the page socket is no TCP one: neither means anything.
+_HARMLESS = re.compile(r"RLIMIT_NOFILE|prlimit|Can't set RLIMIT|TCP_NODELAY")
 # What CRIU's log says -> (stable reason, what to do about it).
 _KNOWN = (
     (r"Connected TCP socket", "tcp_established", 'say {"tcp": "close"} or {"tcp": "established"} in criu_opts'),
@@ -155,9 +156,9 @@ class Criu:
         tail = log_tail(log)
         text = "\n".join(tail)
         reason, hint = next(((r, h) for pattern, r, h in _KNOWN if re.search(pattern, text)), ("", ""))
-        why = tail[-1] if tail else str(error)
-        first = next((line for line in tail if "Error" in line), why)
-        return kind(f"{what}: {first}", hint=hint, criu_log=tail, reason=reason, criu=str(error).strip())
+        said = " ".join(str(error).split())
+        first = next((line for line in tail if "Error" in line), said)  # later errors are mostly consequences
+        return kind(f"{what}: {first}", hint=hint, criu_log=tail, reason=reason, criu=said)
 
     def tasks(self, images: Path) -> list[TaskFacts]:
         try:
