@@ -505,7 +505,7 @@ def test_a_daemon_that_stops_in_the_middle(tmp_path: Path) -> None:
     with serving(FakeDesk(holding), tmp_path / "h.sock") as served:
         terminal = Terminal(served.path, "checkpoint", "trainer")
         terminal.wait_for("dumping")
-        served.call(served.server.stop(0))
+        served.call(served.server.stop())
         assert terminal.end() == 3
         action = served.desk.commands[0].action_id
     assert "error: the daemon went away: the daemon is stopping" in terminal.words
