@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,20 @@ def test_delete_removes_empty_directories_and_only_those(tmp_path: Path, store: 
     store.delete("c1/b")
     assert not (tmp_path / "store" / "c1").exists()
     assert (tmp_path / "store").exists()
+
+
+def test_a_put_into_a_directory_that_a_delete_is_removing(store: LocalDir) -> None:
+    start = threading.Barrier(4)
+
+    def one(n: int) -> None:
+        start.wait(10)
+        for _ in range(30):
+            store.put(f"c/d/{n}", b"x")
+            store.delete(f"c/d/{n}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(one, range(4)))
+    assert list(store.list()) == []
 
 
 def test_an_upload_of_a_daemon_that_died(tmp_path: Path, store: LocalDir) -> None:
