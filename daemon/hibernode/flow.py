@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Generic, ParamSpec, Self, TypeVar
 
-from hibernode.errors import Cancelled
+from hibernode.errors import Cancelled, Stuck
 from hibernode.model import Cancel
 
 T = TypeVar("T")
@@ -117,14 +117,15 @@ class Threads(AbstractContextManager["Threads"]):
                 self.fail(e)
 
         thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()  # first: one that did not start cannot be waited for
         self._threads.append(thread)
-        thread.start()
         return thread
 
     def fail(self, error: BaseException) -> None:
-        """The first call that is not a mere `Stopped` decides what the scope raises."""
+        """The first call that is not a mere `Stopped` decides what the scope raises; but an undo that failed outranks what made it
+        necessary."""
         with self._lock:
-            if self._error is None or isinstance(self._error, Stopped):
+            if self._error is None or isinstance(self._error, Stopped) or isinstance(error, Stuck):
                 self._error = error
             if self._stopping:
                 return
