@@ -7,13 +7,13 @@ page socket, so that CRIU rolls back and the tree runs on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hibernode.errors import DumpFailed, HibernodeError
+from hibernode.errors import DumpFailed, OutcomeUnknown
 from hibernode.flow import Threads
 from hibernode.model import PAGE, ImageRef
 from hibernode.node import Attempt, Node
@@ -68,7 +68,7 @@ class Capture(AbstractContextManager["Capture"]):
         (self._work / name).mkdir()
         try:
             stats = self._node.criu.dump(pid, self._work / name, theirs, self._options.criu, self._threads.cancel)
-        except HibernodeError:
+        except BaseException:
             theirs.close()
             self._threads.join([receiving])  # if our side failed first, that is the reason
             raise
@@ -86,7 +86,17 @@ class Capture(AbstractContextManager["Capture"]):
         collector, tasks = self._collected[name], self._node.criu.tasks(self._work / name)
         return sender.finish(collector.table, collector.pages, tasks, functools.partial(files.pack, self._work / name))
 
-    def keep(self) -> None:
-        """The checkpoint is committed: from now on nothing of it is undone."""
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """The checkpoint is committed inside. Afterwards nothing of it is undone: nor if nobody knows whether it was, because a
+        manifest that can be seen must not name what is gone."""
+        try:
+            yield
+        except OutcomeUnknown:
+            self._keep()
+            raise
+        self._keep()
+
+    def _keep(self) -> None:
         for sender in self._senders.values():
             sender.keep()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from hibernode.errors import Corrupt, NotFound, Refused
+from hibernode.errors import Corrupt, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
 from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, ImageRef, Manifest, Meter, Verdict
-from hibernode.node import Node
+from hibernode.node import Node, insist
 from hibernode.ports import Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer import format
@@ -33,6 +33,7 @@ def insist_new(store: Store, checkpoint_id: str) -> None:
         prop="checkpoint_id",
         found=checkpoint_id,
         wanted="a new id",
+        hint="leave it out for a new one, or delete that checkpoint",
     )
 
 
@@ -62,17 +63,31 @@ def describe(
 
 def commit(store: Store, manifest: Manifest) -> None:
     """Make it a checkpoint: every object is there with its size, then the manifest, read back and compared. Raises with no manifest
-    left behind."""
+    left behind; OutcomeUnknown if it cannot be removed: then nothing that it names may be."""
     check_sizes(store, manifest)
     data = format.encode_manifest(manifest)
     format.decode_manifest(data)  # what we could not read we do not write
-    store.put(_key(manifest.checkpoint_id), data)
+    key = _key(manifest.checkpoint_id)
     try:
-        if store.get(_key(manifest.checkpoint_id), limit=format.MAX_MANIFEST) != data:
+        store.put(key, data)
+        if store.get(key, limit=format.MAX_MANIFEST) != data:
             raise Corrupt("the manifest came back from the store different from what was written")
-    except BaseException:
-        store.delete(_key(manifest.checkpoint_id))
+    except Refused:  # there is one, and it is not ours
         raise
+    except BaseException as e:  # of the put, too: a store may have written what it says it could not
+        _withdraw(store, key, e)
+        raise
+
+
+def _withdraw(store: Store, key: str, cause: BaseException) -> None:
+    try:
+        insist("removing the manifest", lambda: store.delete(key))
+    except Stuck as e:
+        raise OutcomeUnknown(
+            f"{cause}; and whether the manifest was written is not known",
+            hint="`hibernode verify` says whether the checkpoint is whole, `hibernode delete` removes it",
+            key=key,
+        ) from e
 
 
 def check_sizes(store: Store, manifest: Manifest) -> None:

@@ -26,11 +26,12 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
         preflight.checkpoint(command, processes, options.criu)
         meter.bytes_total = sum(process.rss for process in processes)
         preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
-        catalog.insist_new(store, command.checkpoint_id)
         store.check()
 
     claim = node.claims.claim(workload.key, command.action_id)
-    with claim, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+    name = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)  # another one would write the same objects
+    with claim, name, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+        catalog.insist_new(store, command.checkpoint_id)
         capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
         trees = tuple(Tree(pid=process.pid, start_time=process.start_time) for process in processes)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
@@ -46,8 +47,9 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
         with attempt.phase("shipping"):
             images = capture.finish()
         with attempt.phase("committing"):
-            catalog.commit(store, catalog.describe(node, command, workload, options, meter, images))
-            capture.keep()
+            manifest = catalog.describe(node, command, workload, options, meter, images)
+            with capture.keeping():
+                catalog.commit(store, manifest)
         attempt.report(Status.READY)
         if options.kill:
             attempt.entry.enter("killing")
