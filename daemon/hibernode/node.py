@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hibernode.config import Config
-from hibernode.errors import Busy, HibernodeError, Stuck
+from hibernode.errors import Busy, HibernodeError, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
 from hibernode.model import Cancel, Meter, Status
 from hibernode.ports import Criu, Host, Jobs, Store, Workloads
@@ -75,12 +76,16 @@ class Attempt:
 
     @contextmanager
     def work_directory(self, parent: Path) -> Iterator[Path]:
-        """An empty directory on tmpfs for this attempt, gone afterwards."""
+        """An empty directory on tmpfs for this attempt, gone afterwards. A disk that fills up meanwhile is NoRoom."""
         work = parent / self.entry.action_id
         shutil.rmtree(work, ignore_errors=True)  # of an attempt that a crash ended
         work.mkdir(parents=True, mode=0o700)
         try:
             yield work
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NoRoom(f"no space left: {e}", hint="make the file systems of work_dir and state_dir larger") from e
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
