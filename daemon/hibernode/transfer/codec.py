@@ -130,13 +130,24 @@ class Deflater(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         if packed := self._zstd.compress(data):
-            self._sink(packed)
+            self._let_out(packed)
         return len(data)
 
     def close(self) -> None:
         if not self.closed:
-            self._sink(self._zstd.flush())
-        super().close()
+            try:
+                self._let_out(self._zstd.flush())
+            finally:
+                super().close()
+
+    def _let_out(self, packed: bytes) -> None:
+        sink, self._sink = self._sink, _nowhere  # whoever closes this after a failure must not write again, and hide it
+        sink(packed)
+        self._sink = sink
+
+
+def _nowhere(_: bytes) -> None:
+    return
 
 
 def inflating(source: IO[bytes]) -> BinaryIO:

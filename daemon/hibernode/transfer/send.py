@@ -58,19 +58,19 @@ class Sender(AbstractContextManager["Sender"]):
         self._store, self._prefix, self._image, self._arena = store, prefix, image, arena
         self._threads, self._meter = threads, meter
         self._streams = [_Stream(f"{image}/pages-{n}.zst", n, packing.level, arena, meter) for n in range(packing.streams)]
-        self._uploads: list[tuple[str, Upload]] = []
+        self._uploads: list[_Object] = []
         self._kept = False
         self.chunks: Channel[Chunk] = threads.channel(_QUEUE)
 
     def __enter__(self) -> Self:
         try:
             for stream in self._streams:
-                stream.upload = self._open(stream.key)
-        except BaseException:
-            self._undo()
+                stream.made = self._open(stream.key)
+            for stream in self._streams:
+                stream.thread = self._threads.start(stream.key, stream.run, self.chunks)
+        except BaseException as e:
+            self.__exit__(type(e), e, e.__traceback__)
             raise
-        for stream in self._streams:
-            stream.thread = self._threads.start(stream.key, stream.run, self.chunks)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -107,29 +107,43 @@ class Sender(AbstractContextManager["Sender"]):
         self._kept = True
 
     def _put(self, name: str, fill: Callable[[Callable[[bytes], None]], None]) -> ObjectRef:
-        upload, digester = self._open(f"{self._image}/{name}"), Digester()
+        made, digester = self._open(f"{self._image}/{name}"), Digester()
 
         def write(data: bytes) -> None:
             digester.update(data)
-            upload.write(data)
+            made.upload.write(data)
             self._meter.add(stored=len(data), io=len(data))
 
         fill(write)
-        upload.commit()
+        made.commit()
         return ObjectRef(key=f"{self._image}/{name}", size=digester.size, digest=digester.hex())
 
-    def _open(self, key: str) -> Upload:
-        upload = self._store.upload(f"{self._prefix}/{key}")
-        self._uploads.append((key, upload))  # the undo, before the first byte
-        return upload
+    def _open(self, key: str) -> _Object:
+        made = _Object(f"{self._prefix}/{key}", self._store.upload(f"{self._prefix}/{key}"))
+        self._uploads.append(made)  # the undo, before the first byte
+        return made
 
     def _undo(self) -> None:
-        for key, upload in self._uploads:
-            upload.abort()
-            try:
-                self._store.delete(f"{self._prefix}/{key}")  # it may have been committed before another one failed
-            except HibernodeError as e:
-                _log.warning("could not remove %s/%s: %s", self._prefix, key, e)  # invisible without a manifest; gc finds it
+        for made in self._uploads:
+            made.upload.abort()
+            if made.committing:  # else what may lie under that key is not ours
+                try:
+                    self._store.delete(made.key)
+                except HibernodeError as e:
+                    _log.warning("could not remove %s: %s", made.key, e)  # invisible without a manifest; gc finds it
+
+
+@dataclass(eq=False)
+class _Object:
+    """An object on its way, and whether it may be in the store already."""
+
+    key: str
+    upload: Upload
+    committing: bool = False
+
+    def commit(self) -> None:
+        self.committing = True
+        self.upload.commit()
 
 
 class _Stream:
@@ -138,7 +152,7 @@ class _Stream:
     def __init__(self, key: str, number: int, level: int | None, arena: Arena, meter: Meter) -> None:
         self.key = key
         self.keeps: dict[int, KeepMap] = {}
-        self.upload: Upload | None = None
+        self.made: _Object | None = None
         self.thread: threading.Thread | None = None
         self._number, self._arena, self._meter = number, arena, meter
         self._packer = codec.Packer(level)
@@ -147,14 +161,14 @@ class _Stream:
         self._offset = 0
 
     def run(self, chunks: Channel[Chunk]) -> None:
-        assert self.upload is not None
+        assert self.made is not None
         for chunk in chunks:
             try:
-                self._send(chunk, self.upload)
+                self._send(chunk, self.made.upload)
             finally:
                 self._arena.give_back(chunk)
-        self.upload.write(self._seek_table())
-        self.upload.commit()
+        self.made.upload.write(self._seek_table())
+        self.made.commit()
 
     def _send(self, chunk: Chunk, upload: Upload) -> None:
         data, keep = self._drop_zeros(chunk)
