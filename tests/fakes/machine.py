@@ -1,0 +1,228 @@
+"""A machine without processes: one tree of tasks with scripted memory, and the ports that freeze, dump, restore and kill it.
+
+`Machine` is the world, `FakeWorkloads`, `FakeJobs`, `FakeHost` and (in `criu.py`) `FakeCriu` are what the node sees of it. The world
+remembers what was done to it, so that a test can ask afterwards: does the tree run, was it ever killed, is a half-restored one left?
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hibernode.errors import NotFound
+from hibernode.model import PAGE, HostFacts, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
+from hibernode.ports import Load, Prepared, ProcessFacts
+from hibernode.transfer.pageproto import PRESENT, SHMEM, TASK
+from tests.fakes.script import Script
+
+ROOT, CHILD = 4242, 4243
+MAIN = "main"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Pages of one address space, as CRIU sends them; no content: pages that are known and not sent."""
+
+    dst_id: int
+    vaddr: int
+    content: bytes | None
+    pages: int = 0  # where there is no content
+
+    @property
+    def count(self) -> int:
+        return self.pages if self.content is None else len(self.content) // PAGE
+
+    @property
+    def flags(self) -> int:
+        return 0 if self.content is None else PRESENT
+
+
+def memory(pages: int, *, zero: bool = False, seed: int = 1) -> list[Run]:
+    """An image of so many pages: two address spaces and a piece of shared memory, taking turns; some pages zero, some text, some
+    random; runs longer than a chunk and runs of one page."""
+    runs: list[Run] = []
+    at, left, n = 0x10000, pages, 0
+    spaces = (ROOT << 8 | TASK, CHILD << 8 | TASK, 77 << 8 | SHMEM)
+    lengths = (1, 7, 1500, 64, 3, 1023, 1024, 1025)
+    while left:
+        count = min(left, lengths[n % len(lengths)])
+        content = b"".join(_page(seed, n, i, zero=zero) for i in range(count))
+        runs.append(Run(spaces[n % 3], at, content))
+        if n % 4 == 1:
+            runs.append(Run(spaces[n % 3], at + (count + 5) * PAGE, None, pages=2))
+        at, left, n = at + (count + 16) * PAGE, left - count, n + 1
+    return runs
+
+
+def _page(seed: int, run: int, page: int, *, zero: bool) -> bytes:
+    word = (seed * 1_000_003 + run * 4099 + page) & 0xFFFFFFFF
+    if zero or word % 3 == 0:
+        return bytes(PAGE)
+    if word % 3 == 1:
+        return word.to_bytes(4, "little") * (PAGE // 4)
+    return random.Random(word).randbytes(PAGE)
+
+
+@dataclass
+class Machine:
+    """The world. `alive` and `stopped` are of the original tree, `restored` of the one that a restore made."""
+
+    runs: list[Run] = field(default_factory=list)
+    alive: bool = True
+    stopped: bool = False
+    restored: bool = False
+    killed: list[str] = field(default_factory=list)
+    adopted: bool = False
+    key: str = f"pid {ROOT}"
+    prepared: int = 0  # places prepared and neither adopted nor discarded
+    room: int = 1 << 40
+
+    @property
+    def tasks(self) -> list[TaskFacts]:
+        return [TaskFacts(pid=ROOT, comm="train", threads=[ROOT + 10]), TaskFacts(pid=CHILD, ppid=ROOT, comm="loader")]
+
+    def processes(self) -> list[ProcessFacts]:
+        if not (self.alive or self.restored):
+            return []
+        state = "T" if self.alive and self.stopped else "S"
+        return [
+            ProcessFacts(t.pid, 1000 + t.pid, t.comm, state, t.pid, False, 0, 0, len(self.runs) * PAGE, ()) for t in self.tasks
+        ]
+
+
+FACTS = WorkloadFacts(kind="job", name="trainer", uid="uid-1", logs={}, argv=["train"])
+
+
+class FakeWorkload:
+    """ports.Workload."""
+
+    def __init__(self, machine: Machine, script: Script) -> None:
+        self._machine, self._script = machine, script
+
+    facts = FACTS
+
+    @property
+    def key(self) -> str:
+        return self._machine.key
+
+    def roots(self) -> Mapping[str, int]:
+        self._script.step("workload.roots")
+        if not (self._machine.alive or self._machine.restored):
+            raise NotFound("the process has ended")
+        return {MAIN: ROOT}
+
+    def processes(self) -> Sequence[ProcessFacts]:
+        self._script.step("workload.processes")
+        return self._machine.processes()
+
+    def freeze(self) -> None:
+        self._script.step("workload.freeze")
+        self._machine.stopped = True
+
+    def thaw(self) -> None:
+        self._script.step("workload.thaw")
+        self._machine.stopped = False
+
+    def kill(self) -> None:
+        self._script.step("workload.kill")
+        self._machine.killed.append("restored" if self._machine.restored else "original")
+        if self._machine.restored:
+            self._machine.restored = False
+        else:
+            self._machine.alive = False
+
+
+class FakePrepared:
+    """ports.PreparedWorkload."""
+
+    def __init__(self, machine: Machine, script: Script) -> None:
+        self._machine, self._script, self._open = machine, script, True
+        machine.prepared += 1
+
+    prepared = Prepared()
+
+    def adopt(self, pid: int) -> FakeWorkload:
+        self._script.step("prepared.adopt")
+        assert pid == ROOT
+        self._close()
+        self._machine.adopted = True
+        return FakeWorkload(self._machine, self._script)
+
+    def discard(self) -> None:
+        self._script.note("prepared.discard")
+        self._close()
+
+    def _close(self) -> None:
+        if self._open:
+            self._open = False
+            self._machine.prepared -= 1
+
+
+class FakeWorkloads:
+    """ports.Workloads and ports.Jobs."""
+
+    def __init__(self, machine: Machine, script: Script) -> None:
+        self._machine, self._script = machine, script
+
+    def find(self, target: Target) -> FakeWorkload:
+        self._script.step("workloads.find")
+        known = target.pid == ROOT or target.pod_name == FACTS.name or target.pod_id == FACTS.uid
+        if not known or not (self._machine.alive or self._machine.restored):
+            raise NotFound(f"no {target} on this node")
+        return FakeWorkload(self._machine, self._script)
+
+    def prepare(self, facts: WorkloadFacts, name: str) -> FakePrepared:
+        self._script.step("workloads.prepare")
+        return FakePrepared(self._machine, self._script)
+
+    def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
+        self._script.step("workloads.blockers")
+        there = {process.pid: process.comm for process in self._machine.processes()}
+        return [(task.pid, there[task.pid]) for task in tasks if task.pid in there]
+
+    def thaw(self, processes: Sequence[tuple[int, int]]) -> None:
+        self._script.step("workloads.thaw")
+        if (ROOT, 1000 + ROOT) in processes:
+            self._machine.stopped = False
+
+    def kill(self, processes: Sequence[tuple[int, int]]) -> None:
+        self._script.step("workloads.kill")
+        if (ROOT, 1000 + ROOT) in processes:
+            self._machine.killed.append("restored" if self._machine.restored else "original")
+            self._machine.restored = self._machine.alive = False
+
+    def run(self, spec: JobSpec) -> WorkloadView:
+        raise NotImplementedError
+
+    def stop(self, namespace: str, name: str, signal_name: str) -> WorkloadView:
+        raise NotImplementedError
+
+    def views(self, target: Target | None) -> list[WorkloadView]:
+        if target is not None and target.pid != ROOT and target.pod_name != FACTS.name:
+            raise NotFound(f"no {target} on this node")
+        pid = ROOT if self._machine.alive or self._machine.restored else 0
+        return [WorkloadView(kind="job", namespace="default", name=FACTS.name, uid=FACTS.uid, pid=pid)]
+
+    def reap(self) -> None:
+        return
+
+
+class FakeHost:
+    """ports.Host."""
+
+    def __init__(self, machine: Machine, script: Script) -> None:
+        self._machine, self._script = machine, script
+
+    def facts(self) -> HostFacts:
+        self._script.step("host.facts")
+        return HostFacts(arch="x86_64", kernel="6.12", page_size=PAGE, criu_version=0)
+
+    def load(self) -> Load:
+        self._script.step("host.load")
+        return Load(cpus=2, memory_total=1 << 40, memory_available=1 << 40, load=0.1)
+
+    def room(self, path: Path) -> int:
+        self._script.step("host.room")
+        return self._machine.room
