@@ -80,7 +80,10 @@ def _criu_opts(text: str) -> CriuOpts:
 
 def expired(command_expires_at: float, now: float) -> None:
     if command_expires_at and now > command_expires_at:
-        raise Refused("expired", "the command came too late", prop="expires_at", found=now, wanted=f"before {command_expires_at}")
+        raise Refused(
+            "expired", "the command came too late", prop="expires_at", found=now, wanted=f"before {command_expires_at}",
+            hint="give it again; is the clock of this node right?",
+        )  # fmt: skip
 
 
 def checkpoint(command: CheckpointCommand, processes: Sequence[ProcessFacts], criu: CriuOptions) -> None:
@@ -92,6 +95,7 @@ def checkpoint(command: CheckpointCommand, processes: Sequence[ProcessFacts], cr
             prop="kind",
             found=command.kind,
             wanted="simple",
+            hint="leave it out",
         )
     for process in processes:
         _process(process, criu)

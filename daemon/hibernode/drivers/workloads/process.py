@@ -57,7 +57,7 @@ class ProcessWorkload:
         found = []
         for pid in proc.tree(self._pid):
             with contextlib.suppress(*proc.GONE):
-                facts = proc.facts(pid)
+                facts = _facts(pid)
                 found.append(replace(facts, tcp=proc.connections(pid, facts.fds)))
         return found
 
@@ -305,8 +305,9 @@ class ProcessWorkloads:
         )
 
     def _process(self, pid: int) -> ProcessWorkload:
+        insist_foreign(pid)
         try:
-            facts = proc.facts(pid)
+            facts = _facts(pid)
         except proc.GONE:
             raise NotFound(f"no process {pid}", hint="it has ended, or lives in another pid namespace", pid=pid) from None
         insist_dumpable(facts)
@@ -372,13 +373,34 @@ class ProcessWorkloads:
         ]
 
 
+def _facts(pid: int) -> ProcessFacts:
+    """Of a process that may be somebody else's. Raises FileNotFoundError or ProcessLookupError when it is gone."""
+    try:
+        return proc.facts(pid)
+    except PermissionError as e:
+        raise Refused(
+            "no_access", f"the daemon may not look into process {pid}", prop=str(e.filename), found=e.strerror, wanted="readable",
+            hint="the daemon needs CAP_SYS_PTRACE, and all capabilities that the process has", pid=pid,
+        ) from e  # fmt: skip
+
+
+def insist_foreign(pid: int) -> None:
+    """Refuse a tree that the daemon itself is in: frozen, it could not let go."""
+    if pid == 1 or os.getpid() in proc.tree(pid):
+        raise Refused(
+            "not_a_workload", f"the tree of pid {pid} is init's, or has the daemon in it", prop="pid", found=pid,
+            wanted="a tree without the daemon", hint="name the process that is to be saved, not what started the daemon",
+        )  # fmt: skip
+
+
 def insist_dumpable(facts: ProcessFacts) -> None:
     """Refuse what can never be the root of a workload."""
     pid = facts.pid
     if facts.kernel_thread:
         raise Refused(
-            "kernel_thread", f"pid {pid} is the kernel thread {facts.comm!r}", prop="pid", found=pid, wanted="a process"
-        )
+            "kernel_thread", f"pid {pid} is the kernel thread {facts.comm!r}", prop="pid", found=pid, wanted="a process",
+            hint="it belongs to the kernel; name a process",
+        )  # fmt: skip
     if facts.tgid != pid:
         raise Refused(
             "pid_is_thread",
@@ -396,14 +418,6 @@ def insist_dumpable(facts: ProcessFacts) -> None:
             found=facts.state,
             wanted="a live process",
             hint="it has ended; its parent has not waited for it",
-        )
-    if pid in (1, os.getpid()):
-        raise Refused(
-            "not_a_workload",
-            f"pid {pid} is the daemon or init",
-            prop="pid",
-            found=pid,
-            wanted="somebody else's process",
         )
 
 
