@@ -173,12 +173,15 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
     def _end_workloads(self) -> None:
         """Jobs, and trees restored here: they are meant to outlive the daemon, so they are no left-overs."""
         with contextlib.suppress(grpc.RpcError):  # of a daemon that is stuck: the kill below does it
-            for job in self.jobs().values():
+            for job in [job for job in self.jobs().values() if job.pid]:
                 self.stub.StopJob(pb.StopRequest(name=job.name, namespace=job.namespace, signal="KILL"), timeout=10)
-        for pid in keeper.descendants(self.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid: not keeper.alive(pid), 10, f"the end of {pid}")
+        keeper.kill_all(keeper.descendants(self.pid))
+
+    def empty(self) -> None:
+        """End its workloads and empty its store, for the next test. Its work directory must be empty already."""
+        self._end_workloads()
+        assert not self.work_dir.exists() or not list(self.work_dir.iterdir())
+        shutil.rmtree(self.store_dir, ignore_errors=True)
 
     def _cgroups(self) -> list[Path]:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]

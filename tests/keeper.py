@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -128,10 +129,25 @@ def descendants(root: int) -> list[int]:
 def kill_tree(root: int, timeout: float = 20.0) -> None:
     """SIGKILL `root` and its descendants and wait until their pids are free: somebody must reap them."""
     pids = [root, *descendants(root)]
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill_all(pids, timeout)
     wait_until(lambda: not any(fields(pid) for pid in pids), timeout, f"free pids {pids}")
+
+
+def kill_all(pids: Sequence[int], timeout: float = 20.0) -> None:
+    """SIGKILL these and wait until all their threads have ended (a zombie's may not have): their parent can reap them then."""
+    deadline = time.monotonic() + timeout
+    for pid in pids:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            if not select.select([pidfd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError(f"does not die: {describe(pid)}")
+        finally:
+            os.close(pidfd)
 
 
 def wait_until(condition: object, timeout: float, what: str) -> None:

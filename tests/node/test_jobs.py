@@ -38,7 +38,7 @@ def test_restored_processes_leave_no_cgroup_behind(daemon: Daemon, tmp_path: Pat
     # the daemon's own exit in these tests looks whether the cgroups are gone
 
 
-def test_jobs_outlive_the_daemon_and_the_next_one_knows_them(daemon: Daemon, tmp_path: Path) -> None:
+def test_jobs_outlive_the_daemon_and_the_next_one_knows_them(daemon: Daemon) -> None:
     """SIGTERM while idle: managed and restored jobs run on; the new daemon has them under their uid and pid, and can dump them."""
     job = daemon.run("managed", python("counter.py", 0.01))
     restored = daemon.run("restored", python("counter.py", 0.01))

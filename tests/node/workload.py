@@ -7,7 +7,6 @@ process that was dumped.
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from hibernode._pb import hibernode_pb2 as pb
 from tests import keeper
 from tests.daemon import Daemon, pid_target, ready
 from tests.keeper import Kept, wait_until
@@ -43,7 +43,7 @@ def beats(lines: Sequence[str]) -> list[Beat]:
 
 
 class Program(AbstractContextManager["Program"]):
-    """A process of nobody's but the test's: in a session of its own, its output appended to a file. Gone after the `with`, restored or not."""
+    """A process of its own: own session, output appended to a file. Gone after the `with`, restored or not."""
 
     def __init__(
         self, directory: Path, argv: Sequence[str], *, env: dict[str, str] | None = None, stdin: int | None = None
@@ -52,14 +52,15 @@ class Program(AbstractContextManager["Program"]):
         self.log.touch()
         self._kept = Kept(argv, self.log, env=env, cwd=directory, stdin=subprocess.DEVNULL if stdin is None else stdin)
         self.pid = self._kept.pid
+        self._killed_at = 0
 
     @property
-    def target(self) -> object:
+    def target(self) -> pb.Target:
         return pid_target(self.pid)
 
     def lines(self) -> list[str]:
-        """Whole ones: a last line still being written is left out."""
-        return self.log.read_text(errors="replace").rpartition("\n")[0].splitlines()
+        """What it said since the last `kill`, in whole lines."""
+        return self.log.read_bytes()[self._killed_at :].decode(errors="replace").rpartition("\n")[0].splitlines()
 
     def said(self, word: str) -> list[str]:
         """What follows `word` on the line that begins with it; waits for that line."""
@@ -73,12 +74,13 @@ class Program(AbstractContextManager["Program"]):
 
     def next_beat(self, after: Beat) -> Beat:
         """Two beats after `after`, so that one of them was begun after it."""
-        wait_until(lambda: beats(self.lines())[-1].counter > after.counter + 1, LIMIT, f"a beat after {after} in {self.log}")
+        wait_until(lambda: self.beat().counter > after.counter + 1, LIMIT, f"a beat after {after} in {self.log}")
         return self.beat()
 
     def kill(self) -> None:
         """The whole tree; returns when its pids are free."""
         keeper.kill_tree(self.pid)
+        self._killed_at = self.log.stat().st_size
 
     def __enter__(self) -> Self:
         return self
@@ -104,24 +106,19 @@ class Untouched(AbstractContextManager["Untouched"]):
 
 
 def goes_on(program: Program, before: Beat) -> Beat:
-    """The restored program is the one of `before`."""
+    """The restored program is the one of `before`: what it says since it was killed goes on from there, and never starts again."""
     now = program.next_beat(after=before)
-    assert now.token == before.token
-    assert now.counter > before.counter
-    assert now.content == before.content
-    said = [beat.counter for beat in beats(program.lines())]
-    assert now.counter <= max(said), "the counter began again"
+    said = beats(program.lines())
+    assert {beat.token for beat in said} == {before.token}
+    assert {beat.content for beat in said} == {before.content}
+    counters = [beat.counter for beat in said]
+    assert counters == list(range(counters[0], counters[0] + len(said)))
+    assert counters[0] > before.counter
     return now
 
 
-def through_the_store(daemon: Daemon, program: Program, **overrides: object) -> str:
-    """Checkpoint, kill, restore in the same place; the checkpoint's id."""
-    done = ready(daemon.checkpoint(pid_target(program.pid), **overrides))
+def checkpointed(daemon: Daemon, program: Program, **overrides: object) -> pb.Event:
+    """Checkpoint it to `ready`, and kill the tree: nothing of it is left but what is in the store."""
+    done = ready(daemon.checkpoint(program.target, **overrides))
     program.kill()
-    ready(daemon.restore(done.checkpoint_id))
-    return done.checkpoint_id
-
-
-def freeze_in(program: Program) -> None:
-    """SIGSTOP, and wait until it is."""
-    signal.pidfd_send_signal(__import__("os").pidfd_open(program.pid), signal.SIGSTOP)
+    return done
