@@ -65,6 +65,7 @@ class NatsServer:
         """It keeps its connections and says nothing any more until `resume`: half-open ones, to its clients."""
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP)
+            os.waitpid(self._process.pid, os.WUNTRACED)  # until it stands: it may answer for a moment yet
 
     def resume(self) -> None:
         if self._process is not None:

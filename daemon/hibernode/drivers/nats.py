@@ -465,9 +465,12 @@ async def _watch(client: Client, lost: asyncio.Event) -> None:
 
 
 async def _discard(client: Client) -> None:
-    """Close, and do not wait long: on a half-open connection nats-py would wait for the system's time limit."""
+    """Close, and do not wait long: nats-py wants to hand over what is left, and a half-open connection never takes it."""
     closing = asyncio.create_task(client.close())
     await asyncio.wait({closing}, timeout=2.0)
+    writer = getattr(client._transport, "_io_writer", None)
+    if not closing.done() and writer is not None:
+        writer.transport.abort()  # nats-py has no call for it, and the socket would stay for many minutes
     closing.cancel()
     closing.add_done_callback(lambda task: task.cancelled() or task.exception())  # best effort: nobody needs to know
 
