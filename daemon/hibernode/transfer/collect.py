@@ -37,6 +37,10 @@ def page_sockets() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
+class _Ended(Exception):
+    """The socket ended inside a segment: CRIU is gone, and whoever drives it knows why."""
+
+
 class Collector:
     """One dump's worth of pages. `run` in a thread of its own; `table` and `pages` are complete once it has returned."""
 
@@ -62,6 +66,8 @@ class Collector:
             while not self.closed and self._receive(memoryview(header)):
                 self._handle(self._wire.decode(header))
             self._flush()
+        except (_Ended, OSError):
+            return
         finally:
             self._socket.close()
             if self._chunk is not None:
@@ -112,7 +118,7 @@ class Collector:
             chunk = self._chunk or self._open_chunk()
             take = min(left, FRAME_PAGES - chunk.pages)
             if not self._receive(chunk.memory[chunk.pages * PAGE : (chunk.pages + take) * PAGE]):
-                raise Corrupt("page socket: it ended inside a segment")
+                raise _Ended
             chunk.pages += take
             self.pages += take
             left -= take

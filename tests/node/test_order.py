@@ -1,0 +1,139 @@
+"""In which order things happen: ready before the kill, the manifest last; what fails or is cancelled lets the workload go on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hibernode._pb import hibernode_pb2 as pb
+from tests import keeper
+from tests.daemon import Daemon, details, events, failed, ready
+from tests.keeper import wait_until
+from tests.node.workload import LIMIT, Program, Untouched, beats, python
+
+pytestmark = pytest.mark.node
+
+
+@pytest.fixture(scope="module")
+def shared_daemon() -> Iterator[Daemon]:
+    """A small arena, so that a dump of more is as slow as its compression."""
+    with Daemon(arena="16MiB") as running:
+        yield running
+
+
+def test_the_workload_dies_only_after_ready(daemon: Daemon, tmp_path: Path) -> None:
+    """Until the manifest is there it is held, not killed; and a restore that comes at once waits for its end."""
+    with Program(tmp_path, python("counter.py", 0.01, "128")) as program:
+        before = program.beat()
+        manifests, states = [], []
+        stopped = threading.Event()
+
+        def look() -> None:
+            while not stopped.is_set():
+                state = keeper.state(program.pid)  # first: what is committed now was committed when it still lived
+                manifests.append(bool(list(daemon.store_dir.glob("*/manifest.json"))))
+                states.append(state)
+
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        try:
+            done = ready(daemon.checkpoint(program.target, criu_opts={"leave_running": False}))
+            restored = daemon.restore(done.checkpoint_id)
+        finally:
+            stopped.set()
+            watcher.join()
+        ready(restored)
+        dead = [at for at, state in enumerate(states) if state in ("", "Z", "X")]
+        assert dead, "it should have died"
+        assert manifests[dead[0]], "it was dead before there was a manifest"
+        program.next_beat(after=before)
+        counters = [beat.counter for beat in beats(program.lines())]
+        assert counters == list(range(1, len(counters) + 1)), "it ran between the dump and its end"
+
+
+def test_a_store_that_fails_at_the_commit(daemon: Daemon, tmp_path: Path) -> None:
+    """A directory stands where the manifest would be. The workload that was to be killed goes on."""
+    checkpoint_id = "00000000-0000-0000-0000-00000000000c"
+    (daemon.store_dir / checkpoint_id / "manifest.json").mkdir(parents=True)
+    with Program(tmp_path, python("counter.py", 0.01, "16")) as program:
+        with Untouched(program):
+            found = daemon.checkpoint(program.target, checkpoint_id=checkpoint_id, criu_opts={"leave_running": False})
+            last = failed(found, found[-1].code)
+            assert "committing" in last.profile.phases
+            assert last.code in ("exists", "store_unavailable")
+        daemon.insist_clean()
+
+
+def until(updates: Iterator[pb.Update], phase: str) -> str:
+    """Read until an action is in this phase and has moved some bytes; its id."""
+    for update in updates:
+        if update.HasField("progress") and update.progress.phase == phase and update.progress.bytes_done:
+            return update.progress.action_id
+    raise AssertionError(f"it ended before it was {phase}")
+
+
+def test_a_cancel_in_the_middle_of_a_dump(daemon: Daemon, tmp_path: Path) -> None:
+    """128 MiB that are slow to compress, through 16: CRIU waits for us with the workload frozen."""
+    with Program(tmp_path, python("counter.py", 0.01, "128")) as program:
+        with Untouched(program):
+            updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:12"))
+            action = until(updates, "dumping")
+            wait_until(lambda: keeper.state(program.pid) in ("T", "t"), LIMIT, "a frozen workload")
+            assert daemon.stub.Cancel(pb.ActionId(action_id=action), timeout=10).found
+            cancelled = failed(list(events(updates)), "cancelled")
+            assert "dumping" in cancelled.profile.phases
+            assert "shipping" not in cancelled.profile.phases
+        daemon.insist_clean()
+        ready(daemon.checkpoint(program.target, compression="none"))
+
+
+def test_a_cancel_while_shipping(daemon: Daemon, tmp_path: Path) -> None:
+    """Everything is in the arena, the workload runs, the streams still work."""
+    with Program(tmp_path, python("counter.py", 0.01, "8")) as program:
+        with Untouched(program):
+            updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:19"))
+            created = next(event for event in events(updates) if event.status == "checkpoint_created")
+            assert daemon.stub.Cancel(pb.ActionId(action_id=created.action_id), timeout=10).found
+            cancelled = failed(list(events(updates)), "cancelled")
+            assert "committing" not in cancelled.profile.phases
+        daemon.insist_clean()
+
+
+def test_two_actions_on_one_workload(daemon: Daemon, tmp_path: Path) -> None:
+    """The second is told that the workload is busy, and by whom; the first is not disturbed."""
+    with Program(tmp_path, python("counter.py", 0.01, "64")) as program:
+        program.beat()
+        updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9"))
+        first = until(updates, "dumping")
+        busy = failed(daemon.checkpoint(program.target), "busy")
+        assert busy.retry
+        assert details(busy)["action"] == first
+        assert busy.hint
+        assert next(event for event in events(updates) if event.status in ("ready", "error")).status == "ready"
+
+
+def test_a_workload_that_is_killed_in_the_middle_of_a_dump(daemon: Daemon, tmp_path: Path) -> None:
+    """The reason is CRIU's, not what its end made of our side."""
+    with Program(tmp_path, python("counter.py", 0.01, "64")) as program:
+        program.beat()
+        updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9"))
+        until(updates, "dumping")
+        program.kill()
+        broken = failed(list(events(updates)), "dump_failed")
+        assert details(broken)["criu_log"]
+        daemon.insist_clean()
+
+
+def test_a_stop_in_the_middle_of_a_dump_waits_for_it(tmp_path: Path) -> None:
+    """SIGTERM drains: what is at work is finished, and so is the daemon."""
+    with Daemon(arena="16MiB") as daemon, Program(tmp_path, python("counter.py", 0.01, "48")) as program:
+        with Untouched(program):
+            until(iter(daemon.begin_checkpoint(program.target, compression="zstd:9")), "dumping")
+            assert daemon.stop() == 0
+        daemon.start()
+        (action,) = daemon.stub.ListActions(pb.Empty(), timeout=10).actions
+        assert action.status == "ready"
+        assert len(daemon.stub.ListCheckpoints(pb.Empty(), timeout=10).checkpoints) == 1

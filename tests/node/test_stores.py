@@ -1,0 +1,101 @@
+"""A checkpoint is what is in its store, and nothing else: another daemon brings it back, from a directory or from S3."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hibernode._pb import hibernode_pb2 as pb
+from tests.daemon import Daemon, job_target, ready
+from tests.keeper import wait_until
+from tests.node.workload import LIMIT, Beat, Program, beats, checkpointed, goes_on, python
+from tests.servers import S3Server
+
+pytestmark = pytest.mark.node
+
+
+def job_beats(daemon: Daemon, name: str) -> list[Beat]:
+    return beats(daemon.job_lines(name))
+
+
+def test_a_job_restored_by_a_daemon_that_never_saw_the_first(tmp_path: Path) -> None:
+    """Of the first machine only the store is left. The job's log begins anew, in the second daemon's own directory."""
+    store = f"file://{tmp_path}/store"
+    with Daemon(tmp_path / "first", node="first", store=store) as first:
+        job = first.run("trainer", python("counter.py", 0.01))
+        wait_until(lambda: job_beats(first, "trainer"), LIMIT, "a beat")
+        done = ready(first.checkpoint(job_target("trainer"), criu_opts={"leave_running": False}))
+        wait_until(lambda: not first.jobs()["trainer"].pid, LIMIT, "its end")
+        before = job_beats(first, "trainer")[-1]
+        old_log = Path(job.log)
+    old_log.unlink()
+
+    with Daemon(tmp_path / "second", node="second", store=store) as second:
+        assert [c.checkpoint_id for c in second.stub.ListCheckpoints(pb.Empty(), timeout=10).checkpoints] == [done.checkpoint_id]
+        ready(second.restore(done.checkpoint_id))
+        restored = second.jobs()["trainer"]
+        assert (restored.pid, restored.uid) == (job.pid, job.uid)
+        assert Path(restored.log).is_relative_to(second.state_dir)
+        wait_until(lambda: len(job_beats(second, "trainer")) > 2, LIMIT, "beats of the restored job")
+        now = job_beats(second, "trainer")
+        assert {beat.token for beat in now} == {before.token}
+        assert {beat.content for beat in now} == {before.content}
+        assert now[0].counter == before.counter + 1
+        assert not old_log.exists()
+
+
+def s3_settings(server: S3Server) -> Mapping[str, Any]:
+    """The daemon's configuration for it."""
+    settings = server.settings().model_dump(exclude_defaults=True)
+    return {**settings, "secret_access_key": server.secret_access_key, "part_size": 8 << 20}
+
+
+def test_through_s3(tmp_path: Path) -> None:
+    with S3Server() as server:
+        store = f"s3://{server.bucket}/some/prefix"
+        with Daemon(store=store, settings={"store": {"s3": s3_settings(server)}}) as daemon:
+            with Program(tmp_path, python("memory.py", "large", "64")) as program:
+                before = program.beat()
+                done = checkpointed(daemon, program, streams=3)
+                place = server.root / server.bucket / "some/prefix" / done.checkpoint_id
+                assert sum(path.stat().st_size for path in place.rglob("*.zst")) > 64 << 20
+                *_, verdict = daemon.stub.Verify(pb.CheckpointId(checkpoint_id=done.checkpoint_id), timeout=30)
+                assert verdict.ok
+                ready(daemon.restore(done.checkpoint_id))
+                goes_on(program, before)
+            daemon.stub.DeleteCheckpoint(pb.CheckpointId(checkpoint_id=done.checkpoint_id), timeout=10)
+            assert not [path for path in server.root.rglob("*") if path.is_file()]
+
+
+def zstd(*arguments: str | Path) -> bytes:
+    """The tool of that name, which knows nothing of us."""
+    return subprocess.run(["zstd", *map(str, arguments)], check=True, capture_output=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none", "zstd:-5"])
+def test_anybody_can_read_the_streams(daemon: Daemon, tmp_path: Path, compression: str) -> None:
+    """The zstd tool finds every stream whole, counts its frames (the seek table is one that it skips), and makes the pages of it."""
+    with Program(tmp_path, python("memory.py", "half-zero", "32")) as program:
+        program.beat()
+        done = ready(daemon.checkpoint(program.target, streams=3, compression=compression))
+    (image,) = daemon.manifest(done.checkpoint_id)["images"]
+    place, inflated = daemon.store_dir / done.checkpoint_id, 0
+    assert len(image["streams"]) == 3
+    for stream in image["streams"]:
+        path = place / stream["key"]
+        assert path.stat().st_size == stream["size"]
+        zstd("-t", path)
+        inflated += len(zstd("-d", "-c", path))
+        listed = zstd("-l", "-v", path).decode()
+        assert int(re.search(r"Zstandard Frames: (\d+)", listed)[1]) == stream["frames"], listed  # type: ignore[index]
+        assert int(re.search(r"Skippable Frames: (\d+)", listed)[1]) == 1, listed  # type: ignore[index]
+    assert inflated == (image["pages"] - image["zero_pages"]) * 4096
+    assert b"pstree.img" in subprocess.run(
+        ["tar", "-t"], input=zstd("-d", "-c", place / "main/images.tar.zst"), capture_output=True, check=True
+    ).stdout
+    zstd("-t", place / "main/index.zst")
