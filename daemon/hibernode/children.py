@@ -6,6 +6,7 @@ its pid, which CRIU needs free for a restore. `reap` waits for every child that 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -93,6 +94,13 @@ class Children:
         with self._lock:
             exits, self._exits = self._exits, {}
         return exits
+
+
+def unprotect(pid: int) -> None:
+    """Make `pid` the OOM killer's ordinary prey again, as `OOMScoreAdjust` of the daemon's unit is inherited: a workload must not have its
+    protection. CRIU does not help: it restores every score but 0. Best effort."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("0")
 
 
 def _children() -> set[int]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pycriu
 from pycriu.images import core_pb2, magic, pstree_pb2, stats_pb2
 
-from hibernode.children import Children
+from hibernode.children import Children, unprotect
 from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed
 from hibernode.model import Cancel, TaskFacts
 from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_version
@@ -117,7 +117,7 @@ class Criu:
                 "restore.log",
                 options,
                 pass_fds=list(prepared.inherit.values()),
-                cgroup_procs=prepared.cgroup_procs,
+                leave_for=prepared.cgroup_procs,
             ) as request:
                 request.opts.auto_dedup = True  # frees each page of the files as it is used: no second copy at the end
                 for key, descriptor in prepared.inherit.items():
@@ -128,17 +128,20 @@ class Criu:
 
     @contextmanager
     def _worker(
-        self, images: Path, log: str, options: CriuOptions, *, pass_fds: list[int], cgroup_procs: Sequence[str] = ()
+        self, images: Path, log: str, options: CriuOptions, *, pass_fds: list[int], leave_for: Sequence[str] | None = None
     ) -> Iterator[pycriu.criu]:
-        """A request to a worker of its own; the worker has ended when this is left."""
+        """A request to a worker of its own; the worker has ended when this is left. `leave_for`: it leaves the daemon's cgroups for
+        these, and the daemon's protection, because what it restores inherits both."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         directory = os.open(images, os.O_DIRECTORY)
         try:
             argv = [self._path, "swrk", str(theirs.fileno())]
             worker = self._children.spawn(argv, pass_fds=[theirs.fileno(), *pass_fds], env=self._env)
             theirs.close()
-            for procs in cgroup_procs:
-                _join_cgroup(procs, worker.pid)
+            if leave_for is not None:
+                unprotect(worker.pid)
+                for procs in leave_for:
+                    _join_cgroup(procs, worker.pid)
             request = pycriu.criu()
             request.use_fd(ours.fileno())
             _apply(request.opts, options, directory, log)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hibernode.children import unprotect
+
 _PARENT = "hibernode"
 _NEEDS_SETTINGS = {"cpuset"}  # an empty cpuset takes no process
 
@@ -35,6 +37,8 @@ def create(uid: str) -> tuple[str, ...]:
 
 
 def join(procs: tuple[str, ...], pid: int) -> None:
+    """`pid` leaves what is the daemon's: its cgroups, and its protection from the OOM killer."""
+    unprotect(pid)
     for file in procs:
         try:
             Path(file).write_text(str(pid))
