@@ -70,7 +70,10 @@ class Node:
 
     def _log(self, name: str) -> Path:
         book = self._directory / "var-lib" / "hibernode" / "jobs"
-        job = max((json.loads(page.read_text()) for page in book.glob("*.json")), key=lambda job: (job["name"] == name, job["started_at"]))
+        job = max(
+            (json.loads(page.read_text()) for page in book.glob("*.json")),
+            key=lambda job: (job["name"] == name, job["started_at"]),
+        )
         return book / f"{job['uid']}.log"
 
     def checkpoint(self, *words: str) -> str:
@@ -168,7 +171,9 @@ def test_jobs_and_restored_trees_survive(boot: Boot, end: str) -> None:
         daemon = node.daemon()
         node.shell(end.format(daemon=daemon))
         node.next_daemon(after=daemon)
-        known = {job["name"]: (str(job["pid"]), job["state"]) for job in node.ask("jobs")["workloads"] if job["state"] == "running"}
+        known = {
+            job["name"]: (str(job["pid"]), job["state"]) for job in node.ask("jobs")["workloads"] if job["state"] == "running"
+        }
         for name, pid in pids.items():
             started, beat = before[name]
             now = node.beat(name, after=beat)
@@ -266,7 +271,19 @@ def test_workloads_do_not_inherit_the_daemons_oom_score(boot: Boot, tmp_path: Pa
 def test_a_mount_namespace_of_the_unit_would_break_restores(boot: Boot, tmp_path: Path) -> None:
     """Why the unit has no sandbox: jobs would live in it, and what was dumped outside cannot come back inside."""
     lines = [line for line in UNIT.read_text().splitlines() if not line.startswith("#")]
-    sandbox = ("Protect", "Private", "Restrict", "SystemCall", "NoNew", "Capability", "MemoryDeny", "Lock", "UMask", "ReadOnly", "Bind")
+    sandbox = (
+        "Protect",
+        "Private",
+        "Restrict",
+        "SystemCall",
+        "NoNew",
+        "Capability",
+        "MemoryDeny",
+        "Lock",
+        "UMask",
+        "ReadOnly",
+        "Bind",
+    )
     allowed = ("RestartPreventExitStatus",)
     assert [line for line in lines if line.startswith(sandbox) and not line.startswith(allowed)] == []
     with boot("PrivateMounts=yes") as node:
