@@ -38,12 +38,6 @@ class MemoryGroup(AbstractContextManager["MemoryGroup"]):
         return int(self._file("memory.max_usage_in_bytes", "memory.peak").read_text())
 
     @property
-    def resident(self) -> int:
-        """Bytes that cannot give way now: anonymous memory and what lies in tmpfs."""
-        found = self._numbers(self._place / "memory.stat")
-        return found["total_rss" if self._version == 1 else "anon"] + found["total_shmem" if self._version == 1 else "shmem"]
-
-    @property
     def oom_kills(self) -> int:
         return self._numbers(self._file("memory.oom_control", "memory.events"))["oom_kill"]
 

@@ -95,7 +95,10 @@ def test_anybody_can_read_the_streams(daemon: Daemon, tmp_path: Path, compressio
         assert int(re.search(r"Zstandard Frames: (\d+)", listed)[1]) == stream["frames"], listed  # type: ignore[index]
         assert int(re.search(r"Skippable Frames: (\d+)", listed)[1]) == 1, listed  # type: ignore[index]
     assert inflated == (image["pages"] - image["zero_pages"]) * 4096
-    assert b"pstree.img" in subprocess.run(
-        ["tar", "-t"], input=zstd("-d", "-c", place / "main/images.tar.zst"), capture_output=True, check=True
-    ).stdout
+    assert (
+        b"pstree.img"
+        in subprocess.run(
+            ["tar", "-t"], input=zstd("-d", "-c", place / "main/images.tar.zst"), capture_output=True, check=True
+        ).stdout
+    )
     zstd("-t", place / "main/index.zst")
