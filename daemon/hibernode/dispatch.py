@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import ParamSpec, TypeVar
 
 import structlog
@@ -27,6 +27,7 @@ from hibernode.errors import (
     Internal,
     NotFound,
     Refused,
+    Stuck,
     Transient,
 )
 from hibernode.journal import Entry
@@ -96,10 +97,17 @@ class Dispatcher:
         """Recover what a crash left, then take commands. Returns at once when the broker is away: it is waited for behind this."""
         for entry in self._node.journal.all():
             if not entry.record.done:
-                self._end(entry, await self._in_thread(recover, self._node, entry))
+                await self._recover(entry)
         self._spawn(self._reap_forever())
         if self._bus is not None:
             self._spawn(self._serve_bus(self._bus))
+
+    async def _recover(self, entry: Entry) -> None:
+        self._say_again(entry.action_id)  # the crash may have come between journal and outbox
+        try:
+            self._end(entry, await self._in_thread(recover, self._node, entry))
+        except Exception:  # noqa: BLE001 - one that cannot be recovered must not keep the others frozen; it stays open
+            _log.exception("could not recover", action=entry.action_id)
 
     async def stop(self, grace: float = 30.0) -> None:
         """Take nothing new, give running actions `grace` seconds, then cancel them; returns when all have ended and been told."""
@@ -109,13 +117,12 @@ class Dispatcher:
             _log.info("draining", actions=len(running), grace=grace)
             await asyncio.wait(running, timeout=grace)
         self.cancel_all("the daemon is stopping")
-        for task in running:
-            await task
+        await asyncio.gather(*running, return_exceptions=True)
         await self._flush_outbox(deadline=5.0)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._node.jobs.reap()  # who ended until now; the next daemon is not their parent and cannot see it
+        self._reap()  # who ended until now; the next daemon is not their parent and cannot see it
         if self._bus is not None:
             await self._bus.stop()
 
@@ -151,7 +158,8 @@ class Dispatcher:
 
     async def _serve_bus(self, bus: NodeBus) -> None:
         await bus.start()
-        await bus.answer_find(self._find)
+        with contextlib.suppress(BusUnavailable):  # it answers when it is connected again
+            await bus.answer_find(self._find)
         for work in (self._publish_outbox(bus), self._publish_node(bus)):
             self._spawn(work)
         async for delivery in bus.commands():
@@ -162,18 +170,22 @@ class Dispatcher:
 
     async def _take(self, delivery: Delivery) -> None:
         try:
-            command = wire.decode_command(delivery.verb, delivery.data)
-        except BadCommand as e:
-            await self._refuse_unreadable(delivery, e)
-            return
-        try:
+            try:
+                command = wire.decode_command(delivery.verb, delivery.data)
+            except BadCommand as e:
+                await self._refuse_unreadable(delivery, e)
+                return
             if isinstance(command, CancelCommand):
                 await self.cancel(command.action_id)
             else:
                 await self._run_delivered(command, delivery)
             await delivery.done()
         except BusUnavailable as e:  # not acked: it comes again, and is answered from the journal
-            _log.warning("could not acknowledge", action=command.action_id, error=str(e))
+            _log.warning("could not acknowledge", verb=delivery.verb, error=str(e))
+        except OSError as e:  # the journal's disk: what is not written down is not begun
+            _log.error("could not begin", verb=delivery.verb, error=str(e))
+            with contextlib.suppress(BusUnavailable):
+                await delivery.later(self._node.config.limits.retry_delay)
 
     async def _run_delivered(self, command: ActionCommand, delivery: Delivery) -> None:
         self._accept(command)
@@ -192,23 +204,27 @@ class Dispatcher:
             self._post(entry.record.last)
 
     async def _refuse_unreadable(self, delivery: Delivery, error: BadCommand) -> None:
-        """Answer it if it says which action it is; drop it either way."""
+        """Answer it if it says which action it is; drop it either way. A cancel is no action: nobody waits for its end."""
         _log.warning(
             "malformed command",
             verb=delivery.verb,
             error=str(error),
             start=delivery.data[:200].decode(errors="replace"),
         )
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, BadCommand):
-            found = json.loads(delivery.data)
-            known = {"action_id": found["action_id"], "checkpoint_id": found.get("checkpoint_id") or found["action_id"]}
-            stand_in = wire.decode_command("restore", json.dumps(known).encode())
-            if not isinstance(stand_in, CancelCommand) and self._node.journal.find(stand_in.action_id) is None:
-                entry = self._node.journal.begin(stand_in)
-                entry.update(type="restore" if delivery.verb == "restore" else "checkpoint")
-                self._end(entry, Outcome.of(error))
+        if delivery.verb != "cancel":
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, BadCommand):
+                self._answer_unreadable(delivery, error)
         with contextlib.suppress(BusUnavailable):
             await delivery.drop()
+
+    def _answer_unreadable(self, delivery: Delivery, error: BadCommand) -> None:
+        found = json.loads(delivery.data)
+        known = {"action_id": found["action_id"], "checkpoint_id": found.get("checkpoint_id") or found["action_id"]}
+        stand_in = wire.decode_command("restore", json.dumps(known).encode())
+        if not isinstance(stand_in, CancelCommand) and self._node.journal.find(stand_in.action_id) is None:
+            entry = self._node.journal.begin(stand_in)
+            entry.update(type="restore" if delivery.verb == "restore" else "checkpoint")
+            self._end(entry, Outcome.of(error))
 
     async def _find(self, request: bytes) -> bytes | None:
         try:
@@ -231,19 +247,31 @@ class Dispatcher:
     async def _act(self, command: ActionCommand, action: _Running) -> None:
         try:
             async with contextlib.AsyncExitStack() as slot:
-                await self._wait_for_slot(action, slot)
-                outcome = await self._tried(command, action, slot)
-            self._end(action.entry, outcome)
+                outcome = await self._outcome(command, action, slot)
+            await self._end_surely(action.entry, outcome)
         finally:
             del self._running[command.action_id]
 
+    async def _outcome(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> Outcome:
+        """How it ended. Whatever happens, there is an answer."""
+        try:
+            await self._wait_for_slot(action, slot)
+            await self._tried(command, action, slot)
+        except HibernodeError as e:
+            if action.entry.record.status.terminal:  # then nobody hears of it
+                _log.error("after the checkpoint was ready", action=command.action_id, code=e.code, error=str(e))
+            return Outcome.of(e, action.meter.profile())
+        except Exception:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
+            _log.exception("defect", action=command.action_id)
+            return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
+        return Outcome(Status.READY, profile=action.meter.profile())
+
     async def _wait_for_slot(self, action: _Running, slot: contextlib.AsyncExitStack) -> None:
-        await slot.enter_async_context(self._slots)
-        if action.cancel.reason:
-            return
+        await self._unless_cancelled(action, self._slots.acquire())
+        slot.callback(self._slots.release)
         self._report(action, Status.PROCESSING)
 
-    async def _tried(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> Outcome:
+    async def _tried(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
         """Run the page; again after a transient error, as long as nothing was touched."""
         limits = self._node.config.limits
         ticker = self._spawn(self._tick(action))
@@ -251,21 +279,13 @@ class Dispatcher:
             for left in reversed(range(limits.attempts)):
                 try:
                     preflight.expired(command.expires_at, time.time())
-                    await self._run_page(command, action, slot)
-                    return Outcome(Status.READY, profile=action.meter.profile())
-                except HibernodeError as e:
-                    if action.entry.record.status.terminal:
-                        _log.error("after the checkpoint was ready", action=command.action_id, code=e.code, error=str(e))
-                        return Outcome(Status.READY)
-                    if not (isinstance(e, Transient) and left and action.entry.record.phase in _UNTOUCHED):
-                        return Outcome.of(e, action.meter.profile())
+                    return await self._run_page(command, action, slot)
+                except Transient as e:
+                    if not left or action.entry.record.phase not in _UNTOUCHED:
+                        raise
                     _log.info("will try again", action=command.action_id, code=e.code, error=str(e), delay=limits.retry_delay)
-                    await self._pause(action, limits.retry_delay)
-                    action.meter = Meter()
-                except Exception:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
-                    _log.exception("defect", action=command.action_id)
-                    return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
-            return Outcome.of(Internal("no attempt was made"))
+                await self._unless_cancelled(action, asyncio.sleep(limits.retry_delay))
+                action.meter = Meter()
         finally:
             ticker.cancel()
 
@@ -277,7 +297,8 @@ class Dispatcher:
                 waiting = asyncio.ensure_future(action.slot_free.wait())
                 await asyncio.wait([page, waiting], return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
-                await slot.aclose()
+                if not page.done():  # else it may have to be tried again, and needs its slot
+                    await slot.aclose()
             await page
         else:
             await self._spawn_page(restore, command, attempt)
@@ -285,15 +306,21 @@ class Dispatcher:
     def _spawn_page(self, page: Callable[[Node, T, Attempt], None], command: T, attempt: Attempt) -> asyncio.Task[None]:
         return asyncio.ensure_future(self._in_thread(page, self._node, command, attempt))
 
-    async def _pause(self, action: _Running, seconds: float) -> None:
-        woken = asyncio.Event()
+    async def _unless_cancelled(self, action: _Running, work: Coroutine[object, object, object]) -> None:
+        """Wait for it, or raise Cancelled as soon as somebody asks for that."""
+        waiting = asyncio.ensure_future(work)
 
         def wake() -> None:
-            self._loop.call_soon_threadsafe(woken.set)
+            self._loop.call_soon_threadsafe(waiting.cancel)
 
-        with action.cancel.waking(wake), contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(woken.wait(), seconds)
-        action.cancel.check()
+        try:
+            with action.cancel.waking(wake):
+                await waiting
+        except asyncio.CancelledError:
+            action.cancel.check()
+            raise
+        finally:
+            waiting.cancel()
 
     async def _tick(self, action: _Running) -> None:
         while True:
@@ -314,8 +341,20 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(action.slot_free.set)
 
     def _end(self, entry: Entry, outcome: Outcome) -> None:
+        """Told, and over; but where a workload may need a person the entry stays open, and the next start tries to recover it."""
         self._emit(entry, outcome)
-        entry.update(phase="done", ended_at=time.time())
+        entry.update(phase=entry.record.phase if outcome.code == Stuck.code else "done", ended_at=time.time())
+
+    async def _end_surely(self, entry: Entry, outcome: Outcome) -> None:
+        """An outcome that is not on disk is not acknowledged: a full disk is waited for."""
+        while True:
+            try:
+                return self._end(entry, outcome)
+            except OSError as e:
+                _log.error("cannot write down how it ended", action=entry.action_id, status=outcome.status.value, error=str(e))
+                if self._stopping:
+                    return None  # it stays open: the next start finds it
+            await asyncio.sleep(self._node.config.limits.retry_delay)
 
     def _emit(self, entry: Entry, outcome: Outcome) -> None:
         record = entry.record
@@ -344,9 +383,15 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(self._tell, event)
 
     def _post(self, event: Event) -> None:
-        if self._bus is not None:
+        if self._bus is None:
+            return
+        try:
             self._outbox.add(wire.message_id(event), wire.encode_event(event))
             self._loop.call_soon_threadsafe(self._outbox_filled.set)
+        except OSError as e:  # the journal has it; nothing that was done becomes undone by it
+            _log.error("an event cannot be queued yet", action=event.action_id, seq=event.seq, error=str(e))
+            again = functools.partial(self._loop.call_later, self._node.config.limits.retry_delay, self._post, event)
+            self._loop.call_soon_threadsafe(again)
 
     def _tell(self, update: Event | Progress) -> None:
         self._observe(update)
@@ -366,7 +411,7 @@ class Dispatcher:
             try:
                 await self._publish_waiting(bus)
                 await self._outbox_filled.wait()
-            except BusUnavailable as e:
+            except (HibernodeError, OSError) as e:
                 _log.warning("events wait for the broker", waiting=len(self._outbox), error=str(e))
                 await asyncio.sleep(1)
 
@@ -407,8 +452,14 @@ class Dispatcher:
 
     async def _reap_forever(self) -> None:
         while True:
-            self._node.jobs.reap()
+            self._reap()
             await asyncio.sleep(1)
+
+    def _reap(self) -> None:
+        try:
+            self._node.jobs.reap()
+        except (HibernodeError, OSError) as e:
+            _log.error("could not write down how a job ended", error=str(e))
 
     # --- what people ask (rpc.Desk) ---------------------------------------------------------------------------------------------
 
