@@ -6,8 +6,7 @@ never too little. `remedy` is the pure rule for what recovery has to do; `recove
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
 import os
 import threading
 import time
@@ -18,6 +17,8 @@ from typing import Literal
 from pydantic import ValidationError
 
 from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, RestoreCommand, Status, Value
+
+_log = logging.getLogger("hibernode.journal")
 
 Remedy = Literal["nothing", "thaw", "settle", "finish_kill", "kill_restored"]
 
@@ -63,12 +64,10 @@ def remedy(record: Record) -> Remedy:
             return "nothing"
         case "checkpoint", "dumping" | "shipping":
             return "thaw"
-        case "checkpoint", "committing":
-            return "settle"
-        case "checkpoint", "killing":
-            return "finish_kill"
+        case "checkpoint", "committing" | "killing":
+            return "finish_kill" if record.status == Status.READY else "settle"
         case _:
-            return "kill_restored"
+            return "nothing" if record.status == Status.READY else "kill_restored"
 
 
 class Entry:
@@ -76,7 +75,6 @@ class Entry:
 
     def __init__(self, path: Path, record: Record) -> None:
         self._path, self._record, self._lock = path, record, threading.Lock()
-        self._write(record)
 
     @property
     def action_id(self) -> str:
@@ -109,6 +107,11 @@ class Entry:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self._path)
+        directory = os.open(self._path.parent, os.O_DIRECTORY)
+        try:
+            os.fsync(directory)  # else the new name may be lost with the power
+        finally:
+            os.close(directory)
         self._record = record
 
 
@@ -120,8 +123,11 @@ class Journal:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._entries: dict[str, Entry] = {}
         for path in directory.glob("*.json"):
-            with contextlib.suppress(OSError, ValidationError, json.JSONDecodeError):
+            try:
                 record = Record.model_validate_json(path.read_bytes())
+            except (OSError, ValidationError) as e:
+                _log.error("cannot read %s: %s", path, e)  # a workload may be frozen because of it: look at it by hand
+            else:
                 self._entries[record.action_id] = Entry(path, record)
 
     def find(self, action_id: str) -> Entry | None:
@@ -143,6 +149,7 @@ class Journal:
         )
         self._prune()
         entry = Entry(self._directory / f"{command.action_id}.json", record)
+        entry.update()
         self._entries[command.action_id] = entry
         return entry
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -31,11 +32,17 @@ class Outbox:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self._directory / name)
+        directory = os.open(self._directory, os.O_DIRECTORY)
+        try:
+            os.fsync(directory)  # else the new name may be lost with the power
+        finally:
+            os.close(directory)
 
     def waiting(self) -> Iterator[tuple[str, str, bytes]]:
         """(token, message id, data) of every event not sent yet, oldest first."""
         for name in self._names():
-            yield name, name.removesuffix(".json").split("-", 1)[1], (self._directory / name).read_bytes()
+            with contextlib.suppress(FileNotFoundError):  # sent meanwhile, by a second reader that flushes at the end
+                yield name, name.removesuffix(".json").split("-", 1)[1], (self._directory / name).read_bytes()
 
     def sent(self, token: str) -> None:
         (self._directory / token).unlink(missing_ok=True)
