@@ -27,12 +27,12 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
     name = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)  # another one would write the same objects
     with claim, name, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
         with attempt.phase("preflight"):  # with the claim: what another action does to the workload is not mistaken for its state
+            catalog.insist_new(store, command.checkpoint_id)
             processes = workload.processes()
             preflight.checkpoint(command, processes, options.criu)
             meter.bytes_total = sum(process.rss for process in processes)
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
-        catalog.insist_new(store, command.checkpoint_id)
         capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
         trees = tuple(Tree(pid=process.pid, start_time=process.start_time) for process in processes)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)

@@ -6,10 +6,10 @@ import logging
 import shutil
 
 from hibernode import catalog
-from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, Refused
+from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, OutcomeUnknown, Refused, Transient
 from hibernode.journal import Entry, Record, remedy
-from hibernode.model import Outcome, Status
-from hibernode.node import Node
+from hibernode.model import Outcome, Status, TaskFacts
+from hibernode.node import Node, insist
 
 _log = logging.getLogger("hibernode.recovery")
 
@@ -21,17 +21,66 @@ def recover(node: Node, entry: Entry) -> Outcome:
     todo = remedy(record)
     _log.warning("recovering action %s: it was %s, so: %s", record.action_id, record.phase, todo)
     try:
-        if todo in ("settle", "finish_kill") and _committed(node, record):
-            if record.kill:
-                node.workloads.kill([(t.pid, t.start_time) for t in record.trees])
-            return Outcome(Status.READY, profile=record.last.profile if record.last else None)
-        if todo in ("thaw", "settle"):
-            node.workloads.thaw([(t.pid, t.start_time) for t in record.trees])
-        if todo == "kill_restored":
-            node.workloads.kill([(t.pid, t.start_time) for t in record.trees])
+        match todo:
+            case "finish_kill":
+                return _ready(node, record)
+            case "settle":
+                return _settle(node, record)
+            case "thaw":
+                _thaw(node, record)
+            case "kill_restored":
+                _kill_restored(node, record)
     except HibernodeError as e:
         return Outcome.of(e)
+    return _interrupted(record)
+
+
+def _interrupted(record: Record) -> Outcome:
     return Outcome.of(Interrupted(f"the daemon ended while it was {record.phase}", hint="give the command again, with a new id"))
+
+
+def _settle(node: Node, record: Record) -> Outcome:
+    """The commit had begun: the store knows whether it came to its end. Who was told of an error is not killed any more."""
+    if not record.kill:
+        _thaw(node, record)  # before a store is asked that may be slow
+    try:
+        if record.status != Status.ERROR and _committed(node, record):
+            return _ready(node, record)
+    except Transient as e:
+        _thaw(node, record)
+        raise OutcomeUnknown(
+            f"the daemon ended while it was committing, and the store cannot be asked: {e.message}",
+            hint="the workload runs on; `hibernode verify` says whether the checkpoint is whole",
+        ) from e
+    _thaw(node, record)
+    return _interrupted(record)
+
+
+def _ready(node: Node, record: Record) -> Outcome:
+    if record.kill:
+        insist("killing the workload", lambda: node.workloads.kill(_processes(record)))
+    return Outcome(Status.READY, profile=record.last.profile if record.last else None)
+
+
+def _thaw(node: Node, record: Record) -> None:
+    insist("letting the workload go on", lambda: node.workloads.thaw(_processes(record)))
+
+
+def _kill_restored(node: Node, record: Record) -> None:
+    """Nothing half restored is left; who it was is known from the probe on. Before that a pid alone is not enough to kill for."""
+    insist("killing the restored tree", lambda: node.workloads.kill(_processes(record)))
+    unknown = [TaskFacts(pid=tree.pid) for tree in record.trees if not tree.start_time]
+    if left := node.workloads.blockers(unknown):
+        pid, holder = left[0]
+        raise OutcomeUnknown(
+            f"the daemon ended while it was restoring, and pid {pid} is there: {holder}",
+            hint="it may be of the restored tree: look at it by hand, and kill it if it is",
+            pids=[pid for pid, _ in left][:100],
+        )
+
+
+def _processes(record: Record) -> list[tuple[int, int]]:
+    return [(tree.pid, tree.start_time) for tree in record.trees]
 
 
 def _committed(node: Node, record: Record) -> bool:

@@ -49,6 +49,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             pid = node.criu.restore(work / image.name, options.criu, prepared.prepared, attempt.cancel)
             workload = _adopt(node, prepared, pid)
             undo.callback(insist, "killing the restored tree", workload.kill)
+            attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
         with attempt.phase("probing"):
             _probe(workload, tasks)
             attempt.cancel.check()
