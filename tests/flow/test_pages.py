@@ -160,7 +160,9 @@ def test_two_actions_with_one_checkpoint_id_do_not_mix(tmp_path: Path) -> None:
 # --- CRIU lies or stops -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fault", "error"), [("eof", DumpFailed), ("lie", DumpFailed), ("garbage", Corrupt), ("cut", Corrupt)])
+@pytest.mark.parametrize(
+    ("fault", "error"), [("eof", DumpFailed), ("lie", DumpFailed), ("garbage", Corrupt), ("cut", DumpFailed)]
+)
 @pytest.mark.parametrize("pages", [0, 3000])
 def test_a_dump_that_is_not_what_it_says(tmp_path: Path, fault: Fault, error: type[Exception], pages: int) -> None:
     rig = Rig(tmp_path, memory(pages))

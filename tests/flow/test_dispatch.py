@@ -1,0 +1,856 @@
+"""The dispatcher on fakes and a broker in memory: once per id, one terminal event, forward only, whatever breaks on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from hibernode import wire
+from hibernode.dispatch import Dispatcher
+from hibernode.errors import HibernodeError, NotFound, Refused, StoreUnavailable
+from hibernode.journal import Journal, Tree
+from hibernode.model import (
+    ActionCommand,
+    CancelCommand,
+    CheckpointCommand,
+    Command,
+    Event,
+    Overrides,
+    Progress,
+    RestoreCommand,
+    Status,
+    Target,
+)
+from hibernode.outbox import Outbox
+from tests.fakes.bus import MemoryBus
+from tests.fakes.machine import FACTS, ROOT, memory
+from tests.fakes.script import Script
+from tests.flow.rig import DEADLINE, Rig, checkpoint_command, new_id
+
+pytestmark = pytest.mark.timeout(60)
+
+PROCESSING, CREATED, READY, ERROR = Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY, Status.ERROR
+KILL = '{"leave_running": false}'
+
+
+class Gate(Script):
+    """Calls of these names wait until `open` is set."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self._names, self.open, self.reached = names, threading.Event(), threading.Event()
+
+    def step(self, name: str) -> None:
+        super().step(name)
+        if name in self._names:
+            self.reached.set()
+            assert self.open.wait(DEADLINE)
+
+
+class FailsTimes(Script):
+    """A call of this name fails so many times."""
+
+    def __init__(self, name: str, times: int, error: Callable[[], BaseException]) -> None:
+        super().__init__()
+        self._name, self._times, self._make = name, times, error
+
+    def step(self, name: str) -> None:
+        super().step(name)
+        if name == self._name and self._times:
+            self._times -= 1
+            raise self._make()
+
+
+async def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {DEADLINE} s"
+        await asyncio.sleep(0.002)
+
+
+def said(logs: list[MutableMapping[str, object]], what: str) -> bool:
+    return any(line["event"] == what for line in logs)
+
+
+@dataclass
+class Desk:
+    """A running dispatcher, its node, and the broker's two ends."""
+
+    rig: Rig
+    dispatcher: Dispatcher
+    outbox: Outbox
+    bus: MemoryBus
+    updates: list[Event | Progress]
+
+    def __post_init__(self) -> None:
+        self.control = self.bus.control("c")
+
+    async def send(self, command: Command, *, again: bool = False) -> str:
+        await self.control.start()
+        if again:  # past the broker's own memory of ids: from a control plane that was started anew
+            self.bus._ids.discard(f"command {command.action_id}.{wire.verb_of(command)}")
+        await self.control.send("n", wire.verb_of(command), command.action_id, wire.encode_command(command))
+        return command.action_id
+
+    async def send_raw(self, verb: str, data: bytes) -> None:
+        await self.control.start()
+        await self.control.send("n", verb, new_id(), data)
+
+    def events(self, action_id: str) -> list[Event]:
+        return [wire.decode_event(data) for _, action, data in self.bus.events if action == action_id]
+
+    def statuses(self, action_id: str) -> list[Status]:
+        return [event.status for event in self.events(action_id)]
+
+    async def end(self, action_id: str) -> Event:
+        """The terminal event, from the stream; what the stream has of the action must be in order."""
+        await eventually(lambda: any(e.status.terminal for e in self.events(action_id)), f"the end of {action_id}")
+        events = self.events(action_id)
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        assert [event.status.terminal for event in events] == [False] * (len(events) - 1) + [True]
+        return events[-1]
+
+    async def acked(self) -> None:
+        """No command is left with the broker."""
+        await eventually(lambda: not self.bus._queue("c", "n").items, "the acknowledgement")
+
+    def record_status(self, action_id: str) -> Status | None:
+        entry = self.rig.node.journal.find(action_id)
+        return entry.record.status if entry else None
+
+
+@asynccontextmanager
+async def running(rig: Rig, bus: MemoryBus | None = None, grace: float = 5.0) -> AsyncIterator[Desk]:
+    bus = bus or MemoryBus()
+    updates: list[Event | Progress] = []
+    outbox = Outbox(rig.directory / "state" / "outbox")
+    dispatcher = Dispatcher(rig.node, outbox, bus.node("c", "n", ack_wait=5.0), updates.append)
+    await dispatcher.start()
+    try:
+        yield Desk(rig, dispatcher, outbox, bus, updates)
+    finally:
+        rig.criu.gate.set()
+        if isinstance(rig.script, Gate):
+            rig.script.open.set()
+        async with asyncio.timeout(DEADLINE):
+            await dispatcher.stop(grace)
+
+
+def node(directory: Path, script: Script | None = None, *, pages: int = 1100, **limits: object) -> Rig:
+    chosen = {"retry_delay": 0.01, "progress_interval": 0.02, **limits}
+    return Rig(directory, memory(pages), script, node="n", cluster="c", limits=chosen)
+
+
+def restore_command(checkpoint_id: str) -> RestoreCommand:
+    return RestoreCommand(action_id=new_id(), checkpoint_id=checkpoint_id)
+
+
+def for_nobody() -> CheckpointCommand:
+    return CheckpointCommand(action_id=new_id(), checkpoint_id=new_id(), target=Target(pod_name="nobody"))
+
+
+# --- the straight way -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_checkpoint_and_its_restore(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        last = await desk.end(await desk.send(command))
+        assert desk.statuses(command.action_id) == [PROCESSING, CREATED, READY]
+        assert last.code == "ok"
+        assert last.profile is not None
+        assert last.profile.pause_ns == 3000
+        total = sum(phase.seconds for phase in last.profile.phases.values()) + last.profile.unaccounted
+        assert abs(total - last.profile.total_duration / 1e9) < 0.01
+        await desk.acked()
+        rig.end_of_original()
+        again = restore_command(command.checkpoint_id)
+        assert (await desk.end(await desk.send(again))).status == READY
+        assert desk.statuses(again.action_id) == [PROCESSING, READY]
+    assert rig.machine.restored
+    assert not rig.leftovers("none")
+    assert [e.status for e in desk.updates if isinstance(e, Event)] == [PROCESSING, CREATED, READY, PROCESSING, READY]
+
+
+async def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("criu.dump"))
+    async with running(rig) as desk:
+        action = await desk.send(checkpoint_command())
+        await eventually(lambda: any(wire.decode_progress(data).phase == "dumping" for *_, data in desk.bus.progress), "progress")
+        rig.script.open.set()
+        await desk.end(action)
+
+
+async def test_a_watcher_sees_the_last_event_and_what_comes_until_the_end(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("criu.dump"))
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.dispatcher.submit(command)
+        await eventually(rig.script.reached.is_set, "the dump")
+        seen: list[Status] = []
+        async for update in desk.dispatcher.watch(command.action_id):
+            if isinstance(update, Event):
+                seen.append(update.status)
+                rig.script.open.set()
+        assert seen == [PROCESSING, CREATED, READY]
+        assert [u.status async for u in desk.dispatcher.watch(command.action_id) if isinstance(u, Event)] == [READY]
+        with pytest.raises(NotFound):
+            await anext(desk.dispatcher.watch(new_id()))
+
+
+# --- once per id ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_command_that_comes_again_is_answered_from_the_journal(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.end(await desk.send(command))
+        await desk.acked()
+        before = list(desk.bus.events)
+        await desk.send(command, again=True)
+        await desk.acked()
+        desk.bus._ids.clear()  # long after: the broker's window for equal ids is over
+        await desk.send(command, again=True)
+        await eventually(lambda: len(desk.bus.events) > len(before), "the answer")
+        assert desk.bus.events[-1] == before[-1], "the same event once more"
+        assert len(desk.bus.events) == len(before) + 1
+    assert rig.criu.dumps == 1
+
+
+async def test_a_command_that_comes_again_while_it_runs_waits_for_the_one(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    rig.criu.gate.clear()
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(rig.criu.dumping.is_set, "the dump")
+        for _ in range(3):
+            desk.bus.redeliver()
+            await asyncio.sleep(0)
+        await desk.dispatcher.submit(command)  # the same by gRPC
+        rig.criu.gate.set()
+        await desk.end(command.action_id)
+        await desk.acked()
+    assert rig.criu.dumps == 1
+
+
+async def test_a_lost_acknowledgement_does_nothing_twice(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    async with running(rig) as desk:
+        desk.bus.lose_acks = 2
+        command = checkpoint_command()
+        await desk.end(await desk.send(command))
+        await eventually(lambda: desk.bus.lose_acks < 2, "the first acknowledgement")
+        desk.bus.redeliver()
+        await eventually(lambda: desk.bus.lose_acks == 0, "the second")
+        desk.bus.redeliver()
+        await desk.acked()
+        assert len(desk.events(command.action_id)) == 3
+    assert rig.criu.dumps == 1
+
+
+async def test_two_commands_for_one_workload_take_turns(tmp_path: Path) -> None:
+    rig = node(tmp_path, attempts=1000)
+    rig.criu.gate.clear()
+    async with running(rig) as desk:
+        first, second = checkpoint_command(), checkpoint_command()
+        await desk.send(first)
+        await eventually(rig.criu.dumping.is_set, "the first dump")
+        await desk.send(second)
+        await eventually(lambda: desk.record_status(second.action_id) == PROCESSING, "the second action")
+        rig.criu.gate.set()
+        assert (await desk.end(first.action_id)).status == READY
+        assert (await desk.end(second.action_id)).status == READY
+    assert rig.criu.dumps == 2
+
+
+async def test_a_workload_that_stays_busy_is_told(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    with rig.node.claims.claim(f"pid {ROOT}", "somebody else"):
+        async with running(rig) as desk:
+            last = await desk.end(await desk.send(checkpoint_command()))
+    assert (last.code, last.retry) == ("busy", True)
+
+
+# --- what cannot be done ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"target": {}}, {"target": {"pid": 1, "pod_name": "a"}}, {"kind": "nonsense"}, {"surprise": 1}, {"expires_at": "soon"}],
+)
+@pytest.mark.parametrize("verb", ["checkpoint", "restore"])
+async def test_a_malformed_command_that_says_which_action_it_is_gets_an_answer(
+    tmp_path: Path, verb: str, change: dict[str, object]
+) -> None:
+    rig, action = node(tmp_path), new_id()
+    text = {"action_id": action, "checkpoint_id": new_id(), "target": {"pod_name": FACTS.name}, **change}
+    async with running(rig) as desk:
+        await desk.send_raw(verb, json.dumps(text).encode())
+        last = await desk.end(action)
+        assert (last.status, last.code, last.type) == (ERROR, "bad_command", verb)
+        await desk.acked()
+        view = await desk.dispatcher.action(action)
+        assert view.phase == "done"
+    assert "criu.dump" not in rig.script.calls
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xfe", b"[]", b"{}", b"null", b'{"action_id": 7}', b'{"action_id": "x"}', b"[" * 60_000, b"x" * 100_000]
+)
+@pytest.mark.parametrize("verb", ["checkpoint", "restore", "cancel"])
+async def test_what_nobody_can_read_is_dropped(tmp_path: Path, verb: str, data: bytes) -> None:
+    async with running(node(tmp_path)) as desk:
+        await desk.send_raw(verb, data)
+        await desk.acked()
+        assert not desk.bus.events
+        assert not await desk.dispatcher.actions()
+        last = await desk.end(await desk.send(checkpoint_command()))  # and it goes on
+        assert last.status == READY
+
+
+async def test_a_malformed_cancel_ends_no_action(tmp_path: Path) -> None:
+    """Nor one that is still to come: its id would be used up."""
+    command = checkpoint_command()
+    async with running(node(tmp_path)) as desk:
+        await desk.send_raw("cancel", json.dumps({"action_id": command.action_id, "surprise": 1}).encode())
+        await desk.acked()
+        assert (await desk.end(await desk.send(command))).status == READY
+
+
+async def test_a_malformed_command_with_a_known_id_changes_nothing(tmp_path: Path) -> None:
+    rig, command = node(tmp_path), checkpoint_command()
+    rig.criu.gate.clear()
+    async with running(rig) as desk:
+        await desk.send(command)
+        await eventually(rig.criu.dumping.is_set, "the dump")
+        await desk.send_raw("checkpoint", json.dumps({"action_id": command.action_id, "surprise": 1}).encode())
+        await asyncio.sleep(0)
+        rig.criu.gate.set()
+        assert (await desk.end(command.action_id)).status == READY
+        await desk.acked()
+
+
+async def test_a_command_that_came_too_late(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    async with running(rig) as desk:
+        late = checkpoint_command().model_copy(update={"expires_at": time.time() - 1})
+        last = await desk.end(await desk.send(late))
+        assert (last.code, last.retry) == ("expired", False)
+    assert "workloads.find" not in rig.script.calls
+
+
+async def test_a_transient_error_is_tried_again(tmp_path: Path) -> None:
+    rig = node(tmp_path, FailsTimes("store.check", 2, lambda: StoreUnavailable("away")))
+    async with running(rig) as desk:
+        action = await desk.send(checkpoint_command())
+        assert (await desk.end(action)).status == READY
+        assert desk.statuses(action) == [PROCESSING, CREATED, READY]
+    assert rig.script.calls.count("store.check") == 3
+
+
+async def test_after_so_many_attempts_the_caller_may_try(tmp_path: Path) -> None:
+    rig = node(tmp_path, FailsTimes("store.check", 100, lambda: StoreUnavailable("away")), attempts=4)
+    async with running(rig) as desk:
+        last = await desk.end(await desk.send(checkpoint_command()))
+        assert (last.status, last.code, last.retry) == (ERROR, "store_unavailable", True)
+    assert rig.script.calls.count("store.check") == 4
+
+
+async def test_once_a_workload_was_frozen_nothing_is_tried_again(tmp_path: Path) -> None:
+    rig = node(tmp_path, FailsTimes("store.commit index.zst", 1, lambda: StoreUnavailable("away")))
+    async with running(rig) as desk:
+        last = await desk.end(await desk.send(checkpoint_command()))
+        assert (last.code, last.retry) == ("store_unavailable", True)
+    assert rig.criu.dumps == 1
+    assert not rig.machine.stopped
+
+
+async def test_a_defect_is_one_action_s_end_and_not_the_daemon_s(tmp_path: Path) -> None:
+    rig = node(tmp_path, FailsTimes("criu.dump half", 1, lambda: RuntimeError("a bug")))
+    async with running(rig) as desk:
+        last = await desk.end(await desk.send(checkpoint_command()))
+        assert (last.code, last.retry) == ("internal", False)
+        assert "a bug" not in last.message
+        assert (await desk.end(await desk.send(checkpoint_command()))).status == READY
+
+
+# --- slots and cancels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_only_an_asynchronous_checkpoint_frees_its_slot_while_it_ships(tmp_path: Path, asynchronous: bool) -> None:
+    rig = node(tmp_path, Gate("store.commit index.zst"), actions=1)
+    async with running(rig) as desk:
+        first, second = checkpoint_command(asynchronous=asynchronous), for_nobody()
+        await desk.send(first)
+        await eventually(rig.script.reached.is_set, "shipping")
+        await desk.send(second)
+        if asynchronous:
+            assert (await desk.end(second.action_id)).code == "not_found"
+            assert desk.statuses(first.action_id) == [PROCESSING, CREATED]
+        else:
+            await eventually(lambda: desk.record_status(second.action_id), "the second action")
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert desk.record_status(second.action_id) == Status.INITIALIZED
+        rig.script.open.set()
+        assert (await desk.end(first.action_id)).status == READY
+        assert (await desk.end(second.action_id)).code == "not_found"
+
+
+async def test_an_asynchronous_checkpoint_that_tries_again_keeps_its_slot(tmp_path: Path) -> None:
+    class BusyThenGate(Gate):
+        left = 1
+
+        def step(self, name: str) -> None:
+            if name == "store.check" and self.left:
+                self.left -= 1
+                raise StoreUnavailable("away")
+            super().step(name)
+
+    rig = node(tmp_path, BusyThenGate("criu.dump"), actions=1)
+    async with running(rig) as desk:
+        first, second = checkpoint_command(asynchronous=True), for_nobody()
+        await desk.send(first)
+        await eventually(rig.script.reached.is_set, "the dump")
+        await desk.send(second)
+        await eventually(lambda: desk.record_status(second.action_id), "the second action")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert desk.record_status(second.action_id) == Status.INITIALIZED, "two actions in one slot"
+        rig.script.open.set()
+        assert (await desk.end(first.action_id)).status == READY
+
+
+async def test_a_running_action_is_cancelled(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    rig.criu.fault = "hang"
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(rig.criu.dumping.is_set, "the dump")
+        await desk.send(CancelCommand(action_id=command.action_id))
+        last = await desk.end(command.action_id)
+        assert (last.status, last.code) == (ERROR, "cancelled")
+        await desk.acked()
+        assert not await desk.dispatcher.cancel(command.action_id), "it has ended"
+        assert not await desk.dispatcher.cancel(new_id())
+    assert not rig.machine.stopped
+
+
+async def test_a_waiting_action_is_cancelled(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("criu.dump"), actions=1)
+    async with running(rig) as desk:
+        first, second = checkpoint_command(), checkpoint_command()
+        await desk.send(first)
+        await eventually(rig.script.reached.is_set, "the dump")
+        await desk.dispatcher.submit(second)
+        assert await desk.dispatcher.cancel(second.action_id)
+        assert (await desk.end(second.action_id)).code == "cancelled", "it does not wait for a slot to end"
+        rig.script.open.set()
+        assert (await desk.end(first.action_id)).status == READY
+    assert rig.criu.dumps == 1
+
+
+async def test_an_action_that_waits_to_try_again_is_cancelled(tmp_path: Path) -> None:
+    rig = node(tmp_path, FailsTimes("store.check", 100, lambda: StoreUnavailable("away")), retry_delay=1000, attempts=5)
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(lambda: "store.check" in rig.script.calls, "the first try")
+        await desk.dispatcher.cancel(command.action_id)
+        assert (await desk.end(command.action_id)).code == "cancelled"
+
+
+# --- stop -------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_stop_lets_running_actions_end(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("criu.dump"))
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(rig.script.reached.is_set, "the dump")
+        stopping = asyncio.ensure_future(desk.dispatcher.stop(DEADLINE))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="stopping"):
+            await desk.dispatcher.submit(checkpoint_command())
+        rig.script.open.set()
+        await stopping
+        assert desk.statuses(command.action_id) == [PROCESSING, CREATED, READY], "told before it ends"
+
+
+async def test_a_stop_cancels_what_does_not_end(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    rig.criu.fault = "hang"
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(rig.criu.dumping.is_set, "the dump")
+        await desk.dispatcher.stop(0.01)
+        assert desk.events(command.action_id)[-1].code == "cancelled"
+    assert not rig.machine.stopped
+
+
+# --- the broker is away -----------------------------------------------------------------------------------------------------
+
+
+async def test_events_wait_for_the_broker_and_come_in_order(tmp_path: Path) -> None:
+    rig, bus = node(tmp_path), MemoryBus()
+    async with running(rig, bus) as desk:
+        await eventually(lambda: desk.dispatcher._bus is not None and desk.dispatcher._bus.connected, "the connection")
+        bus.away = True
+        commands = [checkpoint_command(), for_nobody()]
+        for command in commands:
+            await desk.dispatcher.submit(command)
+            await eventually(lambda: (desk.record_status(command.action_id) or PROCESSING).terminal, "the end")  # noqa: B023
+        assert not bus.events
+        assert len(desk.outbox) == 5
+        bus.away = False
+        for command in commands:
+            await desk.end(command.action_id)
+        assert desk.statuses(commands[0].action_id) == [PROCESSING, CREATED, READY]
+        await eventually(lambda: not len(desk.outbox), "an empty outbox")
+
+
+async def test_events_that_a_daemon_could_not_send_are_sent_by_the_next(tmp_path: Path) -> None:
+    bus, command = MemoryBus(), checkpoint_command()
+    bus.away = True
+    async with running(node(tmp_path), bus) as desk:
+        await desk.dispatcher.submit(command)
+        await eventually(lambda: desk.record_status(command.action_id) == READY, "the end")
+    bus.away = False
+    async with running(node(tmp_path), bus) as desk:
+        await desk.end(command.action_id)
+
+
+async def test_a_command_filed_while_the_node_was_down_is_done(tmp_path: Path) -> None:
+    bus, command = MemoryBus(), checkpoint_command()
+    control = bus.control("c")
+    await control.start()
+    await control.send("n", "checkpoint", command.action_id, wire.encode_command(command))
+    async with running(node(tmp_path), bus) as desk:
+        assert (await desk.end(command.action_id)).status == READY
+
+
+async def test_who_has_it_answers_and_the_others_are_silent(tmp_path: Path) -> None:
+    async with running(node(tmp_path)) as desk:
+        await desk.control.start()
+        await eventually(lambda: desk.bus._answers, "the subscription")
+        (answer,) = await desk.control.find(wire.encode_find(Target(pod_name=FACTS.name)), 5.0)
+        assert b"trainer" in answer
+        assert await desk.control.find(wire.encode_find(Target(pod_name="nobody")), 5.0) == []
+        desk.rig.end_of_original()
+        assert await desk.control.find(wire.encode_find(Target(pod_name=FACTS.name)), 5.0) == []
+
+
+# --- the disk under journal and outbox --------------------------------------------------------------------------------------
+
+
+async def test_an_outcome_that_cannot_be_written_down_is_written_when_it_can(tmp_path: Path) -> None:
+    """The journal's disk goes away in the middle, and comes back."""
+    rig = node(tmp_path, Gate("criu.dump"))
+    journal, away = tmp_path / "state" / "journal", tmp_path / "away"
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(rig.script.reached.is_set, "the dump")
+        with capture_logs() as logs:
+            journal.rename(away)
+            rig.script.open.set()
+            await eventually(lambda: said(logs, "cannot write down how it ended"), "the failed write")
+        assert not rig.machine.stopped
+        assert desk.bus._queue("c", "n").items, "it must not be acknowledged before its outcome is on disk"
+        away.rename(journal)
+        assert (await desk.end(command.action_id)).status == ERROR
+        await desk.acked()
+
+
+async def test_an_event_that_cannot_be_queued_is_queued_when_it_can(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("store.commit index.zst"))
+    outbox, away = tmp_path / "state" / "outbox", tmp_path / "away"
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(lambda: desk.statuses(command.action_id) == [PROCESSING, CREATED], "two events")
+        await eventually(lambda: not len(desk.outbox), "an empty outbox")
+        with capture_logs() as logs:
+            outbox.rename(away)
+            rig.script.open.set()
+            await eventually(lambda: said(logs, "an event cannot be queued yet"), "the failed write")
+        assert desk.record_status(command.action_id) == READY
+        away.rename(outbox)
+        assert (await desk.end(command.action_id)).status == READY
+
+
+async def test_a_command_that_cannot_be_written_down_comes_again(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    journal, away = tmp_path / "state" / "journal", tmp_path / "away"
+    async with running(rig) as desk:
+        journal.rename(away)
+        command = checkpoint_command()
+        with capture_logs() as logs:
+            await desk.send(command)
+            await eventually(lambda: said(logs, "could not begin"), "the failed write")
+        away.rename(journal)
+        assert (await desk.end(command.action_id)).status == READY
+    assert rig.criu.dumps == 1
+
+
+# --- after a crash ----------------------------------------------------------------------------------------------------------
+
+TREES = (Tree(pid=ROOT, start_time=1000 + ROOT),)
+
+
+def crashed(rig: Rig, command: ActionCommand, phase: str, status: Status = PROCESSING, **changes: object) -> None:
+    """The journal of a daemon that died in `phase`."""
+    event = Event(
+        action_id=command.action_id,
+        seq=2,
+        type=command.type,
+        status=status,
+        checkpoint_id=command.checkpoint_id,
+        node="n",
+        time=1.0,
+    )
+    entry = rig.node.journal.begin(command)
+    entry.update(phase=phase, status=status, seq=2, last=event, **changes)
+    (rig.node.config.work_dir / command.action_id).mkdir(parents=True)
+
+
+def another_daemon(directory: Path, rig: Rig) -> Rig:
+    """The same machine and store, started anew: what it knows is what is on disk."""
+    new = node(directory)
+    new.machine, new.store = rig.machine, rig.store
+    new.rescript(Script())
+    return new
+
+
+async def recovered(directory: Path, rig: Rig, command: ActionCommand) -> tuple[Rig, Event]:
+    new = another_daemon(directory, rig)
+    async with running(new) as desk:
+        await eventually(lambda: any(e.status.terminal for e in desk.events(command.action_id)), "the outcome")
+        events = desk.events(command.action_id)
+        assert sum(e.status.terminal for e in events) == 1
+        assert events[-1].seq == 3
+        await desk.send(command)
+        await desk.acked()
+        assert desk.events(command.action_id)[-1] == events[-1], "a redelivery is answered with it"
+        assert (await desk.dispatcher.action(command.action_id)).phase == "done"
+    assert not any(new.node.config.work_dir.iterdir())
+    assert new.criu.dumps == new.criu.restores == 0
+    return new, events[-1]
+
+
+@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("phase", ["starting", "preflight", "dumping", "shipping", "committing", "killing"])
+async def test_a_crash_in_the_middle_of_a_checkpoint(tmp_path: Path, phase: str, kill: bool) -> None:
+    """Without a checkpoint in the store: the workload gets its life back, and the action ends as interrupted."""
+    rig, command = node(tmp_path), checkpoint_command()
+    rig.machine.stopped = phase not in ("starting", "preflight")
+    crashed(rig, command, phase, trees=TREES, kill=kill)
+    _, last = await recovered(tmp_path, rig, command)
+    assert (last.status, last.code) == (ERROR, "interrupted")
+    assert rig.machine.alive
+    assert not rig.machine.stopped
+
+
+@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("phase", ["committing", "killing"])
+async def test_a_crash_after_the_commit(tmp_path: Path, phase: str, kill: bool) -> None:
+    rig, command = node(tmp_path), checkpoint_command()
+    rig.checkpoint(command.checkpoint_id)
+    rig.machine.stopped = kill
+    crashed(rig, command, phase, trees=TREES, kill=kill)
+    _, last = await recovered(tmp_path, rig, command)
+    assert (last.status, last.code) == (READY, "ok")
+    assert rig.machine.alive is not kill
+    assert not rig.machine.stopped or kill
+
+
+@pytest.mark.parametrize("phase", ["committing", "killing"])
+async def test_a_crash_after_ready_was_said_needs_no_store(tmp_path: Path, phase: str) -> None:
+    rig, command = node(tmp_path), checkpoint_command()
+    rig.machine.stopped = True
+    crashed(rig, command, phase, READY, trees=TREES, kill=True)
+    new = another_daemon(tmp_path, rig)
+    new.rescript(FailsTimes("store.get manifest.json", 1000, lambda: StoreUnavailable("away")))
+    async with running(new) as desk:
+        assert not rig.machine.alive, "the kill is finished"
+        await eventually(lambda: desk.statuses(command.action_id) == [READY], "what may not have been told is told")
+
+
+async def test_a_store_that_is_away_after_a_crash_keeps_nobody_frozen(tmp_path: Path) -> None:
+    rig, command = node(tmp_path), checkpoint_command()
+    rig.checkpoint(command.checkpoint_id)
+    rig.machine.stopped = True
+    crashed(rig, command, "committing", trees=TREES, kill=True)
+    new = another_daemon(tmp_path, rig)
+    new.rescript(FailsTimes("store.get manifest.json", 1000, lambda: StoreUnavailable("away")))
+    async with running(new) as desk:
+        assert not rig.machine.stopped
+        await eventually(lambda: desk.events(command.action_id), "the outcome")
+        assert desk.events(command.action_id)[-1].code == "outcome_unknown"
+    third = another_daemon(tmp_path, rig)
+    async with running(third):
+        assert rig.machine.alive, "who was told to live is not killed by a later start"
+
+
+@pytest.mark.parametrize("phase", ["fetching", "restoring", "probing"])
+async def test_a_crash_in_the_middle_of_a_restore(tmp_path: Path, phase: str) -> None:
+    rig, command = node(tmp_path), restore_command(new_id())
+    rig.end_of_original()
+    rig.machine.restored = phase == "probing"
+    crashed(rig, command, phase, trees=TREES if phase == "probing" else (Tree(pid=ROOT, start_time=0),))
+    _, last = await recovered(tmp_path, rig, command)
+    assert (last.status, last.code) == (ERROR, "interrupted")
+    assert not rig.machine.restored
+
+
+async def test_a_restored_tree_that_was_reported_stays(tmp_path: Path) -> None:
+    """The daemon died after `ready` and before it closed the page."""
+    rig, command = node(tmp_path), restore_command(new_id())
+    rig.end_of_original()
+    rig.machine.restored = True
+    crashed(rig, command, "probing", READY, trees=TREES)
+    async with running(another_daemon(tmp_path, rig)) as desk:
+        await eventually(lambda: desk.statuses(command.action_id) == [READY], "what may not have been told is told")
+        assert (await desk.dispatcher.action(command.action_id)).phase == "done"
+    assert rig.machine.restored
+
+
+async def test_a_tree_that_came_back_while_the_daemon_died_is_told(tmp_path: Path) -> None:
+    """Who it is was not written down yet: it is not killed by its pid alone, and not passed over in silence."""
+    rig, command = node(tmp_path), restore_command(new_id())
+    rig.end_of_original()
+    rig.machine.restored = True
+    crashed(rig, command, "restoring", trees=(Tree(pid=ROOT, start_time=0),))
+    _, last = await recovered(tmp_path, rig, command)
+    assert (last.status, last.code) == (ERROR, "outcome_unknown")
+    assert str(ROOT) in last.message
+
+
+async def test_a_restored_tree_is_written_down_before_it_is_probed(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    made = rig.checkpoint()
+    rig.end_of_original()
+    rig.restore(made)
+    assert TREES[0] in rig.entry.record.trees
+
+
+async def test_an_undo_that_fails_is_tried_again_at_the_next_start(tmp_path: Path) -> None:
+    rig, command = node(tmp_path), checkpoint_command()
+    rig.machine.stopped = True
+    crashed(rig, command, "shipping", trees=TREES)
+    second = another_daemon(tmp_path, rig)
+    second.rescript(FailsTimes("workloads.thaw", 1000, lambda: OSError("not now")))
+    async with running(second) as desk:
+        await eventually(lambda: desk.events(command.action_id), "the outcome")
+        await eventually(lambda: desk.events(command.action_id)[-1].status.terminal, "the outcome")
+        assert desk.events(command.action_id)[-1].code == "left_suspended"
+        assert rig.machine.stopped
+    third = another_daemon(tmp_path, rig)
+    async with running(third) as desk:
+        assert not rig.machine.stopped
+        assert (await desk.dispatcher.action(command.action_id)).phase == "done"
+        await asyncio.sleep(0)
+    assert not [e for e in desk.events(command.action_id) if e.code == "interrupted"], "one terminal event"
+
+
+async def test_an_action_that_left_its_workload_suspended_is_recovered_at_the_next_start(tmp_path: Path) -> None:
+    class ThawFails(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name == "workload.thaw":
+                raise OSError("it does not go on")
+
+    rig = node(tmp_path, ThawFails())
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        last = await desk.end(await desk.send(command))
+        assert last.code == "left_suspended"
+    rig.machine.stopped = True
+    async with running(another_daemon(tmp_path, rig)):
+        assert not rig.machine.stopped
+
+
+async def test_one_broken_recovery_does_not_keep_the_others_frozen(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    first, second = checkpoint_command(), checkpoint_command()
+    for command in (first, second):
+        crashed(rig, command, "shipping", trees=TREES)
+    rig.machine.stopped = True
+    new = another_daemon(tmp_path, rig)
+    new.rescript(FailsTimes("workloads.thaw", 1, lambda: RuntimeError("a bug")))
+    async with running(new) as desk:
+        assert not rig.machine.stopped
+        for command in (first, second):
+            await eventually(lambda: desk.events(command.action_id), "the outcome")  # noqa: B023
+
+
+async def test_a_finished_action_is_known_to_the_next_daemon(tmp_path: Path) -> None:
+    rig, command = node(tmp_path), checkpoint_command()
+    async with running(rig) as desk:
+        await desk.end(await desk.send(command))
+    new = another_daemon(tmp_path, rig)
+    async with running(new) as desk:
+        await desk.send(command)
+        await desk.acked()
+        await eventually(lambda: desk.statuses(command.action_id) == [READY], "the same answer")
+        await desk.dispatcher.submit(command)
+    assert new.criu.dumps == 0
+
+
+async def test_a_journal_page_is_readable_after_every_phase(tmp_path: Path) -> None:
+    """What recovery depends on: the phase is on disk before its step."""
+    seen: list[str] = []
+
+    class Reads(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name in ("store.check", "workload.freeze", "criu.tasks", "store.put manifest.json"):
+                (entry,) = Journal(tmp_path / "state" / "journal").all()
+                seen.append(f"{name}: {entry.record.phase}")
+
+    async with running(node(tmp_path, Reads())) as desk:
+        await desk.end(await desk.send(checkpoint_command()))
+    assert seen == [
+        "store.check: preflight",
+        "workload.freeze: dumping",
+        "criu.tasks: shipping",
+        "store.put manifest.json: committing",
+    ]
+
+
+async def test_questions_people_ask(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    async with running(rig) as desk:
+        made = checkpoint_command()
+        await desk.end(await desk.send(made))
+        await desk.acked()
+        (view,) = await desk.dispatcher.actions()
+        assert (view.action_id, view.status, view.phase) == (made.action_id, READY, "done")
+        assert (await desk.dispatcher.inspect(made.checkpoint_id))[0].checkpoint_id == made.checkpoint_id
+        verdicts = [v async for v in desk.dispatcher.verify(made.checkpoint_id)]
+        assert verdicts[-1].code == "ok"
+        assert [m.checkpoint_id for m in await desk.dispatcher.checkpoints()] == [made.checkpoint_id]
+        assert [n.node for n in await desk.dispatcher.nodes()] == ["n"]
+        await desk.dispatcher.delete(made.checkpoint_id)
+        assert not rig.store.objects
+        for question in (desk.dispatcher.inspect(made.checkpoint_id), desk.dispatcher.action(new_id())):
+            with pytest.raises(HibernodeError) as raised:
+                await question
+            assert raised.value.code == "not_found"
+        assert Overrides() == made.overrides
