@@ -37,6 +37,7 @@ class Arena:
         count = max(1, size // CHUNK)
         self._map = mmap.mmap(-1, count * CHUNK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._map.madvise(mmap.MADV_DONTDUMP)  # a core of the daemon (its watchdog aborts it) must not hold other people's memory
         self._populate()
         whole = memoryview(self._map)
         self._free = [Chunk(whole[i * CHUNK : (i + 1) * CHUNK]) for i in range(count)]
