@@ -25,6 +25,7 @@ from hibernode.errors import (
     BusUnavailable,
     HibernodeError,
     Internal,
+    Interrupted,
     NotFound,
     Refused,
     Stuck,
@@ -59,6 +60,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _UNTOUCHED = ("starting", "preflight", "fetching")  # phases in which trying again is harmless
+_BUS_RETRY = 30.0  # seconds until a broker that refused us is asked again
 _WATCHER_QUEUE = 1000  # updates a slow watcher may lag behind before it loses progress (never events)
 _log = structlog.get_logger("hibernode")
 
@@ -157,7 +159,7 @@ class Dispatcher:
     # --- commands from the bus ------------------------------------------------------------------------------------------------
 
     async def _serve_bus(self, bus: NodeBus) -> None:
-        await bus.start()
+        await self._connect(bus)
         with contextlib.suppress(BusUnavailable):  # it answers when it is connected again
             await bus.answer_find(self._find)
         for work in (self._publish_outbox(bus), self._publish_node(bus)):
@@ -167,6 +169,16 @@ class Dispatcher:
                 await delivery.later(0)
                 continue
             self._spawn(self._take(delivery))
+
+    async def _connect(self, bus: NodeBus) -> None:
+        """Wait for the broker. A login or a certificate that it refuses is for a person to mend, perhaps there and not here, so that
+        the daemon does not end for it: it says so and tries again."""
+        while True:
+            try:
+                return await bus.start()
+            except Refused as e:
+                _log.error("the broker refuses this node", code=e.code, error=e.message, hint=e.hint, again_in=_BUS_RETRY)
+                await asyncio.sleep(_BUS_RETRY)
 
     async def _take(self, delivery: Delivery) -> None:
         try:
@@ -188,6 +200,9 @@ class Dispatcher:
                 await delivery.later(self._node.config.limits.retry_delay)
 
     async def _run_delivered(self, command: ActionCommand, delivery: Delivery) -> None:
+        if delivery.attempt > self._node.config.bus.max_deliver and self._node.journal.find(command.action_id) is None:
+            why = Interrupted(f"delivered {delivery.attempt} times and never begun", hint="the daemon's log says why")
+            self._end(self._node.journal.begin(command), Outcome.of(why))
         self._accept(command)
         if (action := self._running.get(command.action_id)) is None or action.task is None:
             self._say_again(command.action_id)
