@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from hibernode._pb import hibernode_pb2 as pb
 from tests import keeper
-from tests.daemon import Daemon, details, events, failed, ready
+from tests.daemon import Daemon, details, events, failed, pid_target, ready
 from tests.keeper import wait_until
 from tests.node.workload import LIMIT, Program, Untouched, beats, python
 
@@ -25,7 +26,7 @@ def shared_daemon() -> Iterator[Daemon]:
 
 
 def test_the_workload_dies_only_after_ready(daemon: Daemon, tmp_path: Path) -> None:
-    """Until the manifest is there it is held, not killed; and a restore that comes at once waits for its end."""
+    """Until the manifest is there it is held, not killed."""
     with Program(tmp_path, python("counter.py", 0.01, "128")) as program:
         before = program.beat()
         manifests, states = [], []
@@ -54,6 +55,23 @@ def test_the_workload_dies_only_after_ready(daemon: Daemon, tmp_path: Path) -> N
         assert counters == list(range(1, len(counters) + 1)), "it ran between the dump and its end"
 
 
+def test_a_restore_waits_for_the_end_of_the_old_tree(tmp_path: Path) -> None:
+    """Its parent takes its time to wait for it, so the checkpoint that said `ready` is still killing it when the restore comes."""
+    with Daemon(settings={"limits": {"attempts": 100}}) as daemon:
+        with open(tmp_path / "output", "ab") as out:
+            child = subprocess.Popen(python("counter.py", 0.01), stdin=subprocess.DEVNULL, stdout=out, start_new_session=True)
+        try:
+            wait_until((tmp_path / "output").read_bytes, LIMIT, "a beat")
+            done = ready(daemon.checkpoint(pid_target(child.pid), criu_opts={"leave_running": False}))
+            restore = daemon.stub.Restore(pb.RestoreCommand(checkpoint_id=done.checkpoint_id), timeout=LIMIT)
+            wait_until(lambda: "will try again" in daemon.log, LIMIT, "a restore that waits")
+            assert keeper.state(child.pid) == "Z"
+        finally:
+            child.kill()
+            child.wait()
+        ready(list(events(restore)))
+
+
 def test_a_store_that_fails_at_the_commit(daemon: Daemon, tmp_path: Path) -> None:
     """A directory stands where the manifest would be. The workload that was to be killed goes on."""
     checkpoint_id = "00000000-0000-0000-0000-00000000000c"
@@ -76,13 +94,14 @@ def until(updates: Iterator[pb.Update], phase: str) -> str:
 
 
 def test_a_cancel_in_the_middle_of_a_dump(daemon: Daemon, tmp_path: Path) -> None:
-    """128 MiB that are slow to compress, through 16: CRIU waits for us with the workload frozen."""
-    with Program(tmp_path, python("counter.py", 0.01, "128")) as program:
+    """32 MiB that are slow to compress, through 16: CRIU waits for us with the workload frozen."""
+    with Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
         with Untouched(program):
-            updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:12"))
+            updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:12", streams=1))
             action = until(updates, "dumping")
             wait_until(lambda: keeper.state(program.pid) in ("T", "t"), LIMIT, "a frozen workload")
             assert daemon.stub.Cancel(pb.ActionId(action_id=action), timeout=10).found
+            wait_until(lambda: keeper.state(program.pid) in ("R", "S"), 2, "a workload that runs, whatever the streams still do")
             cancelled = failed(list(events(updates)), "cancelled")
             assert "dumping" in cancelled.profile.phases
             assert "shipping" not in cancelled.profile.phases
@@ -92,7 +111,7 @@ def test_a_cancel_in_the_middle_of_a_dump(daemon: Daemon, tmp_path: Path) -> Non
 
 def test_a_cancel_while_shipping(daemon: Daemon, tmp_path: Path) -> None:
     """Everything is in the arena, the workload runs, the streams still work."""
-    with Program(tmp_path, python("counter.py", 0.01, "8")) as program:
+    with Program(tmp_path, python("counter.py", 0.01, "slow:8")) as program:
         with Untouched(program):
             updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:19"))
             created = next(event for event in events(updates) if event.status == "checkpoint_created")
@@ -104,9 +123,9 @@ def test_a_cancel_while_shipping(daemon: Daemon, tmp_path: Path) -> None:
 
 def test_two_actions_on_one_workload(daemon: Daemon, tmp_path: Path) -> None:
     """The second is told that the workload is busy, and by whom; the first is not disturbed."""
-    with Program(tmp_path, python("counter.py", 0.01, "64")) as program:
+    with Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
         program.beat()
-        updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9"))
+        updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9", streams=1))
         first = until(updates, "dumping")
         busy = failed(daemon.checkpoint(program.target), "busy")
         assert busy.retry
@@ -117,9 +136,9 @@ def test_two_actions_on_one_workload(daemon: Daemon, tmp_path: Path) -> None:
 
 def test_a_workload_that_is_killed_in_the_middle_of_a_dump(daemon: Daemon, tmp_path: Path) -> None:
     """The reason is CRIU's, not what its end made of our side."""
-    with Program(tmp_path, python("counter.py", 0.01, "64")) as program:
+    with Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
         program.beat()
-        updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9"))
+        updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9", streams=1))
         until(updates, "dumping")
         program.kill()
         broken = failed(list(events(updates)), "dump_failed")
@@ -129,9 +148,9 @@ def test_a_workload_that_is_killed_in_the_middle_of_a_dump(daemon: Daemon, tmp_p
 
 def test_a_stop_in_the_middle_of_a_dump_waits_for_it(tmp_path: Path) -> None:
     """SIGTERM drains: what is at work is finished, and so is the daemon."""
-    with Daemon(arena="16MiB") as daemon, Program(tmp_path, python("counter.py", 0.01, "48")) as program:
+    with Daemon(arena="16MiB") as daemon, Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
         with Untouched(program):
-            until(iter(daemon.begin_checkpoint(program.target, compression="zstd:9")), "dumping")
+            until(iter(daemon.begin_checkpoint(program.target, compression="zstd:9", streams=1)), "dumping")
             assert daemon.stop() == 0
         daemon.start()
         (action,) = daemon.stub.ListActions(pb.Empty(), timeout=10).actions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,6 +78,21 @@ def zstd(*arguments: str | Path) -> bytes:
     return subprocess.run(["zstd", *map(str, arguments)], check=True, capture_output=True, timeout=60).stdout
 
 
+def seek_table(data: bytes) -> tuple[int, int]:
+    """What the skippable frame at the end says, read as zstd's seekable format has it: bytes of content, and frames."""
+    count, descriptor, magic = struct.unpack_from("<IBI", data, len(data) - 9)
+    assert (magic, descriptor) == (0x8F92EAB1, 0)
+    start = len(data) - 9 - 8 * count - 8
+    assert struct.unpack_from("<II", data, start) == (0x184D2A5E, 8 * count + 9)
+    entries = list(struct.iter_unpack("<II", data[start + 8 : -9]))
+    at = 0
+    for stored, _ in entries:
+        assert data[at : at + 4] == b"\x28\xb5\x2f\xfd", "each begins where a frame begins"
+        at += stored
+    assert at == start
+    return sum(size for _, size in entries), count
+
+
 @pytest.mark.parametrize("compression", ["zstd", "none", "zstd:-5"])
 def test_anybody_can_read_the_streams(daemon: Daemon, tmp_path: Path, compression: str) -> None:
     """The zstd tool finds every stream whole, counts its frames (the seek table is one that it skips), and makes the pages of it."""
@@ -90,9 +106,11 @@ def test_anybody_can_read_the_streams(daemon: Daemon, tmp_path: Path, compressio
         path = place / stream["key"]
         assert path.stat().st_size == stream["size"]
         zstd("-t", path)
-        inflated += len(zstd("-d", "-c", path))
+        pages = zstd("-d", "-c", path)
+        inflated += len(pages)
         listed = zstd("-l", "-v", path).decode()
         assert int(re.search(r"Zstandard Frames: (\d+)", listed)[1]) == stream["frames"], listed  # type: ignore[index]
+        assert seek_table(path.read_bytes()) == (len(pages), stream["frames"])
         assert int(re.search(r"Skippable Frames: (\d+)", listed)[1]) == 1, listed  # type: ignore[index]
     assert inflated == (image["pages"] - image["zero_pages"]) * 4096
     assert (

@@ -1,5 +1,6 @@
 """Counts, for ever: each line is `beat <token> <counter> <checksum of a megabyte that it holds>`. Arguments: seconds between lines, what
-to do to oneself first (`io_uring`, `zombie`, `threads`), or MiB of memory that nothing compresses to hold as well."""
+to do to oneself first (`io_uring`, `zombie`, `thread`), or MiB of memory to hold as well: `64` that nothing compresses, `slow:64` that
+takes a high level of zstd long."""
 
 from __future__ import annotations
 
@@ -41,8 +42,8 @@ def do(wish: str) -> object:
             thread.start()
             print("thread", thread.native_id, flush=True)
             return thread
-        case "exec":
-            return os.execv(sys.executable, [sys.executable, *sys.argv[:-1]])
+        case size if size.startswith("slow:"):
+            return os.urandom(int(size[5:]) << 19).hex()
         case size:
             return os.urandom(int(size) << 20)
 
