@@ -31,9 +31,9 @@ Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 class Value(BaseModel):
-    """A frozen, strict value: unknown keys and wrong types are errors."""
+    """A frozen, strict value: unknown keys, wrong types, and floats that are no numbers are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Status(StrEnum):

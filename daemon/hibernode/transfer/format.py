@@ -170,7 +170,7 @@ def _check_segments(index: Index, image: ImageRef) -> None:
     pages = index.segments["pages"]
     if len(pages) and (pages.max() > _PAGES_LIMIT or pages.min() < 1 or (index.segments["vaddr"] % PAGE).any()):
         raise Corrupt("index: a segment has an impossible address or length")
-    if (index.segments["vaddr"] > (1 << 57) - pages * PAGE).any() or pages.astype(object).sum() > _PAGES_LIMIT:
+    if (index.segments["vaddr"] > (1 << 57) - pages * PAGE).any() or pages.sum(dtype=np.float64) > _PAGES_LIMIT:
         raise Corrupt("index: a segment lies outside of any address space")
     if index.pages != image.pages:
         raise Corrupt(f"index: {index.pages} pages, the manifest says {image.pages}")
@@ -234,9 +234,11 @@ def decode_manifest(data: bytes) -> Manifest:
 
 def _check_version(data: bytes) -> None:
     try:
-        version = json.loads(data)["format_version"]
+        version = json.loads(data, object_pairs_hook=_once)["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise Corrupt("manifest: not JSON with a format_version") from e
+    if type(version) is not int:
+        raise Corrupt("manifest: format_version is not a number")
     if version != FORMAT_VERSION:
         raise Refused(
             "format_version",
@@ -248,6 +250,14 @@ def _check_version(data: bytes) -> None:
         )
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. A key that comes twice would mean one thing to one reader and another to the next."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
 def _check_images(manifest: Manifest) -> None:
     keys = [ref.key for image in manifest.images for ref in (*image.streams, image.index, image.files)]
     if len(set(keys)) != len(keys):
@@ -255,5 +265,8 @@ def _check_images(manifest: Manifest) -> None:
     for image in manifest.images:
         if len(image.streams) > MAX_STREAMS or image.zero_pages > image.pages or image.pages > _PAGES_LIMIT:
             raise Corrupt(f"manifest: image {image.name} has impossible counts")
-        if any(not key.startswith(f"{image.name}/") for key in (image.index.key, image.files.key)):
+        if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in image.streams):
+            raise Corrupt(f"manifest: image {image.name} has a stream that cannot hold its frames")
+        refs = (*image.streams, image.index, image.files)
+        if any(not ref.key.startswith(f"{image.name}/") for ref in refs):
             raise Corrupt(f"manifest: image {image.name} names objects outside of its folder")

@@ -1,0 +1,444 @@
+"""Index and manifest: what is written is read; every cut, flip and lie is Corrupt, in bounded memory, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hibernode.errors import Corrupt, HibernodeError, Refused
+from hibernode.model import (
+    FRAME_PAGES,
+    PAGE,
+    HostFacts,
+    ImageRef,
+    Manifest,
+    ObjectRef,
+    StreamRef,
+    TaskFacts,
+    WorkloadFacts,
+)
+from hibernode.transfer import codec, format
+from hibernode.transfer.format import FRAME, SEGMENT, Index
+from hibernode.transfer.pageproto import LAZY, PRESENT
+
+ID = "0123abcd-0123-4567-89ab-0123456789ab"
+NOWHERE = ObjectRef(key="main/index.zst", size=0, digest="0" * 64)
+
+
+# --- arbitrary images -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def images(draw: st.DrawFn) -> tuple[Index, ImageRef]:
+    """An index as a sender makes it: frames in page order, taken by streams in any order, some runs all zero."""
+    flags = st.sampled_from([PRESENT, PRESENT | LAZY, 0])
+    rows = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 1 << 30), st.integers(1, 3000), flags), max_size=8))
+    segments = np.array([(d << 8 | 1, v * PAGE, p, f) for d, v, p, f in rows], SEGMENT)
+    total = sum(p for _, _, p, f in rows if f & PRESENT)
+    streams = draw(st.integers(1, 4))
+    frames, keeps, offsets, first = [], {}, [0] * streams, 0
+    while first < total:
+        count = min(draw(st.integers(1, FRAME_PAGES)), total - first)
+        kept = draw(st.integers(0, count))
+        if kept:
+            stream, stored = draw(st.integers(0, streams - 1)), draw(st.integers(9, 5000))
+            digest = np.frombuffer(draw(st.binary(min_size=32, max_size=32)), np.uint8)
+            frames.append((first, offsets[stream], stream, stored, count, kept, digest))
+            offsets[stream] += stored
+            if kept < count:
+                keeps[first] = np.random.default_rng(first).permutation(np.arange(count) < kept)
+        first += count
+    table = np.array(frames, FRAME) if frames else np.zeros(0, FRAME)
+    index = Index(segments, table[np.random.default_rng(total).permutation(len(table))], keeps)
+    return index, image_of(index, table, streams, total)
+
+
+def image_of(index: Index, frames: Any, streams: int, pages: int) -> ImageRef:
+    refs = []
+    for n in range(streams):
+        mine = np.sort(frames[frames["stream"] == n], order="offset")
+        table = format.seek_table(mine["stored"], mine["kept"] * PAGE)
+        digest = format.stream_digest((d.tobytes() for d in mine["digest"]), table)
+        size = int(mine["stored"].sum()) + len(table)
+        refs.append(StreamRef(key=f"main/pages-{n}.zst", size=size, digest=digest, frames=len(mine)))
+    return ImageRef(
+        name="main", tasks=[TaskFacts(pid=7)], pages=pages, zero_pages=pages - int(frames["kept"].sum()), streams=refs,
+        index=NOWHERE, files=NOWHERE.model_copy(update={"key": "main/images.tar.zst"}),
+    )  # fmt: skip
+
+
+@given(images())
+def test_an_index_comes_back(made: tuple[Index, ImageRef]) -> None:
+    index, image = made
+    found = format.decode_index(format.encode_index(index), image)
+    assert (found.segments == index.segments).all()
+    assert (found.frames == np.sort(index.frames, order="first_page")).all()
+    assert found.keeps.keys() == index.keeps.keys()
+    assert all((found.keeps[page] == keep).all() for page, keep in index.keeps.items())
+    assert found.pages == image.pages
+
+
+def a_small_one() -> tuple[bytes, ImageRef]:
+    segments = np.array(
+        [(7 << 8 | 1, 0x1000, 1500, PRESENT), (7 << 8 | 1, 0x1000000, 3, 0), (9 << 8 | 2, 0, 30, PRESENT)], SEGMENT
+    )
+    frames = np.array(
+        [
+            (0, 0, 0, 900, 1024, 1024, np.arange(32)),
+            (1024, 0, 1, 77, 400, 3, np.arange(32) + 1),
+            (1424, 900, 0, 4000, 106, 106, np.arange(32) + 2),
+        ],
+        FRAME,
+    )
+    index = Index(segments, frames, {1024: np.arange(400) % 150 == 1})
+    return format.encode_index(index), image_of(index, frames, 2, 1530)
+
+
+def consistent(index: Index, image: ImageRef) -> None:
+    """What a decoded index promises about itself and the manifest, said again in other words."""
+    assert index.pages == image.pages
+    numbers: set[int] = set()
+    for n, stream in enumerate(image.streams):
+        mine = sorted((f for f in index.frames if f["stream"] == n), key=lambda f: int(f["offset"]))
+        table = format.seek_table([int(f["stored"]) for f in mine], [int(f["kept"]) * PAGE for f in mine])
+        assert sum(int(f["stored"]) for f in mine) + len(table) == stream.size
+        assert format.stream_digest((f["digest"].tobytes() for f in mine), table) == stream.digest
+        at = 0
+        for f in mine:
+            assert int(f["offset"]) == at
+            at += int(f["stored"])
+            run = range(int(f["first_page"]), int(f["first_page"] + f["pages"]))
+            assert numbers.isdisjoint(run)
+            assert run.stop <= image.pages
+            numbers.update(run)
+            if f["kept"] < f["pages"]:
+                assert int(index.keeps[run.start].sum()) == f["kept"]
+
+
+def decode_or_corrupt(data: bytes, image: ImageRef) -> None:
+    try:
+        index = format.decode_index(data, image)
+    except Corrupt:
+        return
+    consistent(index, image)
+
+
+def test_every_truncation_of_an_index_is_corrupt() -> None:
+    data, image = a_small_one()
+    consistent(format.decode_index(data, image), image)
+    for size in range(len(data)):
+        with pytest.raises(Corrupt):
+            format.decode_index(data[:size], image)
+    with pytest.raises(Corrupt):
+        format.decode_index(data + b"\0", image)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
+def test_every_flipped_byte_of_an_index_is_corrupt_or_changes_nothing_that_counts(flip: int) -> None:
+    data, image = a_small_one()
+    for at in range(len(data)):
+        decode_or_corrupt(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :], image)
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_an_index_with_any_field_replaced(data: st.DataObject) -> None:
+    """Absurd numbers in every field of every record, where a flipped bit does not get."""
+    raw, image = a_small_one()
+    at = data.draw(st.integers(0, len(raw) // 4 - 1)) * 4
+    value = data.draw(st.sampled_from([0, 1, 2, 1023, 1024, 1025, 1 << 31, (1 << 32) - 1, (1 << 64) - 1, 1 << 63, 1 << 40]))
+    width = 8 if value >= 1 << 32 else data.draw(st.sampled_from([4, 8]))
+    changed = (raw[:at] + value.to_bytes(width, "little") + raw[at + width :])[: len(raw)]
+    decode_or_corrupt(changed, image)
+
+
+def test_every_flipped_byte_of_a_compressed_index_is_corrupt_or_the_same() -> None:
+    raw, image = a_small_one()
+    packed = codec.deflate(raw)
+    limit = format.index_limit(image.pages)
+    tracemalloc.start()
+    try:
+        for at in range(len(packed)):
+            for flip in (0x01, 0x10, 0xFF):
+                try:
+                    found = codec.inflate(packed[:at] + bytes([packed[at] ^ flip]) + packed[at + 1 :], limit=limit)
+                    decode_or_corrupt(found, image)
+                except Corrupt:
+                    continue
+        for size in range(len(packed)):
+            with pytest.raises(Corrupt):
+                codec.inflate(packed[:size], limit=limit)
+        assert tracemalloc.get_traced_memory()[1] < limit + (4 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("counts", [(1 << 60, 0, 0), (0, 1 << 60, 0), (0, 0, 1 << 60), ((1 << 64) - 1,) * 3])
+def test_a_header_that_lies_allocates_nothing(counts: tuple[int, int, int]) -> None:
+    raw, image = a_small_one()
+    lie = raw[:8] + b"".join(n.to_bytes(8, "little") for n in counts) + raw[32:]
+    assert peak(lambda: pytest.raises(Corrupt, format.decode_index, lie, image)) < 1 << 20
+
+
+def test_many_segments_cost_what_they_are() -> None:
+    """Not a Python object each."""
+    segments = np.zeros(1_000_000, SEGMENT)
+    segments["dst_id"], segments["pages"] = 7 << 8 | 1, 300
+    segments["vaddr"] = np.arange(1_000_000) * 400 * PAGE
+    index = Index(segments, np.zeros(0, FRAME), {})
+    raw, image = format.encode_index(index), image_of(index, index.frames, 1, 0)
+    assert peak(lambda: format.decode_index(raw, image)) < 40 << 20
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes that Python and numpy took at most meanwhile."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_honest_indexes_are_within_the_limit() -> None:
+    """The worst: every page a segment and a frame of its own."""
+    n = 2000
+    segments, frames = np.zeros(n, SEGMENT), np.zeros(n, FRAME)
+    segments["dst_id"], segments["pages"], segments["flags"] = 7 << 8 | 1, 1, PRESENT
+    frames["first_page"], frames["pages"], frames["kept"] = np.arange(n), 1, 1
+    assert len(format.encode_index(Index(segments, frames, {}))) < format.index_limit(n)
+
+
+# --- seek table -------------------------------------------------------------------------------------------------------------
+
+
+def test_zstd_reads_a_stream_with_its_seek_table(tmp_path: Path) -> None:
+    contents = [b"a" * (4 << 20), bytes(range(256)) * 16, b"z" * PAGE]
+    packer = codec.Packer(1)
+    frames = [b"".join(packer.pack(memoryview(c))) for c in contents]
+    path = tmp_path / "pages-0.zst"
+    path.write_bytes(b"".join(frames) + format.seek_table(map(len, frames), map(len, contents)))
+    assert subprocess.run(["zstd", "-dc", str(path)], capture_output=True, check=True).stdout == b"".join(contents)
+    listed = subprocess.run(["zstd", "-lv", str(path)], capture_output=True, check=True, text=True).stdout
+    assert "Number of Skippable Frames: 1" in listed or "# Skippable Frames: 1" in listed, listed
+
+
+@given(st.lists(st.tuples(st.integers(1, 1 << 23), st.integers(1, 1 << 22)), max_size=5))
+def test_a_seek_table_is_what_the_seekable_format_says(sizes: list[tuple[int, int]]) -> None:
+    table = format.seek_table([s for s, _ in sizes], [r for _, r in sizes])
+    assert table[:4] == bytes.fromhex("5e2a4d18")
+    assert int.from_bytes(table[4:8], "little") == len(table) - 8
+    assert table[-4:] == bytes.fromhex("b1ea928f")
+    assert int.from_bytes(table[-9:-5], "little") == len(sizes)
+    assert table[8:-9] == b"".join(s.to_bytes(4, "little") + r.to_bytes(4, "little") for s, r in sizes)
+
+
+# --- manifest ---------------------------------------------------------------------------------------------------------------
+
+
+def manifest() -> Manifest:
+    _, image = a_small_one()
+    return Manifest(
+        format_version=1, checkpoint_id=ID, action_id=ID, created_at=1.5, node="n", kind="simple", reason="manual",
+        workload=WorkloadFacts(kind="job", name="trainer", argv=["a"], logs={"/x": "log"}),
+        host=HostFacts(arch="x86_64", kernel="6", page_size=PAGE, criu_version=40201), compression="zstd",
+        pause_ns=1, raw_bytes=1, zero_bytes=0, stored_bytes=1, images=[image],
+    )  # fmt: skip
+
+
+def as_bytes(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def plain() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(format.encode_manifest(manifest()))
+    return found
+
+
+def test_a_manifest_comes_back() -> None:
+    assert format.decode_manifest(format.encode_manifest(manifest())) == manifest()
+
+
+def paths(value: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [at] if at else []
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found += paths(inner, (*at, key))
+    if isinstance(value, list):
+        for n, inner in enumerate(value):
+            found += paths(inner, (*at, n))
+    return found
+
+
+def changed(path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> bytes:
+    value = copy.deepcopy(plain())
+    inner: Any = value
+    for key in path[:-1]:
+        inner = inner[key]
+    change(inner, path[-1])
+    return as_bytes(value)
+
+
+OPTIONAL = {
+    "criu_opts", "uid", "logs", "argv", "cwd", "namespace", "cpu_model", "hibernode", "ppid", "comm", "threads", "tcp",
+    "leave_running", "shell_job", "ext_unix_sk", "file_locks", "link_remap", "ghost_limit", "timeout",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", paths(plain()), ids=lambda path: ".".join(map(str, path)))
+def test_a_manifest_without_one_key_is_corrupt(path: tuple[Any, ...]) -> None:
+    data = changed(path, lambda inner, key: inner.pop(key))
+    if path[-1] in OPTIONAL or isinstance(path[-1], int) or "logs" in path:
+        try:
+            format.decode_manifest(data)
+        except Corrupt:
+            return
+    else:
+        with pytest.raises(Corrupt):
+            format.decode_manifest(data)
+
+
+WRONG: list[object] = [
+    None,
+    True,
+    -1,
+    1 << 70,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "x",
+    "",
+    "\x00",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    "9" * 5000,
+]
+
+
+@pytest.mark.parametrize("path", paths(plain()), ids=lambda path: ".".join(map(str, path)))
+def test_a_manifest_with_a_wrong_value_is_corrupt_or_means_something(path: tuple[Any, ...]) -> None:
+    """Never another exception; and what is taken can be written and read again."""
+    for value in WRONG:
+        data = changed(path, lambda inner, key: inner.__setitem__(key, value))  # noqa: B023
+        try:
+            found = format.decode_manifest(data)
+        except Corrupt:
+            continue
+        except Refused as e:
+            assert path == ("format_version",)
+            assert e.code == "format_version"
+            continue
+        assert format.decode_manifest(format.encode_manifest(found)) == found, f"{path} = {value!r} does not come back"
+
+
+@pytest.mark.parametrize(
+    "path", [p[:-1] for p in paths(plain()) if p[-1] in ("node", "arch", "pid", "digest", "pages", "argv", "tcp")]
+)
+def test_a_manifest_with_an_unknown_key_is_corrupt(path: tuple[Any, ...]) -> None:
+    with pytest.raises(Corrupt):
+        format.decode_manifest(changed((*path, "surprise"), lambda inner, key: inner.__setitem__(key, 1)))
+
+
+@pytest.mark.parametrize("version", [2, 99, 0, -1])
+def test_another_format_version_is_refused_by_name_even_if_nothing_else_is_known(version: int) -> None:
+    for text in (as_bytes({"format_version": version}), as_bytes({**plain(), "format_version": version, "new": {"a": [1]}})):
+        with pytest.raises(Refused) as refused:
+            format.decode_manifest(text)
+        assert refused.value.code == "format_version"
+        assert (refused.value.details["found"], refused.value.details["wanted"]) == (version, 1)
+
+
+@pytest.mark.parametrize("version", ["1", "2", None, 1.0, True, [], {}, "x" * 10000])
+def test_a_format_version_that_is_no_number_is_corrupt(version: object) -> None:
+    with pytest.raises(Corrupt):
+        format.decode_manifest(as_bytes({**plain(), "format_version": version}))
+
+
+def test_duplicate_keys_are_corrupt() -> None:
+    """Two readers would read two manifests."""
+    text = format.encode_manifest(manifest()).decode()
+    for doubled in (
+        text.replace('"node":', '"node": "other", "node":', 1),
+        text.replace('"format_version":', '"format_version": 2, "format_version":', 1),
+        text.replace('"size":', '"size": 1, "size":', 1),
+    ):
+        assert doubled != text
+        with pytest.raises(Corrupt):
+            format.decode_manifest(doubled.encode())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"null", b"[]", b"7", b"{}", b'"x"', b"\xff\xfe\x00", b"[" * 200_000, b'{"a":' * 200_000, b'{"format_version":' * 100_000,
+        b'{"format_version": 1}', b"\xef\xbb\xbf{}", b'{"format_version": ' + b"9" * 100_000 + b"}",
+    ],
+    ids=range(13),
+)  # fmt: skip
+def test_what_is_no_manifest_is_corrupt(data: bytes) -> None:
+    with pytest.raises((Corrupt, Refused)):
+        format.decode_manifest(data)
+
+
+def test_a_hundred_megabytes_are_not_even_parsed() -> None:
+    data = b" " * (100 << 20)
+    assert peak(lambda: pytest.raises(Corrupt, format.decode_manifest, data)) < 1 << 20
+
+
+def test_every_truncation_of_a_manifest_is_corrupt() -> None:
+    data = format.encode_manifest(manifest())
+    for size in range(0, len(data.rstrip()), 3):
+        with pytest.raises(Corrupt):
+            format.decode_manifest(data[:size])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {
+            "index": {"key": "main/files", "size": 1, "digest": "0" * 64},
+            "files": {"key": "main/files", "size": 1, "digest": "0" * 64},
+        },
+        {"index": {"key": "other/index.zst", "size": 1, "digest": "0" * 64}},
+        {"pages": 1, "zero_pages": 2},
+        {"pages": 1 << 50},
+        {"streams": [{"key": f"main/p{n}", "size": 17, "digest": "0" * 64, "frames": 0} for n in range(65)]},
+        {"streams": [{"key": "other/pages-0.zst", "size": 17, "digest": "0" * 64, "frames": 0}]},
+        {"streams": [{"key": "main/pages-0.zst", "size": 17, "digest": "0" * 64, "frames": 1 << 40}]},
+        {"streams": [{"key": "../main/pages-0.zst", "size": 17, "digest": "0" * 64, "frames": 0}]},
+        {"tasks": []},
+        {"name": "../main"},
+    ],
+)
+def test_a_manifest_that_cannot_be_is_corrupt(change: dict[str, object]) -> None:
+    value = plain()
+    value["images"][0].update(change)
+    with pytest.raises(Corrupt):
+        format.decode_manifest(as_bytes(value))
+
+
+def test_two_images_of_one_name_are_corrupt() -> None:
+    value = plain()
+    value["images"] *= 2
+    with pytest.raises(Corrupt):
+        format.decode_manifest(as_bytes(value))
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_an_error_of_ours(data: bytes) -> None:
+    _, image = a_small_one()
+    for decode in (format.decode_manifest, lambda raw: format.decode_index(raw, image)):
+        with pytest.raises(HibernodeError):
+            decode(data)
