@@ -187,7 +187,7 @@ def test_every_flipped_byte_of_a_compressed_index_is_corrupt_or_the_same() -> No
 def test_a_header_that_lies_allocates_nothing(counts: tuple[int, int, int]) -> None:
     raw, image = a_small_one()
     lie = raw[:8] + b"".join(n.to_bytes(8, "little") for n in counts) + raw[32:]
-    assert peak(lambda: pytest.raises(Corrupt, format.decode_index, lie, image)) < 1 << 20
+    assert peak_of_corrupt(lambda: format.decode_index(lie, image)) < 1 << 20
 
 
 def test_many_segments_cost_what_they_are() -> None:
@@ -208,6 +208,14 @@ def peak(work: Callable[[], object]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def peak_of_corrupt(work: Callable[[], object]) -> int:
+    def refused() -> None:
+        with pytest.raises(Corrupt):
+            work()
+
+    return peak(refused)
 
 
 def test_honest_indexes_are_within_the_limit() -> None:
@@ -336,9 +344,8 @@ def test_a_manifest_with_a_wrong_value_is_corrupt_or_means_something(path: tuple
             found = format.decode_manifest(data)
         except Corrupt:
             continue
-        except Refused as e:
+        except Refused:
             assert path == ("format_version",)
-            assert e.code == "format_version"
             continue
         assert format.decode_manifest(format.encode_manifest(found)) == found, f"{path} = {value!r} does not come back"
 
@@ -394,7 +401,7 @@ def test_what_is_no_manifest_is_corrupt(data: bytes) -> None:
 
 def test_a_hundred_megabytes_are_not_even_parsed() -> None:
     data = b" " * (100 << 20)
-    assert peak(lambda: pytest.raises(Corrupt, format.decode_manifest, data)) < 1 << 20
+    assert peak_of_corrupt(lambda: format.decode_manifest(data)) < 1 << 20
 
 
 def test_every_truncation_of_a_manifest_is_corrupt() -> None:

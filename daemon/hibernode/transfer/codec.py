@@ -6,6 +6,7 @@ Level 1 unless a command says otherwise: on the two-core machine of criu.md it k
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable, Iterator
 from typing import IO, Any, BinaryIO, cast
@@ -17,6 +18,7 @@ from hibernode.model import FRAME_PAGES, PAGE
 
 DEFAULT_LEVEL = 1
 FRAME_BYTES = FRAME_PAGES * PAGE
+_LEVEL = re.compile(r"zstd:(-?[0-9]{1,2})")
 _WORTH = 0.97  # a frame that shrinks less is stored raw: it is then read back at the speed of a copy
 _MAGIC = 0xFD2FB528
 _RAW_HEADER = struct.Struct("<IBI")  # magic, descriptor: single segment + 4-byte content size, content size
@@ -28,11 +30,12 @@ Buffer = bytes | memoryview
 
 def parse_compression(text: str) -> int | None:
     """`zstd`, `zstd:<level>` -> level; `none` -> None. Anything else is Refused("compression")."""
-    name, _, level = text.partition(":")
-    if name == "none" and not level:
+    if text == "none":
         return None
-    if name == "zstd" and (not level or level.lstrip("-").isdecimal()) and -7 <= int(level or DEFAULT_LEVEL) <= 19:
-        return int(level or DEFAULT_LEVEL)
+    if text == "zstd":
+        return DEFAULT_LEVEL
+    if (found := _LEVEL.fullmatch(text)) and -7 <= int(found[1]) <= 19:
+        return int(found[1])
     raise Refused(
         "compression",
         f"compression {text!r} is not known",
@@ -108,13 +111,13 @@ def deflate(data: bytes) -> bytes:
 
 
 def inflate(data: bytes, *, limit: int) -> bytes:
-    """The content of one frame written by `deflate`; Corrupt if it is larger than `limit` or damaged."""
+    """The content of one frame written by `deflate`; Corrupt if it is empty, larger than `limit` (or memory), or damaged."""
     try:
         size = zstandard.frame_content_size(data)
-        if not 0 <= size <= limit:
-            raise Corrupt(f"an object says that it inflates to {size} bytes, at most {limit} are possible")
-        return zstandard.ZstdDecompressor().decompress(data, max_output_size=limit, allow_extra_data=False) if size else b""
-    except zstandard.ZstdError as e:
+        if not 0 < size <= limit:
+            raise Corrupt(f"an object says that it inflates to {size} bytes, 1 to {limit} are possible")
+        return zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
+    except (zstandard.ZstdError, MemoryError) as e:
         raise Corrupt(f"an object does not decompress: {e}") from e
 
 
