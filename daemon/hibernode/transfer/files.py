@@ -20,7 +20,7 @@ from hibernode.transfer.format import Digester
 
 MAX_FILES = 500_000
 MAX_BYTES = 64 << 30  # ghost files (deleted but open) are in here, each up to `criu.ghost_limit`
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 _PIECE = 1 << 20
 
 
@@ -28,7 +28,7 @@ def pack(directory: Path, write: Callable[[bytes], None]) -> None:
     """Every plain file of `directory`, as a tar in one zstd frame, handed to `write` piece by piece."""
     with codec.Deflater(write) as out, tarfile.open(fileobj=out, mode="w|", bufsize=_PIECE) as tar:
         for path in sorted(directory.iterdir()):
-            if path.is_file() and _NAME.match(path.name):
+            if path.is_file() and not path.is_symlink() and _NAME.fullmatch(path.name):
                 tar.add(path, arcname=path.name, recursive=False, filter=_anonymous)
 
 
@@ -68,10 +68,11 @@ def unpack(packed: Path, directory: Path) -> None:
         with open(packed, "rb") as raw, tarfile.open(fileobj=codec.inflating(raw), mode="r|") as tar:
             for member in tar:
                 count, left = count + 1, left - member.size
-                if not member.isreg() or not _NAME.match(member.name) or left < 0 or count > MAX_FILES:
+                plain = member.isreg() and member.size >= 0 and _NAME.fullmatch(member.name)
+                if not plain or left < 0 or count > MAX_FILES:
                     raise Corrupt(f"images.tar: member {member.name!r} cannot be: not a plain file, or too many, or too large")
                 _extract(tar, member, directory)
-    except (tarfile.TarError, codec.DamagedError, EOFError) as e:
+    except (tarfile.TarError, codec.DamagedError, EOFError, FileExistsError) as e:
         raise Corrupt(f"images.tar: {e}") from e
 
 

@@ -44,7 +44,13 @@ class PageFiles:
         self._directory = directory
         self._pieces: list[_Piece] = []
         self._descriptors: list[int] = []
-        self._lay_out(segments)
+        try:
+            self._lay_out(segments)
+        except BaseException as e:
+            self.__exit__(type(e), e, e.__traceback__)
+            if isinstance(e, FileExistsError):
+                raise Corrupt(f"images.tar: a file that the index makes came with it: {e.filename}") from e
+            raise
         self._starts = np.array([p.first for p in self._pieces], np.int64)
 
     def _lay_out(self, segments: SegmentTable) -> None:
