@@ -22,10 +22,15 @@ T = TypeVar("T")
 BOOT = 20.0  # seconds until the manager answers; half a second is usual
 SYSTEMD = "/lib/systemd/systemd"
 
-# Runs as PID 1 of the new namespaces and becomes systemd. $1: the directory of the test.
+ROOT = Path(__file__).resolve().parent.parent
+
+# Runs as PID 1 of the new namespaces and becomes systemd. $1: the directory of the test, $2: systemd, $3: the checkout, which may lie
+# under a place that is made fresh here.
 _BOOT = r"""
 set -e
 dir=$1
+checkout=$3
+exec 3<"$checkout"
 mount --bind "$dir" /mnt
 while umount /sys/fs/cgroup/* 2>/dev/null; do :; done
 umount /sys/fs/cgroup
@@ -36,6 +41,12 @@ mount --bind /proc/sys /proc/sys
 mount --bind /proc/sys/kernel/ns_last_pid /proc/sys/kernel/ns_last_pid
 mount -o remount,bind,ro /proc/sys
 for place in /run /tmp /dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$place"; done
+if [ ! -e "$checkout/pyproject.toml" ]; then
+    mkdir -p "$checkout"
+    mount --no-canonicalize --bind /proc/self/fd/3 "$checkout"
+    mount -o remount,bind,ro "$checkout"
+fi
+exec 3<&-
 mkdir -p "$dir"
 mount --move /mnt "$dir"
 mount --bind "$dir/var-lib" /var/lib
@@ -84,7 +95,7 @@ class Machine:
     def __enter__(self) -> Self:
         self._cgroup.mkdir()
         inside = ["unshare", "--fork", "--kill-child", "--pid", "--mount", "--net", "--ipc", "--uts", "--cgroup"]
-        boot = ["sh", "-c", _BOOT, "boot", str(self._directory), SYSTEMD]
+        boot = ["sh", "-c", _BOOT, "boot", str(self._directory), SYSTEMD, str(ROOT)]
         # pdeathsig: should the test be killed, unshare dies with it, its child with that, and the pid namespace with its init
         enter = ["sh", "-c", 'echo $$ >"$1/cgroup.procs"; shift; exec "$@"', "enter", str(self._cgroup)]
         try:
