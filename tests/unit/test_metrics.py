@@ -23,9 +23,7 @@ def event(action: str = A1, status: Status = Status.PROCESSING, **more: object) 
 
 
 def progress(done: int, stored: int, action: str = A1) -> Progress:
-    return Progress(
-        action_id=action, phase="dumping", bytes_done=done, bytes_total=100, stored_bytes=stored, seconds=1.0
-    )
+    return Progress(action_id=action, phase="dumping", bytes_done=done, bytes_total=100, stored_bytes=stored, seconds=1.0)
 
 
 PROFILE = Profile(

@@ -44,11 +44,7 @@ longs = st.integers(0, (1 << 63) - 1)
 ints = st.integers(0, (1 << 31) - 1)
 seconds = st.floats(0, 1e10)
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(1 << 53), 1 << 53)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | texts,
+    st.none() | st.booleans() | st.integers(-(1 << 53), 1 << 53) | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
@@ -78,9 +74,7 @@ commands: st.SearchStrategy[Command] = st.one_of(
         overrides=overrides,
         expires_at=seconds,
     ),
-    st.builds(
-        RestoreCommand, action_id=ids, checkpoint_id=ids, reason=reasons, overrides=overrides, expires_at=seconds
-    ),
+    st.builds(RestoreCommand, action_id=ids, checkpoint_id=ids, reason=reasons, overrides=overrides, expires_at=seconds),
     st.builds(CancelCommand, action_id=ids),
 )
 costs = st.builds(PhaseCost, seconds=seconds, bytes=longs)
@@ -385,9 +379,7 @@ def test_bytes_raise_only_bad_command(data: bytes, verb: str) -> None:
 pieces = st.recursive(
     json_values | st.sampled_from([ID, ID.upper(), "simple", -1, 1e400, "1", "\ud800"]),
     lambda inner: st.dictionaries(
-        st.sampled_from(
-            [f.name for m in (pb.Event, pb.CheckpointCommand, pb.Target, pb.Profile) for f in m.DESCRIPTOR.fields]
-        ),
+        st.sampled_from([f.name for m in (pb.Event, pb.CheckpointCommand, pb.Target, pb.Profile) for f in m.DESCRIPTOR.fields]),
         inner,
         max_size=6,
     ),

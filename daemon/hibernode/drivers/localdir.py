@@ -213,9 +213,7 @@ class LocalDir:
         """Keys below `directory` in the order of whole keys: a directory sorts as its name and the slash after it."""
         with _translating(self.location, "cannot list"):
             try:
-                entries = [
-                    (e.name, e.is_dir(follow_symlinks=False)) for e in os.scandir(directory) if is_key(base + e.name)
-                ]
+                entries = [(e.name, e.is_dir(follow_symlinks=False)) for e in os.scandir(directory) if is_key(base + e.name)]
             except FileNotFoundError:
                 return
         for key, is_directory in sorted((f"{base}{name}{'/' if is_dir else ''}", is_dir) for name, is_dir in entries):
