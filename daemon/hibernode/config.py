@@ -6,7 +6,9 @@ A key nobody knows or a value out of range is a refusal to start: a daemon that 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import socket
 import sys
 import tomllib
@@ -23,7 +25,7 @@ MIB = 1 << 20
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Bus(Section):
@@ -70,7 +72,7 @@ class Arena(Section):
 
 class Transfer(Section):
     streams: int = Field(default=0, ge=0, le=64)  # 0: one per CPU, at most 8
-    compression: str = "zstd"
+    compression: Annotated[str, StringConstraints(pattern=r"^(none|zstd(:(-[1-7]|[0-9]|1[0-9]))?)$")] = "zstd"
 
 
 class Criu(Section):
@@ -132,10 +134,11 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
                 prop="file",
                 found=str(path),
                 wanted="readable TOML",
+                hint="`hibernode check-config --defaults` prints one to start from",
             ) from e
     for name, value in environ.items():
         if name.startswith("HIBERNODE_") and not name.startswith("HIBERNODE_TEST_") and name not in _OUTSIDE:
-            _set(data, name.removeprefix("HIBERNODE_").lower().split("__"), value)
+            _set(data, name, name.removeprefix("HIBERNODE_").lower().split("__"), value)
     try:
         return Config.model_validate(data)
     except ValidationError as e:
@@ -145,7 +148,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
             "config",
             f"configuration key {key}: {first['msg'].lower()}",
             prop=key,
-            found="(hidden)" if any(s in key for s in _SECRET) else first.get("input"),
+            found=_shown(key, first.get("input")),
             wanted=first["msg"],
             hint="`hibernode check-config --defaults` prints every key with its default",
         ) from e
@@ -153,13 +156,31 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
 
 _OUTSIDE = {"HIBERNODE_CONFIG", "HIBERNODE_SOCKET_PATH"}  # read by the command line, not keys of the configuration
 _SECRET = ("password", "secret", "token", "credentials")
+_WITH_SECRETS = ("bus", "store.s3")  # tables that hold some
 
 
-def _set(data: dict[str, object], keys: list[str], value: str) -> None:
+def _shown(key: str, value: object) -> object:
+    """What was found, unless it may be, or hold, a secret: a wrong table, or a key with a typo, can hold one."""
+    if isinstance(value, list | dict) or any(part in key for part in _SECRET):
+        return "(hidden)"
+    if isinstance(value, str):
+        return "(hidden)" if key.startswith(_WITH_SECRETS) else without_secrets(value)
+    return value
+
+
+def without_secrets(text: str) -> str:
+    """Addresses without the user and the password that may stand in them."""
+    return re.sub(r"//[^/,\s]*@", "//(hidden)@", text)
+
+
+def _set(data: dict[str, object], name: str, keys: list[str], value: str) -> None:
     for key in keys[:-1]:
         inner = data.setdefault(key, {})
         if not isinstance(inner, dict):
-            return
+            raise Refused(
+                "config", f"{name}: {key} is a value, not a table of the configuration", prop=".".join(keys), found=name,
+                wanted="the name of a key", hint="`hibernode check-config --defaults` prints every key with its default",
+            )  # fmt: skip
         data = inner
     data[keys[-1]] = value.split(",") if keys[-1] == "allowed" else value
 
@@ -189,5 +210,4 @@ def _toml(value: object) -> str:
         return str(int(value) if isinstance(value, int) else value)
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+    return json.dumps(without_secrets(str(value)), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hibernode.config import without_secrets
 from hibernode.errors import HibernodeError
 from hibernode.model import Check
 from hibernode.node import Node
@@ -22,7 +23,7 @@ def checks(node: Node, *, bus_connected: bool | None) -> list[Check]:
         _work_dir(node),
         _tried("store", lambda: _store(node)),
         _room(node),
-        _bus(bus_connected, node.config.bus.url),
+        _bus(bus_connected, without_secrets(node.config.bus.url)),
         *_kernel(),
     ]
 

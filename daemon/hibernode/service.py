@@ -20,7 +20,7 @@ import structlog
 from hibernode import __version__
 from hibernode.bus import NodeBus
 from hibernode.children import Children
-from hibernode.config import Config
+from hibernode.config import Config, without_secrets
 from hibernode.dispatch import Dispatcher
 from hibernode.drivers.criu import Criu
 from hibernode.drivers.host import LinuxHost
@@ -80,7 +80,13 @@ async def serve(settings: Config) -> None:
     try:
         await desk.start()
         await rpc.start()
-        _log.info("ready", node=settings.node, version=__version__, socket=str(settings.socket), bus=settings.bus.url or None)
+        _log.info(
+            "ready",
+            node=settings.node,
+            version=__version__,
+            socket=str(settings.socket),
+            bus=without_secrets(settings.bus.url) or None,
+        )
         notify("READY=1")
         await _beat_until(stop)
         notify("STOPPING=1")
