@@ -19,7 +19,7 @@ class Outbox:
         self._next = int(names[-1].split("-")[0]) + 1 if names else 1
 
     def _names(self) -> list[str]:
-        return sorted(name for name in os.listdir(self._directory) if name.endswith(".json"))
+        return sorted(name for name in os.listdir(self._directory) if name[0].isdecimal() and name.endswith(".json"))
 
     def add(self, message_id: str, data: bytes) -> None:
         """Durable when it returns. `message_id` has the form `<action id>.<seq>`."""
