@@ -36,6 +36,7 @@ def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts
     opts = _criu_opts(overrides.criu_opts)
     inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - {"leave_running"})
     opts = opts.model_copy(update=inherited)
+    opts = opts.model_copy(update={"tcp": opts.tcp or config.criu.tcp})  # in the manifest, too: a restore needs the same
     compression = overrides.compression or config.transfer.compression
     if not 0 <= overrides.streams <= MAX_STREAMS:
         raise Refused(
@@ -45,7 +46,7 @@ def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts
     return Options(
         criu=CriuOptions(
             leave_stopped=not opts.leave_running,
-            tcp=opts.tcp or config.criu.tcp,
+            tcp=opts.tcp or "refuse",
             shell_job=opts.shell_job,
             ext_unix_sk=opts.ext_unix_sk,
             file_locks=opts.file_locks,
