@@ -1,0 +1,58 @@
+"""Writes `tests/golden/v<n>`: one checkpoint of the format version this tree writes, and the digests of what has to come out of it.
+
+    python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH
+
+Run once when a format version is released; never again for that version. The memory is scripted (tests/fakes), the format is real:
+two address spaces and a shared memory, segments that lie in two frames, zero pages inside a frame and in a frame's place, raw frames
+and compressed ones, two streams.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from hibernode.drivers.localdir import LocalDir
+from hibernode.model import FORMAT_VERSION, PAGE
+from hibernode.transfer.pageproto import SHMEM, TASK
+from tests.fakes.machine import CHILD, ROOT, Run
+from tests.flow.rig import Rig
+from tests.golden import HERE, restored
+
+
+def scripted() -> list[Run]:
+    """Three chunks of 1024 pages or less: text with holes of zeros, nothing but zeros, random."""
+    text = b"".join(bytes(PAGE) if n % 5 == 0 else n.to_bytes(4, "little") * (PAGE // 4) for n in range(1000))
+    return [
+        Run(ROOT << 8 | TASK, 0x400000, text[: 300 * PAGE]),
+        Run(ROOT << 8 | TASK, 0x900000, None, pages=3),
+        Run(77 << 8 | SHMEM, 0, text[300 * PAGE : 301 * PAGE]),
+        Run(CHILD << 8 | TASK, 0x400000, text[301 * PAGE :]),
+        Run(CHILD << 8 | TASK, 0xA00000, bytes(1050 * PAGE)),
+        Run(ROOT << 8 | TASK, 0xB00000, random.Random(7).randbytes(9 * PAGE)),
+    ]
+
+
+def main() -> None:
+    place = HERE / f"v{FORMAT_VERSION}"
+    if place.exists():
+        sys.exit(f"{place} is there: a released version never changes")
+    with tempfile.TemporaryDirectory() as directory:
+        rig = Rig(Path(directory), scripted())
+        store = LocalDir(place)
+        rig.store = store  # type: ignore[assignment]
+        checkpoint_id = rig.checkpoint(streams=2)
+        (place / "golden.json").write_text(
+            json.dumps(
+                {"checkpoint_id": checkpoint_id, "files": restored(store, checkpoint_id, Path(directory) / "out")}, indent=1
+            )
+        )
+    shutil.rmtree(place / ".uploads", ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

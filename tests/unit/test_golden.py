@@ -1,0 +1,36 @@
+"""A released format version is read for ever: what comes out of each golden checkpoint is what went in when it was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hibernode import catalog
+from hibernode.drivers.localdir import LocalDir
+from hibernode.model import FORMAT_VERSION, Cancel, Verdict
+from tests.golden import HERE, restored
+
+VERSIONS = sorted(path.parent for path in HERE.glob("v*/golden.json"))
+
+
+def test_every_version_so_far_has_one() -> None:
+    assert [path.name for path in VERSIONS] == [f"v{n}" for n in range(1, FORMAT_VERSION + 1)]
+
+
+@pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
+def test_it_comes_out_as_it_went_in(place: Path, tmp_path: Path) -> None:
+    golden = json.loads((place / "golden.json").read_text())
+    store, told = LocalDir(place), list[Verdict]()
+    assert catalog.verify(store, golden["checkpoint_id"], 2, Cancel(), told.append).ok
+    assert restored(store, golden["checkpoint_id"], tmp_path / "out") == golden["files"]
+
+
+@pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
+def test_it_holds_what_a_reader_can_get_wrong(place: Path) -> None:
+    golden = json.loads((place / "golden.json").read_text())
+    (image,) = catalog.read(LocalDir(place), golden["checkpoint_id"]).images
+    assert len(image.streams) == 2
+    assert 0 < image.zero_pages < image.pages
+    assert len([name for name in golden["files"] if "/pages-" in name]) >= 2
