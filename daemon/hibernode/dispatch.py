@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import ParamSpec, TypeVar
 
@@ -564,7 +565,9 @@ class Dispatcher:
         return await self._in_thread(lambda: list(catalog.manifests(self._node.open_store(""))))
 
     async def delete(self, checkpoint_id: str) -> None:
-        await self._in_thread(catalog.delete, self._node.open_store(""), checkpoint_id)
+        """Remove it; Busy while an action writes it or reads it."""
+        with self._node.claims.claim(f"checkpoint {checkpoint_id}", f"delete {uuid.uuid4()}"):
+            await self._in_thread(catalog.delete, self._node.open_store(""), checkpoint_id)
 
     async def doctor(self) -> list[Check]:
         connected = self._bus.connected if self._bus is not None else None
