@@ -25,6 +25,9 @@ from hibernode.transfer.pageproto import Wire
 from hibernode.transfer.send import Packing, Sender
 
 
+PAUSE_RATE = 64 << 20  # bytes/s, far below any store worth the name: what `limits.pause` is extended by for large workloads
+
+
 class Capture(AbstractContextManager["Capture"]):
     """One image per tree. Entered, all streams are open and their threads wait. Left without `keep`, nothing stays in the store."""
 
@@ -54,7 +57,9 @@ class Capture(AbstractContextManager["Capture"]):
 
     def dump(self) -> int:
         """Dump every tree; the nanoseconds CRIU held them. When it returns all pages are in the arena or beyond."""
-        held_ns = sum(self._dump(name, pid) for name, pid in self._roots.items())
+        limit = self._node.config.limits.pause + self._meter.bytes_total / PAUSE_RATE
+        with self._threads.within(limit, lambda: _too_long(limit)):
+            held_ns = sum(self._dump(name, pid) for name, pid in self._roots.items())
         for collector in self._collected.values():
             collector.release()
         self._meter.bytes_total = sum(collector.pages for collector in self._collected.values()) * PAGE
@@ -100,3 +105,12 @@ class Capture(AbstractContextManager["Capture"]):
     def _keep(self) -> None:
         for sender in self._senders.values():
             sender.keep()
+
+
+def _too_long(limit: float) -> DumpFailed:
+    return DumpFailed(
+        f"the workload was frozen for {limit:.0f} s, and the dump was not done",
+        hint="the arena is full and the store is slow? Raise `limits.pause`, or enlarge the arena",
+        reason="pause_deadline",
+        limit=limit,
+    )

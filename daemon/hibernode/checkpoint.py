@@ -33,6 +33,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             meter.bytes_total = sum(process.rss for process in processes)
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
+            node.arena.wait_for_room(meter.bytes_total, attempt.cancel)
         capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
         trees = tuple(Tree(pid=process.pid, start_time=process.start_time) for process in processes)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)

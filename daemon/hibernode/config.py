@@ -85,6 +85,7 @@ class Criu(Section):
 
 class Limits(Section):
     actions: int = Field(default=2, ge=1)  # running at once on this node
+    pause: float = Field(default=60.0, gt=0)  # seconds a dump may hold a workload, beside 1 s for each 64 MiB of its memory
     attempts: int = Field(default=3, ge=1)  # of a command that meets a transient error before anything is frozen
     retry_delay: float = Field(default=5.0, ge=0)  # seconds before the next
     progress_interval: float = Field(default=0.25, gt=0)  # seconds

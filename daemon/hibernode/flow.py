@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Generic, ParamSpec, Self, TypeVar
 
@@ -133,6 +133,17 @@ class Threads(AbstractContextManager["Threads"]):
             stops = list(self._stops)
         for wake in stops:
             wake()
+
+    @contextmanager
+    def within(self, seconds: float, error: Callable[[], BaseException]) -> Iterator[None]:
+        """What is done inside has so many seconds; then the scope fails with `error`, which wakes whoever blocks in it."""
+        timer = threading.Timer(seconds, lambda: self.fail(error()))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def wait(self) -> None:
         """Wait for every thread, whatever became of it."""

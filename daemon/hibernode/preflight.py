@@ -110,7 +110,7 @@ def _process(process: ProcessFacts, criu: CriuOptions) -> None:
             hint="detach the debugger or strace; or another CRIU is at work",
         )  # fmt: skip
     for descriptor, what in process.fds:
-        if "[io_uring]" in what:
+        if what == "anon_inode:[io_uring]":
             raise Refused(
                 "io_uring", f"{who} uses io_uring (descriptor {descriptor})", prop=f"fd {descriptor}", found=what,
                 wanted="no io_uring descriptor", hint="CRIU cannot save io_uring; run the workload without it",

@@ -434,6 +434,18 @@ async def test_an_asynchronous_checkpoint_that_tries_again_keeps_its_slot(tmp_pa
         assert (await desk.end(first.action_id)).status == READY
 
 
+async def test_a_dump_that_holds_its_workload_too_long_is_ended(tmp_path: Path) -> None:
+    rig = node(tmp_path, pause=0.05)
+    rig.criu.fault = "hang"
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        last = await desk.end(command.action_id)
+        assert (last.status, last.code, last.details["reason"]) == (ERROR, "dump_failed", "pause_deadline")
+        assert "limits.pause" in last.hint
+    assert not rig.machine.stopped
+
+
 async def test_a_running_action_is_cancelled(tmp_path: Path) -> None:
     rig = node(tmp_path)
     rig.criu.fault = "hang"

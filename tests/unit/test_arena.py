@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hibernode.errors import Corrupt
+from hibernode.errors import Cancelled, Corrupt
 from hibernode.flow import Stopped, Threads
 from hibernode.model import PAGE, Cancel
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
@@ -85,6 +85,34 @@ def test_who_waits_gets_the_next_that_comes_back(arena: Arena) -> None:
         waiting.join(10)
         assert len(got) == 1
         for chunk in (*chunks, *got):
+            arena.give_back(chunk)
+
+
+def test_room_is_waited_for_before_anybody_is_frozen(arena: Arena) -> None:
+    with Threads(Cancel()) as threads:
+        chunks = [arena.take(threads) for _ in range(3)]
+        arena.wait_for_room(CHUNK, Cancel())
+        waiting = threads.start("waits", arena.wait_for_room, 2 * CHUNK - 1, Cancel())
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        arena.give_back(chunks.pop())
+        waiting.join(10)
+        assert not waiting.is_alive()
+        for chunk in chunks:
+            arena.give_back(chunk)
+        arena.wait_for_room(1 << 40, Cancel())  # larger than the arena: it will never be all free at once for it
+
+
+def test_a_cancelled_action_waits_for_no_room(arena: Arena) -> None:
+    cancel = Cancel()
+    with Threads(Cancel()) as threads:
+        chunks = [arena.take(threads) for _ in range(4)]
+        timer = threading.Timer(0.05, cancel.set, ["enough"])
+        timer.start()
+        with pytest.raises(Cancelled, match="enough"):
+            arena.wait_for_room(CHUNK, cancel)
+        timer.join()
+        for chunk in chunks:
             arena.give_back(chunk)
 
 

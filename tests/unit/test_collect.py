@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hibernode.errors import Corrupt
-from hibernode.flow import Channel, Threads
+from hibernode.flow import Channel, Stopped, Threads
 from hibernode.model import FRAME_PAGES, PAGE, Cancel
 from hibernode.transfer import pageproto
 from hibernode.transfer.arena import Arena, Chunk
@@ -162,6 +162,28 @@ def test_nothing_is_handed_on_while_the_workload_is_frozen() -> None:
         assert len(dump.end()) == 3
 
     with_dump(criu)
+
+
+def test_a_stop_while_chunks_are_handed_on_loses_none() -> None:
+    """The one that did not fit in anywhere any more is given back like the others: an arena that empties chunk by chunk would one
+    day hold a workload for ever. (The fixture counts them.)"""
+
+    def work(dump: Dump) -> None:
+        dump.send(header(pageproto.OPEN2, dst_id=TASK_1))
+        dump.answer(1)
+        pages = 3 * FRAME_PAGES
+        threading.Thread(
+            target=dump.send, args=(header(pageproto.ADD_F, PRESENT, pages, 0x1000), bytes(pages * PAGE), CLOSE)
+        ).start()
+        dump.answer(4)
+        dump.thread.join()
+        assert ARENA.used_bytes == 3 * FRAME_PAGES * PAGE
+        dump.threads.fail(Corrupt("somebody else failed"))
+        with pytest.raises(Stopped):
+            dump.collector.release()
+
+    with pytest.raises(Corrupt, match="somebody else"):
+        with_dump(work)
 
 
 def test_an_image_larger_than_the_arena_waits_for_those_who_take() -> None:

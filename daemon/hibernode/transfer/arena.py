@@ -11,9 +11,10 @@ import threading
 from dataclasses import dataclass
 
 from hibernode.flow import Stopped, Threads
-from hibernode.model import FRAME_PAGES, PAGE
+from hibernode.model import FRAME_PAGES, PAGE, Cancel
 
 CHUNK = FRAME_PAGES * PAGE  # 4 MiB: one chunk becomes one frame
+_NEARLY = 0.9  # of the arena: a chunk or two may be on their way back
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module yet
 
 
@@ -64,6 +65,15 @@ class Arena:
             chunk = self._free.pop()
         chunk.first_page = chunk.pages = 0
         return chunk
+
+    def wait_for_room(self, size: int, cancel: Cancel) -> None:
+        """Return when `size` bytes (of an image that is larger: nearly all) are free. Nothing is reserved. Raises `Cancelled`.
+
+        Asked before a workload is frozen: with an arena full of somebody else's image it would stay frozen until that is shipped."""
+        chunks = min(-(-size // CHUNK), int(self.total_bytes // CHUNK * _NEARLY))
+        with cancel.waking(self.wake), self._changed:
+            self._changed.wait_for(lambda: cancel.reason or len(self._free) >= chunks)
+        cancel.check()
 
     def give_back(self, chunk: Chunk) -> None:
         with self._changed:

@@ -77,7 +77,8 @@ class Collector:
     def release(self) -> None:
         """Hand every filled chunk to the streams: the workload is running again, or the arena runs low."""
         while self._held_back:
-            self._out.put(self._held_back.popleft())
+            self._out.put(self._held_back[0])  # raises when the scope stops: then the chunk is still ours, and `discard` finds it
+            self._held_back.popleft()
 
     def discard(self) -> None:
         """Give back what was never released. Harmless when nothing is left."""
