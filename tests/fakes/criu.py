@@ -57,6 +57,7 @@ class FakeCriu:
         assert pid == ROOT
         try:
             cancel.check()
+            pages.settimeout(PATIENCE)
             self._script.step("criu.dump")
             self.dumps += 1
             self._machine.stopped = True
@@ -102,7 +103,6 @@ class FakeCriu:
             case "eof":
                 return False
             case "hang":
-                pages.settimeout(PATIENCE)
                 assert not pages.recv(1), "nothing was asked"
                 raise DumpFailed("the page socket was closed")
             case "garbage":

@@ -58,7 +58,7 @@ class Background(Generic[T]):
         self._work = work
         self._found: T | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

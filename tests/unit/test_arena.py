@@ -132,7 +132,7 @@ def test_the_stop_of_one_action_does_not_end_the_wait_of_another(arena: Arena) -
             except (Corrupt, Stopped) as e:
                 stopped.append(e)
 
-        other = threading.Thread(target=other_action)
+        other = threading.Thread(target=other_action, daemon=True)
         other.start()
         other.join(10)
         assert [type(e) for e in stopped] == [Corrupt]
