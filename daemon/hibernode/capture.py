@@ -24,7 +24,6 @@ from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.pageproto import Wire
 from hibernode.transfer.send import Packing, Sender
 
-
 PAUSE_RATE = 64 << 20  # bytes/s, far below any store worth the name: what `limits.pause` is extended by for large workloads
 
 

@@ -72,6 +72,7 @@ class _Running:
     def __init__(self, entry: Entry) -> None:
         self.entry, self.cancel, self.meter = entry, Cancel(), Meter()
         self.slot_free = asyncio.Event()  # the next action may start
+        self.reached = Status.INITIALIZED  # in truth, also where the disk would not take it
         self.task: asyncio.Task[None] | None = None
 
 
@@ -106,7 +107,6 @@ class Dispatcher:
             self._spawn(self._serve_bus(self._bus))
 
     async def _recover(self, entry: Entry) -> None:
-        self._say_again(entry.action_id)  # the crash may have come between journal and outbox
         try:
             self._end(entry, await self._in_thread(recover, self._node, entry))
         except Exception:  # noqa: BLE001 - one that cannot be recovered must not keep the others frozen; it stays open
@@ -215,9 +215,9 @@ class Dispatcher:
 
     def _say_again(self, action_id: str) -> None:
         """A command that was answered before: its last event once more, under the same message id."""
-        entry = self._node.journal.find(action_id)
-        if entry is not None and entry.record.last is not None:
-            self._post(entry.record.last)
+        if (entry := self._node.journal.find(action_id)) is not None:
+            self._outbox.again(entry)
+            self._outbox_filled.set()
 
     async def _refuse_unreadable(self, delivery: Delivery, error: BadCommand) -> None:
         """Answer it if it says which action it is; drop it either way. A cancel is no action: nobody waits for its end."""
@@ -274,12 +274,15 @@ class Dispatcher:
             await self._wait_for_slot(action, slot)
             await self._tried(command, action, slot)
         except HibernodeError as e:
-            if action.entry.record.status.terminal:  # then nobody hears of it
-                _log.error("after the checkpoint was ready", action=command.action_id, code=e.code, error=str(e))
-            return Outcome.of(e, action.meter.profile())
+            if action.reached != Status.READY:
+                return Outcome.of(e, action.meter.profile())
+            _log.error("after it was ready", action=command.action_id, code=e.code, error=str(e))  # nobody else hears of it
+            if isinstance(e, Stuck) and action.entry.record.status == Status.READY:
+                return Outcome.of(e)  # no event any more, but the entry stays open for recovery
         except Exception:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
             _log.exception("defect", action=command.action_id)
-            return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
+            if action.reached != Status.READY:
+                return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
         return Outcome(Status.READY, profile=action.meter.profile())
 
     async def _wait_for_slot(self, action: _Running, slot: contextlib.AsyncExitStack) -> None:
@@ -351,6 +354,7 @@ class Dispatcher:
 
     def _report(self, action: _Running, status: Status) -> None:
         """A status was reached. Any thread; durable when it returns."""
+        action.reached = status
         profile = action.meter.profile() if status != Status.PROCESSING else None
         self._emit(action.entry, Outcome(status, code="ok" if status == Status.READY else "", profile=profile))
         if status == Status.CHECKPOINT_CREATED:
@@ -366,6 +370,10 @@ class Dispatcher:
         while True:
             try:
                 return self._end(entry, outcome)
+            except ValueError:  # it cannot be written in JSON at all
+                _log.exception("defect: an outcome that cannot be encoded", action=entry.action_id)
+                outcome = Outcome.of(Internal("how it ended cannot be written down; the daemon's log has it"))
+                continue
             except OSError as e:
                 _log.error("cannot write down how it ended", action=entry.action_id, status=outcome.status.value, error=str(e))
                 if self._stopping:
@@ -395,19 +403,10 @@ class Dispatcher:
             )
 
         if (event := entry.emit(make)) is not None:
-            self._post(event)
-            self._loop.call_soon_threadsafe(self._tell, event)
-
-    def _post(self, event: Event) -> None:
-        if self._bus is None:
-            return
-        try:
-            self._outbox.add(wire.message_id(event), wire.encode_event(event))
+            if self._bus is None:
+                entry.update(published=event.seq)
             self._loop.call_soon_threadsafe(self._outbox_filled.set)
-        except OSError as e:  # the journal has it; nothing that was done becomes undone by it
-            _log.error("an event cannot be queued yet", action=event.action_id, seq=event.seq, error=str(e))
-            again = functools.partial(self._loop.call_later, self._node.config.limits.retry_delay, self._post, event)
-            self._loop.call_soon_threadsafe(again)
+            self._loop.call_soon_threadsafe(self._tell, event)
 
     def _tell(self, update: Event | Progress) -> None:
         self._observe(update)
@@ -428,17 +427,17 @@ class Dispatcher:
                 await self._publish_waiting(bus)
                 await self._outbox_filled.wait()
             except (HibernodeError, OSError) as e:
-                _log.warning("events wait for the broker", waiting=len(self._outbox), error=str(e))
+                _log.warning("events wait", waiting=len(self._outbox), error=str(e))
                 await asyncio.sleep(1)
 
     async def _publish_waiting(self, bus: NodeBus) -> None:
-        for token, message_id, data in self._outbox.waiting():
-            await bus.publish_event(message_id.split(".")[0], message_id, data)
-            self._outbox.sent(token)
+        for entry, event in self._outbox.waiting():
+            await bus.publish_event(event.action_id, wire.message_id(event), wire.encode_event(event))
+            self._outbox.sent(entry, event)
 
     async def _flush_outbox(self, deadline: float) -> None:
         if self._bus is not None and self._bus.connected:
-            with contextlib.suppress(BusUnavailable, asyncio.TimeoutError):
+            with contextlib.suppress(BusUnavailable, OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._publish_waiting(self._bus), deadline)
 
     async def _publish_node(self, bus: NodeBus) -> None:

@@ -144,6 +144,7 @@ class Threads(AbstractContextManager["Threads"]):
             yield
         finally:
             timer.cancel()
+            timer.join()  # no thread outlives the scope, this one neither
 
     def wait(self) -> None:
         """Wait for every thread, whatever became of it."""

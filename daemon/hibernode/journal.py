@@ -16,8 +16,10 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from hibernode.errors import OutcomeUnknown
 from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, RestoreCommand, Status, Value
 
+_LAST_SEQ = 1000  # above what any action reaches: its terminal event is told once, whatever was told before
 _log = logging.getLogger("hibernode.journal")
 
 Remedy = Literal["nothing", "thaw", "settle", "finish_kill", "kill_restored"]
@@ -46,7 +48,12 @@ class Record(Value):
     location: str = ""  # the store's
     trees: tuple[Tree, ...] = ()  # being dumped, or restored
     kill: bool = False  # the workload is to be killed when the checkpoint is ready
-    last: Event | None = None
+    events: tuple[Event, ...] = ()  # every status it reached, written together with it
+    published: int = 0  # the sequence number up to which the broker has confirmed them
+
+    @property
+    def last(self) -> Event | None:
+        return self.events[-1] if self.events else None
 
     @property
     def done(self) -> bool:
@@ -97,7 +104,8 @@ class Entry:
         with self._lock:
             event = make(self._record.seq + 1)
             if event is not None:
-                self._write(self._record.model_copy(update={"seq": event.seq, "status": event.status, "last": event}))
+                events = (*self._record.events, event)
+                self._write(self._record.model_copy(update={"seq": event.seq, "status": event.status, "events": events}))
         return event
 
     def _write(self, record: Record) -> None:
@@ -126,9 +134,47 @@ class Journal:
             try:
                 record = Record.model_validate_json(path.read_bytes())
             except (OSError, ValidationError) as e:
-                _log.error("cannot read %s: %s", path, e)  # a workload may be frozen because of it: look at it by hand
+                _log.error("cannot read %s: %s", path, e)
+                self._stand_in(path)
             else:
                 self._entries[record.action_id] = Entry(path, record)
+
+    def _stand_in(self, path: Path) -> None:
+        """An entry nobody can read is kept beside, and its action answered with `outcome_unknown`: its id stays known, so that a
+        command that comes again is not run again over what it left."""
+        path.rename(path.with_suffix(".unreadable"))
+        unknown = OutcomeUnknown(
+            "the journal of this action cannot be read", hint=f"look at its workload; see {path.stem}.unreadable"
+        )
+        now = self._clock()
+        event = Event(
+            action_id=path.stem,
+            seq=_LAST_SEQ,
+            type="checkpoint",
+            status=Status.ERROR,
+            checkpoint_id=path.stem,
+            node="",
+            time=now,
+            code=unknown.code,
+            message=unknown.message,
+            hint=unknown.hint,
+        )
+        record = Record(
+            action_id=path.stem,
+            checkpoint_id=path.stem,
+            type="checkpoint",
+            target="unknown",
+            command="",
+            phase="done",
+            status=Status.ERROR,
+            seq=event.seq,
+            began_at=now,
+            ended_at=now,
+            events=(event,),
+        )
+        entry = Entry(path, record)
+        entry.update()
+        self._entries[path.stem] = entry
 
     def find(self, action_id: str) -> Entry | None:
         return self._entries.get(action_id)
@@ -154,7 +200,7 @@ class Journal:
         return entry
 
     def _prune(self) -> None:
-        finished = [entry.record for entry in self.all() if entry.record.done]
+        finished = [entry.record for entry in self.all() if entry.record.done and entry.record.published >= entry.record.seq]
         for record in finished[: max(0, len(finished) - self._keep)]:
             del self._entries[record.action_id]
             (self._directory / f"{record.action_id}.json").unlink(missing_ok=True)

@@ -190,7 +190,25 @@ class Outcome:
 
     @classmethod
     def of(cls, error: HibernodeError, profile: Profile | None = None) -> Outcome:
-        return cls(Status.ERROR, error.code, error.message, error.hint, error.details, error.retry, profile)
+        details = {key: printable(value) for key, value in error.details.items()}
+        return cls(Status.ERROR, error.code, _encodable(error.message), _encodable(error.hint), details, error.retry, profile)
+
+
+def printable(value: object) -> object:
+    """What can be said in JSON: file names may hold bytes that are no text, and details anything at all."""
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case list() | tuple():
+            return [printable(item) for item in value]
+        case dict():
+            return {_encodable(str(key)): printable(item) for key, item in value.items()}
+        case _:
+            return _encodable(str(value))
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 # --- what is in the store ---------------------------------------------------------------------------------------------------

@@ -1,51 +1,36 @@
-"""Events on disk until the broker has them: a broker that is away delays a status and never loses one."""
+"""Events the broker has not confirmed: a broker that is away delays a status and never loses one.
+
+They lie in the journal, each written together with the status it tells, so that there is no moment in which one is on disk and the other
+is not; what is sent is noted there too. Events of one action go out in order; the broker drops one that comes twice by its message id.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 from collections.abc import Iterator
-from pathlib import Path
+
+from hibernode.journal import Entry, Journal
+from hibernode.model import Event
 
 
 class Outbox:
-    """A queue of small files in order of their names. `add` from any thread; `waiting` and `sent` from one reader."""
+    """A view of the journal. Any thread; `waiting` and `sent` by one reader at a time."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory, self._lock = directory, threading.Lock()
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        names = self._names()
-        self._next = int(names[-1].split("-")[0]) + 1 if names else 1
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
 
-    def _names(self) -> list[str]:
-        return sorted(name for name in os.listdir(self._directory) if name[0].isdecimal() and name.endswith(".json"))
+    def waiting(self) -> Iterator[tuple[Entry, Event]]:
+        """Every event not sent yet: actions in the order they began, the events of each in theirs."""
+        for entry in self._journal.all():
+            yield from ((entry, event) for event in entry.record.events if event.seq > entry.record.published)
 
-    def add(self, message_id: str, data: bytes) -> None:
-        """Durable when it returns. `message_id` has the form `<action id>.<seq>`."""
-        with self._lock:
-            name = f"{self._next:016d}-{message_id}.json"
-            self._next += 1
-        temporary = self._directory / f".{name}"
-        with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self._directory / name)
-        directory = os.open(self._directory, os.O_DIRECTORY)
-        try:
-            os.fsync(directory)  # else the new name may be lost with the power
-        finally:
-            os.close(directory)
+    def sent(self, entry: Entry, event: Event) -> None:
+        """The broker has it. Durable when it returns."""
+        entry.update(published=max(event.seq, entry.record.published))
 
-    def waiting(self) -> Iterator[tuple[str, str, bytes]]:
-        """(token, message id, data) of every event not sent yet, oldest first."""
-        for name in self._names():
-            with contextlib.suppress(FileNotFoundError):  # sent meanwhile, by a second reader that flushes at the end
-                yield name, name.removesuffix(".json").split("-", 1)[1], (self._directory / name).read_bytes()
-
-    def sent(self, token: str) -> None:
-        (self._directory / token).unlink(missing_ok=True)
+    def again(self, entry: Entry) -> None:
+        """Send the last event once more."""
+        if (last := entry.record.last) is not None:
+            entry.update(published=last.seq - 1)
 
     def __len__(self) -> int:
-        return len(self._names())
+        return sum(1 for _ in self.waiting())

@@ -54,8 +54,8 @@ async def serve(settings: Config) -> None:
     """Build, start, tell systemd, wait for a signal, drain."""
     # Actions spend their lives in threads, waiting: none may keep a question from being answered.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "hibernode"))
-    this, metrics, outbox = build(settings), Metrics(__version__), Outbox(settings.state_dir / "outbox")
-    bus = open_bus(settings)
+    this, metrics, bus = build(settings), Metrics(__version__), open_bus(settings)
+    outbox = Outbox(this.journal)
 
     def observe(update: Event | Progress) -> None:
         if isinstance(update, Event):

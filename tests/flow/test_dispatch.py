@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from hibernode import wire
 from hibernode.dispatch import Dispatcher
-from hibernode.errors import HibernodeError, NotFound, Refused, StoreUnavailable
+from hibernode.errors import DumpFailed, HibernodeError, NotFound, Refused, StoreUnavailable
 from hibernode.journal import Journal, Tree
 from hibernode.model import (
     ActionCommand,
@@ -132,7 +132,7 @@ class Desk:
 async def running(rig: Rig, bus: MemoryBus | None = None, grace: float = 5.0) -> AsyncIterator[Desk]:
     bus = bus or MemoryBus()
     updates: list[Event | Progress] = []
-    outbox = Outbox(rig.directory / "state" / "outbox")
+    outbox = Outbox(rig.node.journal)
     dispatcher = Dispatcher(rig.node, outbox, bus.node("c", "n", ack_wait=5.0), updates.append)
     await dispatcher.start()
     try:
@@ -590,21 +590,33 @@ async def test_an_outcome_that_cannot_be_written_down_is_written_when_it_can(tmp
         await desk.acked()
 
 
-async def test_an_event_that_cannot_be_queued_is_queued_when_it_can(tmp_path: Path) -> None:
-    rig = node(tmp_path, Gate("store.commit index.zst"))
-    outbox, away = tmp_path / "state" / "outbox", tmp_path / "away"
+async def test_what_is_ready_stays_ready_though_the_disk_does_not_take_the_word(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("store.get manifest.json"))  # the manifest is read back: after it, the checkpoint is committed
+    journal, away = tmp_path / "state" / "journal", tmp_path / "away"
     async with running(rig) as desk:
         command = checkpoint_command()
         await desk.send(command)
-        await eventually(lambda: desk.statuses(command.action_id) == [PROCESSING, CREATED], "two events")
-        await eventually(lambda: not len(desk.outbox), "an empty outbox")
+        await eventually(rig.script.reached.is_set, "the manifest")
         with capture_logs() as logs:
-            outbox.rename(away)
+            journal.rename(away)
             rig.script.open.set()
-            await eventually(lambda: said(logs, "an event cannot be queued yet"), "the failed write")
-        assert desk.record_status(command.action_id) == READY
-        away.rename(outbox)
+            await eventually(lambda: said(logs, "cannot write down how it ended"), "the failed write")
+        assert desk.statuses(command.action_id) == [PROCESSING, CREATED]
+        away.rename(journal)
         assert (await desk.end(command.action_id)).status == READY
+        assert [event.seq for event in desk.events(command.action_id)] == [1, 2, 3]
+        await desk.acked()
+
+
+async def test_an_outcome_that_is_no_text_is_told_all_the_same(tmp_path: Path) -> None:
+    def failure() -> DumpFailed:
+        return DumpFailed("a file named \udcff", hint="\udcfe", path="/tmp/\udcff", odd=object())
+
+    async with running(node(tmp_path, FailsTimes("criu.dump", 1, failure))) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        last = await desk.end(command.action_id)
+        assert (last.code, last.message, last.details["path"]) == ("dump_failed", "a file named ?", "/tmp/?")
 
 
 async def test_a_command_that_cannot_be_written_down_comes_again(tmp_path: Path) -> None:
@@ -638,7 +650,7 @@ def crashed(rig: Rig, command: ActionCommand, phase: str, status: Status = PROCE
         time=1.0,
     )
     entry = rig.node.journal.begin(command)
-    entry.update(phase=phase, status=status, seq=2, last=event, **changes)
+    entry.update(phase=phase, status=status, seq=2, events=(event,), published=1, **changes)
     (rig.node.config.work_dir / command.action_id).mkdir(parents=True)
 
 

@@ -117,9 +117,15 @@ def test_one_unreadable_page_does_not_hide_the_others(tmp_path: Path, data: byte
     bad = tmp_path / f"{uuid.uuid4()}.json"
     bad.write_bytes(data)
     (tmp_path / "left.tmp").write_bytes(b"half")
-    assert [found.action_id for found in Journal(tmp_path).all()] == [entry.action_id]
-    assert bad.exists(), "somebody may want to look at it"
+    found = {page.action_id: page.record for page in Journal(tmp_path).all()}
+    assert set(found) == {entry.action_id, bad.stem}
+    assert bad.with_suffix(".unreadable").read_bytes() == data, "somebody may want to look at it"
     assert str(bad) in caplog.text, "and is told"
+    unknown = found[bad.stem]
+    assert unknown.done, "a command that comes again is answered, and not run again"
+    assert unknown.last is not None
+    assert (unknown.last.status, unknown.last.code, unknown.published) == (Status.ERROR, "outcome_unknown", 0)
+    assert bad.stem in [page.action_id for page in Journal(tmp_path).all()]
 
 
 def test_old_finished_ones_are_removed_and_open_ones_never(tmp_path: Path) -> None:

@@ -1,87 +1,109 @@
-"""The outbox: nothing that was added is lost, nothing is out of order, two readers do not trip over each other."""
+"""The outbox: what the journal holds and the broker has not confirmed; in order, nothing lost, nothing told without its status."""
 
 from __future__ import annotations
 
-import threading
+import uuid
 from pathlib import Path
 
-import pytest
-
+from hibernode.journal import Entry, Journal
+from hibernode.model import CheckpointCommand, Event, Status, Target
 from hibernode.outbox import Outbox
 
-
-def ids(outbox: Outbox) -> list[str]:
-    return [message_id for _, message_id, _ in outbox.waiting()]
+STATUSES = (Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY)
 
 
-def test_events_wait_in_order_until_they_are_sent(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "outbox")
-    for n in range(12):
-        outbox.add(f"0123abcd-0123-4567-89ab-0123456789ab.{n}", b"%d" % n)
-    assert [(message_id.rpartition(".")[2], data) for _, message_id, data in outbox.waiting()] == [
-        (str(n), b"%d" % n) for n in range(12)
-    ]
-    assert len(outbox) == 12
-    for token, _, _ in list(outbox.waiting())[:5]:
-        outbox.sent(token)
-        outbox.sent(token)
-    assert len(outbox) == 7
-    assert ids(outbox)[0].endswith(".5")
+def action(journal: Journal, statuses: tuple[Status, ...] = STATUSES) -> Entry:
+    """One that has reached these statuses."""
+    command = CheckpointCommand(action_id=str(uuid.uuid4()), checkpoint_id=str(uuid.uuid4()), target=Target(pid=7))
+    entry = journal.begin(command)
+    for status in statuses:
+        reach(entry, status)
+    return entry
 
 
-def test_the_next_daemon_goes_on_behind_what_waits(tmp_path: Path) -> None:
-    first = Outbox(tmp_path)
-    for n in range(11):
-        first.add(f"a.{n}", b"")
-    for token, _, _ in list(first.waiting())[:9]:
-        first.sent(token)
-    second = Outbox(tmp_path)
-    second.add("b.1", b"")
-    assert ids(second) == ["a.9", "a.10", "b.1"]
+def reach(entry: Entry, status: Status) -> None:
+    record = entry.record
+    made = entry.emit(
+        lambda seq: Event(
+            action_id=record.action_id,
+            seq=seq,
+            type=record.type,
+            status=status,
+            checkpoint_id=record.checkpoint_id,
+            node="n",
+            time=1.0,
+        )
+    )
+    assert made is not None
 
 
-def test_what_was_half_written_when_the_power_went_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / ".0000000000000001-a.1.json").write_bytes(b"ha")
-    outbox = Outbox(tmp_path)
-    assert (len(outbox), ids(outbox)) == (0, [])
-    outbox.add("a.1", b"whole")
-    assert [data for *_, data in outbox.waiting()] == [b"whole"]
+def waiting(outbox: Outbox) -> list[tuple[str, int]]:
+    return [(event.action_id, event.seq) for _, event in outbox.waiting()]
 
 
-def test_what_another_reader_has_sent_is_passed_over(tmp_path: Path) -> None:
-    """The flush at a stop runs beside the publisher."""
-    outbox = Outbox(tmp_path)
-    for n in range(3):
-        outbox.add(f"a.{n}", b"")
-    reading = outbox.waiting()
-    next(reading)
-    for token, *_ in list(outbox.waiting())[:2]:
-        outbox.sent(token)
-    assert [message_id for _, message_id, _ in reading] == ["a.2"]
+def test_every_event_of_every_action_in_order(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, clock=iter(range(100)).__next__)
+    actions = [action(journal) for _ in range(3)]
+    outbox = Outbox(journal)
+    assert waiting(outbox) == [(entry.action_id, seq) for entry in actions for seq in (1, 2, 3)]
+    assert len(outbox) == 9
 
 
-def test_many_threads_may_add(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path)
-    threads = [threading.Thread(target=lambda n=n: [outbox.add(f"{n}.{i}", b"") for i in range(20)]) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = ids(outbox)
-    assert len(found) == 80
-    for n in range(4):
-        assert [each for each in found if each.startswith(f"{n}.")] == [f"{n}.{i}" for i in range(20)]
+def test_what_was_sent_is_not_sent_again_by_the_next_daemon_either(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    entry, outbox = action(journal), Outbox(journal)
+    for number, (_, event) in enumerate(list(outbox.waiting())[:2], 1):
+        outbox.sent(entry, event)
+        assert len(outbox) == 3 - number
+    assert waiting(Outbox(Journal(tmp_path))) == [(entry.action_id, 3)]
 
 
-def test_nobody_else_reads_it(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "outbox")
-    outbox.add("a.1", b"")
-    assert (tmp_path / "outbox").stat().st_mode & 0o777 == 0o700
-    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "outbox").iterdir()] == [0o600]
+def test_a_confirmation_that_comes_late_takes_nothing_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    entry, outbox = action(journal), Outbox(journal)
+    first, _, last = entry.record.events
+    outbox.sent(entry, last)
+    outbox.sent(entry, first)
+    assert len(outbox) == 0
 
 
-def test_a_failed_add_says_so(tmp_path: Path) -> None:
-    outbox = Outbox(tmp_path / "outbox")
-    (tmp_path / "outbox").rmdir()
-    with pytest.raises(OSError, match="No such file"):
-        outbox.add("a.1", b"")
+def test_the_last_event_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    entry, outbox = action(journal), Outbox(journal)
+    outbox.sent(entry, entry.record.events[-1])
+    outbox.again(entry)
+    assert waiting(outbox) == [(entry.action_id, 3)]
+    silent = action(journal, ())
+    outbox.again(silent)
+    assert waiting(outbox) == [(entry.action_id, 3)]
+
+
+def test_an_event_and_its_status_are_one_write(tmp_path: Path) -> None:
+    """Whatever a crash leaves, both are there or neither."""
+    journal = Journal(tmp_path / "journal")
+    entry = action(journal, STATUSES[:1])
+    before = waiting(Outbox(Journal(tmp_path / "journal")))
+    (tmp_path / "journal").rename(tmp_path / "away")
+    try:
+        reach(entry, Status.READY)
+    except OSError:
+        pass
+    else:
+        raise AssertionError("there was no disk")
+    (tmp_path / "away").rename(tmp_path / "journal")
+    again = Journal(tmp_path / "journal")
+    assert waiting(Outbox(again)) == waiting(Outbox(journal)) == before
+    assert again.all()[0].record.status == entry.record.status == Status.PROCESSING
+
+
+def test_an_action_with_something_to_tell_is_not_pruned(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, keep=1)
+    told, untold, latest = (action(journal) for _ in range(3))
+    for entry in (told, untold, latest):
+        entry.update(phase="done")
+    outbox = Outbox(journal)
+    for entry in (told, latest):
+        outbox.sent(entry, entry.record.events[-1])
+    action(journal)
+    assert journal.find(told.action_id) is None
+    assert journal.find(untold.action_id) is not None
