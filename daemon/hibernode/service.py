@@ -21,6 +21,8 @@ from hibernode import __version__
 from hibernode.bus import NodeBus
 from hibernode.children import Children
 from hibernode.config import Config, without_secrets
+from hibernode.courier import Courier
+from hibernode.desk import Desk
 from hibernode.dispatch import Dispatcher
 from hibernode.drivers.criu import Criu
 from hibernode.drivers.host import LinuxHost
@@ -63,10 +65,11 @@ async def serve(settings: Config) -> None:
         else:
             metrics.observe_progress(update)
 
-    desk = Dispatcher(this, outbox, bus, observe)
+    dispatcher = Dispatcher(this, observe)
+    courier = Courier(dispatcher, this, outbox, bus) if bus is not None else None
     metrics.read_from(
         Readings(
-            actions_running=lambda: desk.running,
+            actions_running=lambda: dispatcher.running,
             arena_used=lambda: this.arena.used_bytes,
             arena_total=lambda: this.arena.total_bytes,
             outbox=lambda: len(outbox),
@@ -74,12 +77,14 @@ async def serve(settings: Config) -> None:
             queues={"chunks": lambda: this.arena.used_bytes >> 22},
         )
     )
-    rpc, stop = RpcServer(desk, settings.socket), _signals(desk.cancel_all)
+    rpc, stop = RpcServer(Desk(dispatcher, this, courier), settings.socket), _signals(dispatcher.cancel_all)
     if settings.metrics.listen:
         metrics.serve(settings.metrics.listen)
     try:
-        await desk.start()
+        await dispatcher.start()
         await rpc.start()
+        if courier is not None:
+            courier.start()
         _log.info(
             "ready",
             node=settings.node,
@@ -90,7 +95,9 @@ async def serve(settings: Config) -> None:
         notify("READY=1")
         await _beat_until(stop)
         notify("STOPPING=1")
-        await desk.stop(_DRAIN)
+        await dispatcher.stop(_DRAIN)
+        if courier is not None:
+            await courier.stop()
     finally:
         await rpc.stop()
         metrics.stop()

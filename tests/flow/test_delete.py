@@ -26,11 +26,11 @@ async def test_not_while_it_is_restored(tmp_path: Path) -> None:
         await desk.dispatcher.submit(command)
         await eventually(gate.reached.is_set, "a restore that reads")
         with pytest.raises(Busy, match=command.action_id) as busy:
-            await desk.dispatcher.delete(made)
+            await desk.answers.delete(made)
         assert busy.value.retry
         gate.open.set()
         assert (await desk.end(command.action_id)).status == Status.READY
-        await desk.dispatcher.delete(made)
+        await desk.answers.delete(made)
         assert not rig.store.objects
 
 
@@ -43,11 +43,11 @@ async def test_not_while_it_is_made(tmp_path: Path) -> None:
         await desk.dispatcher.submit(command)
         await eventually(gate.reached.is_set, "a checkpoint before its end")
         with pytest.raises(Busy):
-            await desk.dispatcher.delete(command.checkpoint_id)
+            await desk.answers.delete(command.checkpoint_id)
         gate.open.set()
         await desk.end(command.action_id)
         await eventually(lambda: not desk.dispatcher.running, "the end of the action")
-        await desk.dispatcher.delete(command.checkpoint_id)
+        await desk.answers.delete(command.checkpoint_id)
 
 
 async def test_two_deletes_are_two(tmp_path: Path) -> None:
@@ -57,12 +57,12 @@ async def test_two_deletes_are_two(tmp_path: Path) -> None:
     made = rig.checkpoint()
     rig.rescript(gate)
     async with running(rig) as desk:
-        first = asyncio.ensure_future(desk.dispatcher.delete(made))
+        first = asyncio.ensure_future(desk.answers.delete(made))
         await eventually(gate.reached.is_set, "a delete at work")
         with pytest.raises(Busy):
-            await desk.dispatcher.delete(made)
+            await desk.answers.delete(made)
         gate.open.set()
         await first
         with pytest.raises(NotFound):
-            await desk.dispatcher.delete(made)
+            await desk.answers.delete(made)
     assert not rig.node.claims._taken

@@ -15,6 +15,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from hibernode import wire
+from hibernode.courier import Courier
+from hibernode.desk import Desk as Answers
 from hibernode.dispatch import Dispatcher
 from hibernode.errors import DumpFailed, HibernodeError, NotFound, Refused, StoreUnavailable
 from hibernode.journal import Journal, Tree
@@ -87,12 +89,19 @@ class Desk:
 
     rig: Rig
     dispatcher: Dispatcher
+    courier: Courier
     outbox: Outbox
     bus: MemoryBus
     updates: list[Event | Progress]
 
     def __post_init__(self) -> None:
         self.control = self.bus.control("c")
+        self.answers = Answers(self.dispatcher, self.rig.node, self.courier)
+
+    async def stop(self, grace: float) -> None:
+        """As the daemon does it."""
+        await self.dispatcher.stop(grace)
+        await self.courier.stop()
 
     async def send(self, command: Command, *, again: bool = False) -> str:
         await self.control.start()
@@ -133,16 +142,19 @@ async def running(rig: Rig, bus: MemoryBus | None = None, grace: float = 5.0) ->
     bus = bus or MemoryBus()
     updates: list[Event | Progress] = []
     outbox = Outbox(rig.node.journal)
-    dispatcher = Dispatcher(rig.node, outbox, bus.node("c", "n", ack_wait=5.0), updates.append)
+    dispatcher = Dispatcher(rig.node, updates.append)
+    courier = Courier(dispatcher, rig.node, outbox, bus.node("c", "n", ack_wait=5.0))
     await dispatcher.start()
+    courier.start()
     try:
-        yield Desk(rig, dispatcher, outbox, bus, updates)
+        yield Desk(rig, dispatcher, courier, outbox, bus, updates)
     finally:
         rig.criu.gate.set()
         if isinstance(rig.script, Gate):
             rig.script.open.set()
         async with asyncio.timeout(DEADLINE):
             await dispatcher.stop(grace)
+            await courier.stop()
 
 
 def node(directory: Path, script: Script | None = None, *, pages: int = 1100, **limits: object) -> Rig:
@@ -495,7 +507,7 @@ async def test_a_stop_lets_running_actions_end(tmp_path: Path) -> None:
         command = checkpoint_command()
         await desk.send(command)
         await eventually(rig.script.reached.is_set, "the dump")
-        stopping = asyncio.ensure_future(desk.dispatcher.stop(DEADLINE))
+        stopping = asyncio.ensure_future(desk.stop(DEADLINE))
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="stopping"):
             await desk.dispatcher.submit(checkpoint_command())
@@ -511,7 +523,7 @@ async def test_a_stop_cancels_what_does_not_end(tmp_path: Path) -> None:
         command = checkpoint_command()
         await desk.send(command)
         await eventually(rig.criu.dumping.is_set, "the dump")
-        await desk.dispatcher.stop(0.01)
+        await desk.stop(0.01)
         assert desk.events(command.action_id)[-1].code == "cancelled"
     assert not rig.machine.stopped
 
@@ -522,7 +534,7 @@ async def test_a_stop_cancels_what_does_not_end(tmp_path: Path) -> None:
 async def test_events_wait_for_the_broker_and_come_in_order(tmp_path: Path) -> None:
     rig, bus = node(tmp_path), MemoryBus()
     async with running(rig, bus) as desk:
-        await eventually(lambda: desk.dispatcher._bus is not None and desk.dispatcher._bus.connected, "the connection")
+        await eventually(lambda: desk.courier.connected, "the connection")
         bus.away = True
         commands = [checkpoint_command(), for_nobody()]
         for command in commands:
@@ -864,16 +876,16 @@ async def test_questions_people_ask(tmp_path: Path) -> None:
         made = checkpoint_command()
         await desk.end(await desk.send(made))
         await desk.acked()
-        (view,) = await desk.dispatcher.actions()
+        (view,) = await desk.answers.actions()
         assert (view.action_id, view.status, view.phase) == (made.action_id, READY, "done")
-        assert (await desk.dispatcher.inspect(made.checkpoint_id))[0].checkpoint_id == made.checkpoint_id
-        verdicts = [v async for v in desk.dispatcher.verify(made.checkpoint_id)]
+        assert (await desk.answers.inspect(made.checkpoint_id))[0].checkpoint_id == made.checkpoint_id
+        verdicts = [v async for v in desk.answers.verify(made.checkpoint_id)]
         assert verdicts[-1].code == "ok"
-        assert [m.checkpoint_id for m in await desk.dispatcher.checkpoints()] == [made.checkpoint_id]
-        assert [n.node for n in await desk.dispatcher.nodes()] == ["n"]
-        await desk.dispatcher.delete(made.checkpoint_id)
+        assert [m.checkpoint_id for m in await desk.answers.checkpoints()] == [made.checkpoint_id]
+        assert [n.node for n in await desk.answers.nodes()] == ["n"]
+        await desk.answers.delete(made.checkpoint_id)
         assert not rig.store.objects
-        for question in (desk.dispatcher.inspect(made.checkpoint_id), desk.dispatcher.action(new_id())):
+        for question in (desk.answers.inspect(made.checkpoint_id), desk.answers.action(new_id())):
             with pytest.raises(HibernodeError) as raised:
                 await question
             assert raised.value.code == "not_found"

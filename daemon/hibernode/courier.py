@@ -1,0 +1,176 @@
+"""Between the node and the bus: commands come in and are acknowledged after their outcome is on disk, events and records go out.
+
+What comes in goes to the dispatcher; a command whose id is known is answered from the journal. What goes out lies in the outbox until
+the broker has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+
+import structlog
+
+from hibernode import wire
+from hibernode.bus import Delivery, NodeBus
+from hibernode.dispatch import Dispatcher
+from hibernode.errors import BadCommand, BusUnavailable, HibernodeError, Interrupted, Refused
+from hibernode.loop import Tasks, in_thread
+from hibernode.model import ActionCommand, CancelCommand, NodeRecord, Outcome, Progress
+from hibernode.node import Node
+from hibernode.outbox import Outbox
+
+_BUS_RETRY = 30.0  # seconds until a broker that refused us is asked again
+_LAST_WORDS = 5.0  # seconds for acknowledgements and events when the daemon stops
+_log = structlog.get_logger("hibernode")
+
+
+class Courier:
+    """One node's end of the bus. Lives on the dispatcher's loop."""
+
+    def __init__(self, dispatcher: Dispatcher, node: Node, outbox: Outbox, bus: NodeBus) -> None:
+        self._dispatcher, self._node, self._outbox, self._bus = dispatcher, node, outbox, bus
+        self._filled = asyncio.Event()
+        self._serving, self._deliveries = Tasks(), Tasks()
+        dispatcher.posts_to(self._filled.set, self._progress)
+
+    def start(self) -> None:
+        """Take commands and send events from now on. Returns at once when the broker is away: it is waited for behind this."""
+        self._serving.spawn(self._serve())
+
+    async def stop(self) -> None:
+        """After the dispatcher has stopped: acknowledge what has ended, send what waits, leave. Harmless when repeated."""
+        await self._deliveries.finish(_LAST_WORDS)
+        if self._bus.connected:
+            with contextlib.suppress(BusUnavailable, OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._publish_waiting(), _LAST_WORDS)
+        await self._deliveries.cancel()
+        await self._serving.cancel()
+        await self._bus.stop()
+
+    @property
+    def connected(self) -> bool:
+        return self._bus.connected
+
+    async def nodes(self) -> list[NodeRecord]:
+        """Every node of the cluster; only this one while the broker is away."""
+        if not self._bus.connected:
+            return [self._dispatcher.record()]
+        return [wire.decode_node(data) for data in (await self._bus.nodes()).values()]
+
+    async def _serve(self) -> None:
+        await self._connect()
+        with contextlib.suppress(BusUnavailable):  # it answers when it is connected again
+            await self._bus.answer_find(self._find)
+        for work in (self._publish_outbox(), self._publish_node()):
+            self._serving.spawn(work)
+        async for delivery in self._bus.commands():
+            if self._dispatcher.stopping:
+                await delivery.later(0)
+                continue
+            self._deliveries.spawn(self._take(delivery))
+
+    async def _connect(self) -> None:
+        """Wait for the broker. A login or a certificate that it refuses is for a person to mend, perhaps there and not here, so that
+        the daemon does not end for it: it says so and tries again."""
+        while True:
+            try:
+                return await self._bus.start()
+            except Refused as e:
+                _log.error("the broker refuses this node", code=e.code, error=e.message, hint=e.hint, again_in=_BUS_RETRY)
+                await asyncio.sleep(_BUS_RETRY)
+
+    async def _take(self, delivery: Delivery) -> None:
+        try:
+            try:
+                command = wire.decode_command(delivery.verb, delivery.data)
+            except BadCommand as e:
+                await self._refuse_unreadable(delivery, e)
+                return
+            if isinstance(command, CancelCommand):
+                await self._dispatcher.cancel(command.action_id)
+            else:
+                await self._run_delivered(command, delivery)
+            await delivery.done()
+        except BusUnavailable as e:  # not acked: it comes again, and is answered from the journal
+            _log.warning("could not acknowledge", verb=delivery.verb, error=str(e))
+        except OSError as e:  # the journal's disk: what is not written down is not begun
+            _log.error("could not begin", verb=delivery.verb, error=str(e))
+            with contextlib.suppress(BusUnavailable):
+                await delivery.later(self._node.config.limits.retry_delay)
+
+    async def _run_delivered(self, command: ActionCommand, delivery: Delivery) -> None:
+        if delivery.attempt > self._node.config.bus.max_deliver and self._node.journal.find(command.action_id) is None:
+            why = Interrupted(f"delivered {delivery.attempt} times and never begun", hint="the daemon's log says why")
+            self._dispatcher.end(self._node.journal.begin(command), Outcome.of(why))
+        if (running := self._dispatcher.accept(command)) is None:
+            self._say_again(command.action_id)
+            return
+        while not running.done():
+            await asyncio.wait([running], timeout=self._node.config.bus.ack_wait / 3)
+            with contextlib.suppress(BusUnavailable):
+                await delivery.working()
+
+    def _say_again(self, action_id: str) -> None:
+        """A command that was answered before: its last event once more, under the same message id."""
+        if (entry := self._node.journal.find(action_id)) is not None:
+            self._outbox.again(entry)
+            self._filled.set()
+
+    async def _refuse_unreadable(self, delivery: Delivery, error: BadCommand) -> None:
+        """Answer it if it says which action it is; drop it either way. A cancel is no action: nobody waits for its end."""
+        _log.warning(
+            "malformed command",
+            verb=delivery.verb,
+            error=str(error),
+            start=delivery.data[:200].decode(errors="replace"),
+        )
+        if delivery.verb != "cancel":
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, BadCommand):
+                self._answer_unreadable(delivery, error)
+        with contextlib.suppress(BusUnavailable):
+            await delivery.drop()
+
+    def _answer_unreadable(self, delivery: Delivery, error: BadCommand) -> None:
+        found = json.loads(delivery.data)
+        known = {"action_id": found["action_id"], "checkpoint_id": found.get("checkpoint_id") or found["action_id"]}
+        stand_in = wire.decode_command("restore", json.dumps(known).encode())
+        if not isinstance(stand_in, CancelCommand) and self._node.journal.find(stand_in.action_id) is None:
+            entry = self._node.journal.begin(stand_in)
+            entry.update(type="restore" if delivery.verb == "restore" else "checkpoint")
+            self._dispatcher.end(entry, Outcome.of(error))
+
+    async def _find(self, request: bytes) -> bytes | None:
+        try:
+            found = await in_thread(self._node.jobs.views, wire.decode_find(request))
+        except HibernodeError:
+            return None
+        alive = [view for view in found if view.pid]
+        return wire.encode_found(self._node.config.node, alive) if alive else None
+
+    async def _publish_outbox(self) -> None:
+        while True:
+            self._filled.clear()
+            try:
+                await self._publish_waiting()
+                await self._filled.wait()
+            except (HibernodeError, OSError) as e:
+                _log.warning("events wait", waiting=len(self._outbox), error=str(e))
+                await asyncio.sleep(1)
+
+    async def _publish_waiting(self) -> None:
+        for entry, event in self._outbox.waiting():
+            await self._bus.publish_event(event.action_id, wire.message_id(event), wire.encode_event(event))
+            self._outbox.sent(entry, event)
+
+    async def _publish_node(self) -> None:
+        while True:
+            with contextlib.suppress(BusUnavailable):
+                await self._bus.put_node(wire.encode_node(self._dispatcher.record()))
+            await asyncio.sleep(self._node.config.limits.node_interval)
+
+    async def _progress(self, progress: Progress) -> None:
+        if self._bus.connected:
+            with contextlib.suppress(BusUnavailable):
+                await self._bus.publish_progress(progress.action_id, wire.encode_progress(progress))

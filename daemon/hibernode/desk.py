@@ -1,0 +1,98 @@
+"""What people ask a node (rpc.Desk): the dispatcher's actions, and the questions that are none: jobs, checkpoints, health, nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import uuid
+from collections.abc import AsyncIterator
+
+from hibernode import catalog, doctor
+from hibernode.courier import Courier
+from hibernode.dispatch import Dispatcher
+from hibernode.loop import in_thread
+from hibernode.model import (
+    ActionCommand,
+    ActionView,
+    Cancel,
+    Check,
+    Event,
+    JobSpec,
+    Manifest,
+    NodeRecord,
+    Progress,
+    Target,
+    Verdict,
+    WorkloadView,
+)
+from hibernode.node import Node
+
+
+class Desk:
+    """Answers on the dispatcher's loop; whatever takes time is done in a thread. `courier` None: this node has no bus."""
+
+    def __init__(self, dispatcher: Dispatcher, node: Node, courier: Courier | None) -> None:
+        self._dispatcher, self._node, self._courier = dispatcher, node, courier
+
+    async def submit(self, command: ActionCommand) -> None:
+        await self._dispatcher.submit(command)
+
+    def watch(self, action_id: str) -> AsyncIterator[Event | Progress]:
+        return self._dispatcher.watch(action_id)
+
+    async def cancel(self, action_id: str) -> bool:
+        return await self._dispatcher.cancel(action_id)
+
+    async def action(self, action_id: str) -> ActionView:
+        return await self._dispatcher.action(action_id)
+
+    async def actions(self) -> list[ActionView]:
+        return await self._dispatcher.actions()
+
+    async def workloads(self, target: Target | None) -> list[WorkloadView]:
+        return await in_thread(self._node.jobs.views, target)
+
+    async def run_job(self, spec: JobSpec) -> WorkloadView:
+        return await in_thread(self._node.jobs.run, spec)
+
+    async def stop_job(self, namespace: str, name: str, signal: str) -> WorkloadView:
+        return await in_thread(self._node.jobs.stop, namespace, name, signal)
+
+    async def inspect(self, checkpoint_id: str) -> tuple[Manifest, str]:
+        store = self._node.open_store("")
+        return await in_thread(catalog.read, store, checkpoint_id), f"{store.location}/{checkpoint_id}"
+
+    async def verify(self, checkpoint_id: str) -> AsyncIterator[Verdict]:
+        queue: asyncio.Queue[Verdict] = asyncio.Queue()
+        cancel, store, loop = Cancel(), self._node.open_store(""), asyncio.get_running_loop()
+
+        def tell(verdict: Verdict) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, verdict)
+
+        work = asyncio.ensure_future(in_thread(catalog.verify, store, checkpoint_id, self._node.host.load().cpus, cancel, tell))
+        try:
+            while not work.done():
+                getting = asyncio.ensure_future(queue.get())
+                await asyncio.wait([work, getting], return_when=asyncio.FIRST_COMPLETED)
+                if getting.done():
+                    yield getting.result()
+                getting.cancel()
+            yield work.result()
+        finally:
+            cancel.set("nobody waits for it any more")
+            await asyncio.wait([work])
+
+    async def checkpoints(self) -> list[Manifest]:
+        return await in_thread(lambda: list(catalog.manifests(self._node.open_store(""))))
+
+    async def delete(self, checkpoint_id: str) -> None:
+        """Remove it; Busy while an action writes it or reads it."""
+        with self._node.claims.claim(f"checkpoint {checkpoint_id}", f"delete {uuid.uuid4()}"):
+            await in_thread(catalog.delete, self._node.open_store(""), checkpoint_id)
+
+    async def doctor(self) -> list[Check]:
+        connected = self._courier.connected if self._courier else None
+        return await in_thread(functools.partial(doctor.checks, self._node, bus_connected=connected))
+
+    async def nodes(self) -> list[NodeRecord]:
+        return await self._courier.nodes() if self._courier else [self._dispatcher.record()]
