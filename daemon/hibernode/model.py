@@ -271,7 +271,7 @@ class ImageRef(Value):
 
 
 class HostFacts(Value):
-    """Where an image was made; restore compares before it touches anything."""
+    """Where an image was made. A restore compares arch, page size and CRIU's version before it touches anything; the rest is for people."""
 
     arch: str
     kernel: str

@@ -1,4 +1,4 @@
-"""The dump side of the page server: socket -> chunks of the arena and the list of segments. Twin: `serve.py` (lazy restore).
+"""The dump side of the page server: socket -> chunks of the arena and the list of segments.
 
 Runs while the workload is frozen, so it does as little as it can: one header, one receive straight into the arena. Whoever reads the
 page socket closes it on every way out: a reader that stopped and left it open made CRIU wait with the tree held, and CRIU's own
