@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,7 @@ from typing import Protocol
 from hibernode.model import Cancel, HostFacts, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
 
 Buffer = bytes | bytearray | memoryview
+Identity = tuple[int, int]  # of a process: its pid and when it began (clock ticks since boot), because pids come again
 
 
 # --- store ------------------------------------------------------------------------------------------------------------------
@@ -202,7 +203,8 @@ class Workload(Protocol):
         """Let everything run that `freeze` or a dump left stopped. Harmless when repeated."""
 
     def kill(self) -> None:
-        """SIGKILL every process of the trees and wait until they are gone and reaped. Harmless when repeated."""
+        """SIGKILL every process of the trees, and who was born since, and wait until they have ended: a zombie may stay where its
+        parent does not wait for it. Stuck if they do not end. Harmless when repeated."""
 
 
 class Workloads(Protocol):
@@ -215,11 +217,11 @@ class Workloads(Protocol):
     def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
         """Pids of these tasks that somebody has: (pid, by what). Zombies of ours are reaped first."""
 
-    def thaw(self, processes: Sequence[tuple[int, int]]) -> None:
-        """Recovery: let these run on, if they are stopped; (pid, start time), because pids come again."""
+    def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
+        """Recovery: let these run on, and what descends from them, if they are stopped; but not those in `leave`."""
 
-    def kill(self, processes: Sequence[tuple[int, int]]) -> None:
-        """Recovery: SIGKILL these and wait until they are gone. A start time of 0 is nobody: who it was is not known."""
+    def kill(self, processes: Sequence[Identity]) -> None:
+        """Recovery: as `Workload.kill`. A start time of 0 is nobody: who it was is not known."""
 
 
 class Jobs(Protocol):
@@ -229,7 +231,7 @@ class Jobs(Protocol):
         """Start one. Refused("name_taken" | "cannot_start")."""
 
     def stop(self, namespace: str, name: str, signal_name: str) -> WorkloadView:
-        """TERM and after a grace time KILL, or KILL at once; returns when it is gone. NotFound."""
+        """TERM to its root, and after a grace time KILL to what is left of it; or KILL at once. Returns when all have ended. NotFound."""
 
     def views(self, target: Target | None) -> list[WorkloadView]:
         """All jobs, or the one workload (process or job) that `target` names."""

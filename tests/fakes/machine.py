@@ -7,13 +7,13 @@ remembers what was done to it, so that a test can ask afterwards: does the tree 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hibernode.errors import NotFound
 from hibernode.model import PAGE, HostFacts, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
-from hibernode.ports import Load, Prepared, ProcessFacts
+from hibernode.ports import Identity, Load, Prepared, ProcessFacts
 from hibernode.transfer.pageproto import PRESENT, SHMEM, TASK
 from tests.fakes.script import Script
 
@@ -182,12 +182,12 @@ class FakeWorkloads:
         there = {process.pid: process.comm for process in self._machine.processes()}
         return [(task.pid, there[task.pid]) for task in tasks if task.pid in there]
 
-    def thaw(self, processes: Sequence[tuple[int, int]]) -> None:
+    def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
         self._script.step("workloads.thaw")
-        if (ROOT, 1000 + ROOT) in processes:
+        if (ROOT, 1000 + ROOT) in processes and (ROOT, 1000 + ROOT) not in leave:
             self._machine.stopped = False
 
-    def kill(self, processes: Sequence[tuple[int, int]]) -> None:
+    def kill(self, processes: Sequence[Identity]) -> None:
         self._script.step("workloads.kill")
         if (ROOT, 1000 + ROOT) in processes:
             self._machine.killed.append("restored" if self._machine.restored else "original")

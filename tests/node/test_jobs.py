@@ -24,6 +24,23 @@ def test_how_a_job_ended_is_known_whoever_reaped_it(daemon: Daemon) -> None:
     assert daemon.jobs()["killed"].state == "killed"
 
 
+@pytest.mark.parametrize("signal_name", ["TERM", "KILL"])
+def test_a_stopped_job_leaves_nothing_running(daemon: Daemon, signal_name: str) -> None:
+    """Its root ends by TERM at once; a child does not listen to it, another has left the tree, and lives in the job's cgroup."""
+    before = set(keeper.descendants(daemon.pid))
+    moved = "until grep -q hibernode /proc/self/cgroup; do :; done"  # into its cgroup, by the daemon that started it
+    daemon.run("family", ["/bin/sh", "-c", f"{moved}; (trap '' TERM; exec sleep 60) & (setsid sleep 60 &); wait"])
+    root = daemon.jobs()["family"].pid
+
+    def family() -> set[int]:
+        return {pid for pid in keeper.descendants(daemon.pid) if keeper.alive(pid)} - before
+
+    wait_until(lambda: sum(keeper.describe(pid).split()[2:] == ["sleep", "60"] for pid in family()) == 2, 10, "the family")
+    assert family() - {root, *keeper.descendants(root)}, "one should have left the tree"
+    daemon.stub.StopJob(pb.StopRequest(name="family", signal=signal_name), timeout=20)
+    assert not family()
+
+
 def test_restored_processes_leave_no_cgroup_behind(daemon: Daemon, tmp_path: Path) -> None:
     with Program(tmp_path, python("counter.py", 0.01)) as program:
         before = program.beat()

@@ -46,6 +46,28 @@ def join(procs: tuple[str, ...], pid: int) -> None:
             continue
 
 
+def members(uid: str) -> list[int]:
+    """Who lives in the cgroups of `uid` now."""
+    found: set[int] = set()
+    for hierarchy in _hierarchies():
+        try:
+            found.update(map(int, (hierarchy / _PARENT / uid / "cgroup.procs").read_text().split()))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def kill(uid: str) -> None:
+    """SIGKILL whoever lives there, and whoever is being born there: where the kernel has it (v2, from 5.14)."""
+    for hierarchy in _hierarchies():
+        place = hierarchy / _PARENT / uid / "cgroup.kill"
+        try:
+            if place.exists():
+                place.write_text("1")
+        except OSError:
+            continue
+
+
 def remove(uid: str) -> None:
     """Remove the empty cgroups of `uid`; those in use stay."""
     for hierarchy in _hierarchies():

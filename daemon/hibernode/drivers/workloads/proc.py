@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hibernode.model import PAGE
-from hibernode.ports import ProcessFacts
+from hibernode.ports import Identity, ProcessFacts
 
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
 _ESTABLISHED = "01"  # include/net/tcp_states.h
@@ -28,9 +28,9 @@ class Stat:
     rss: int
 
 
-def stat(pid: int) -> Stat:
+def stat(pid: int, path: str = "") -> Stat:
     """Raises FileNotFoundError or ProcessLookupError when there is no such process."""
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+    with open(path or f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         text = file.read()
     comm, rest = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
     return Stat(pid, comm, rest[0], int(rest[1]), int(rest[6]), int(rest[19]), int(rest[21]) * PAGE)
@@ -61,24 +61,44 @@ def alive(pid: int, started: int) -> bool:
     return found.start_time == started and found.state not in ("Z", "X")
 
 
-def tgid(pid: int) -> int:
-    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-        return int(next(line for line in file if line.startswith("Tgid:")).split()[1])
+def thread_states(pid: int) -> set[str]:
+    """Of all its threads; empty when there is no such process. The first one may be a zombie while the others run on."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except GONE:
+        return set()
+    states = set()
+    for thread in threads:
+        try:
+            states.add(stat(int(thread), f"/proc/{pid}/task/{thread}/stat").state)
+        except GONE:
+            continue
+    return states
 
 
 def tree(root: int) -> list[int]:
     """`root` and all its descendants now, parents first."""
-    children = defaultdict(list)
+    return [root, *(pid for pid, _ in forest([(root, start_time(root))]) if pid != root)]
+
+
+def forest(roots: Iterable[Identity]) -> list[Identity]:
+    """Those of `roots` that are there, and all descendants that these have now, parents first."""
+    there, children = {}, defaultdict(list)
     for name in os.listdir("/proc"):
         if name.isdecimal():
             try:
-                children[stat(int(name)).ppid].append(int(name))
+                found = stat(int(name))
             except GONE:
                 continue
-    found = [root]
-    for pid in found:
-        found.extend(children[pid])
-    return found
+            there[found.pid] = found.start_time
+            children[found.ppid].append(found.pid)
+    pids = dict.fromkeys(pid for pid, started in roots if started and there.get(pid) == started)
+    queue = list(pids)
+    for pid in queue:
+        new = [child for child in children[pid] if child not in pids]
+        pids.update(dict.fromkeys(new))
+        queue += new
+    return [(pid, there[pid]) for pid in pids]
 
 
 def facts(pid: int) -> ProcessFacts:

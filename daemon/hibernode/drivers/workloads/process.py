@@ -15,17 +15,16 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hibernode.children import Children
-from hibernode.drivers.workloads import cgroup, proc
-from hibernode.errors import NotFound, Refused, Stuck
+from hibernode.drivers.workloads import cgroup, proc, trees
+from hibernode.errors import NotFound, Refused
 from hibernode.model import JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
-from hibernode.ports import Prepared, ProcessFacts
+from hibernode.ports import Identity, Prepared, ProcessFacts
 
-KILL_DEADLINE = 30.0  # seconds for a SIGKILLed tree to be gone: freeing much memory takes time
 _ROOT = "main"  # the image of a workload with one tree
 
 
@@ -35,7 +34,8 @@ class ProcessWorkload:
     def __init__(self, facts: WorkloadFacts, pid: int, children: Children) -> None:
         self._facts, self._pid, self._children = facts, pid, children
         self._started = proc.start_time(pid)
-        self._stopped_before: set[int] = set()
+        self._seen: set[Identity] = {(pid, self._started)}  # who is in the tree, also after a parent has ended
+        self._stopped_before: set[Identity] = set()
 
     @property
     def facts(self) -> WorkloadFacts:
@@ -55,62 +55,23 @@ class ProcessWorkload:
 
     def processes(self) -> Sequence[ProcessFacts]:
         found = []
-        for pid in proc.tree(self._pid):
+        for pid, _ in proc.forest([(self._pid, self._started)]):
             with contextlib.suppress(*proc.GONE):
                 facts = _facts(pid)
                 found.append(replace(facts, tcp=proc.connections(pid, facts.fds)))
+        self._seen.update((facts.pid, facts.start_time) for facts in found)
         return found
 
     def freeze(self) -> None:
         """CRIU stops a single tree by itself; here it is only noted who was stopped before, because `thaw` leaves him so."""
-        self._stopped_before = {pid for pid in proc.tree(self._pid) if proc.state(pid) == "T"}
+        self._seen.update(proc.forest(self._seen))
+        self._stopped_before = {process for process in self._seen if "T" in proc.thread_states(process[0])}
 
     def thaw(self) -> None:
-        """SIGCONT to what a dump left stopped."""
-        if proc.start_time(self._pid) == self._started:
-            for pid in proc.tree(self._pid):
-                if pid not in self._stopped_before and proc.state(pid) == "T":
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGCONT)
+        trees.thaw(self._seen, self._stopped_before)
 
     def kill(self) -> None:
-        if proc.start_time(self._pid) == self._started:
-            kill_tree(self._pid, self._children)
-
-
-def kill_tree(root: int, children: Children) -> None:
-    """SIGKILL `root` and its descendants and wait until their pids are free. Stuck if they are not in time."""
-    deadline = time.monotonic() + KILL_DEADLINE
-    pending: dict[int, int] = {}  # pid -> pidfd
-    try:
-        while True:
-            for pid in proc.tree(root):
-                if pid not in pending:
-                    with contextlib.suppress(OSError):
-                        pending[pid] = os.pidfd_open(pid)
-            for pidfd in pending.values():
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            _wait_dead(pending, deadline)
-            children.reap()
-            left = [pid for pid in pending if proc.start_time(pid)]
-            if not left:
-                return
-            if time.monotonic() > deadline:
-                raise Stuck(f"processes {left} do not go away after SIGKILL", hint="does their parent wait for them?", pids=left)
-            select.select([], [], [], 0.005)
-    finally:
-        for pidfd in pending.values():
-            os.close(pidfd)
-
-
-def _wait_dead(pending: Mapping[int, int], deadline: float) -> None:
-    """A pidfd is readable when its process has ended (its zombie may still be there)."""
-    poller = select.poll()
-    for pidfd in pending.values():
-        poller.register(pidfd, select.POLLIN)
-    while pending and len(poller.poll(100)) < len(pending) and time.monotonic() < deadline:
-        continue
+        trees.kill(self._seen, self._children)
 
 
 @dataclass(frozen=True)
@@ -202,7 +163,7 @@ class Jobs:
         finally:
             os.close(log)
         child.returncode = 0  # `children` waits for it like for a restored one; this object must not
-        cgroup.join(cgroup.create(uid), child.pid)
+        cgroup.join(cgroup.create(uid), child.pid)  # what it forks before that stays in the daemon's
         job = Job(
             uid, spec.namespace, spec.name, list(spec.argv), spec.cwd, self.log_path(uid), child.pid,
             proc.start_time(child.pid), self._clock(),
@@ -211,15 +172,16 @@ class Jobs:
         return self.view(job)
 
     def stop(self, namespace: str, name: str, signal_name: str, grace: float = 10.0) -> WorkloadView:
-        """TERM, then KILL after `grace` seconds; or KILL at once. Returns when it is gone."""
+        """TERM to its root, and what has not ended with it within `grace` seconds is killed; or KILL at once. Returns when nothing of
+        it is left, in its cgroup neither."""
         job = self.named(namespace, name)
         if job is None:
             raise NotFound(f"no job {namespace}/{name}", hint="`hibernode jobs` lists them")
         if job.running:
+            tree = proc.forest([(job.pid, job.start_time)])  # before its root ends: afterwards nobody knows whose they were
             if signal_name != "KILL":
                 self._terminate(job, grace)
-            if job.running:
-                kill_tree(job.pid, self._children)
+            trees.kill(tree, self._children, job.uid)
             self.reap()
         cgroup.remove(job.uid)
         return self.view(self._load(job.uid) or job)
@@ -330,16 +292,11 @@ class ProcessWorkloads:
                 taken.append((pid, what if holder.state == "Z" else repr(holder.comm)))
         return taken
 
-    def thaw(self, processes: Sequence[tuple[int, int]]) -> None:
-        for pid, started in processes:
-            if proc.start_time(pid) == started and proc.state(pid) == "T":
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
+    def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
+        trees.thaw(processes, leave)
 
-    def kill(self, processes: Sequence[tuple[int, int]]) -> None:
-        for pid, started in processes:
-            if started and proc.start_time(pid) == started:
-                kill_tree(pid, self._children)
+    def kill(self, processes: Sequence[Identity]) -> None:
+        trees.kill(processes, self._children)
 
     # --- ports.Jobs ---------------------------------------------------------------------------------------------------------
 

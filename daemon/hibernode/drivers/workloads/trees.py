@@ -1,0 +1,127 @@
+"""What is done to whole trees of processes: let go on, kill. The one place from which other people's processes are signalled.
+
+A process is a pid and when it began, because pids come again; it is signalled through a pidfd, so that nobody else is ever met. A tree
+that is to die is stopped first: what is stopped does not fork, so that the list of it comes to an end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from hibernode.children import Children
+from hibernode.drivers.workloads import cgroup, proc
+from hibernode.errors import Stuck
+from hibernode.ports import Identity
+
+KILL_DEADLINE = 30.0  # seconds for SIGKILLed processes to end: freeing much memory takes time
+HOLD_LIMIT = 5.0  # seconds for a tree to stop; one that does not (a frozen cgroup, a dead NFS server) is killed as it is
+REAP_GRACE = 2.0  # seconds a parent of somebody else gets to wait for what was killed
+_AT_REST = {"T", "t", "Z", "X"}  # states in which a thread does nothing
+_DEAD = {"Z", "X"}
+_log = logging.getLogger("hibernode.trees")
+
+
+def thaw(processes: Iterable[Identity], leave: Collection[Identity] = ()) -> None:
+    """SIGCONT to what is stopped of these and of what descends from them, except those in `leave`."""
+    for process in proc.forest(processes):
+        if process not in leave and "T" in proc.thread_states(process[0]):
+            _send(process, signal.SIGCONT)
+
+
+def kill(processes: Iterable[Identity], children: Children, place: str = "") -> None:
+    """SIGKILL these, what descends from them, and whoever lives in the cgroups of `place`; all of them have ended when it returns, and
+    those that the daemon or a parent who waits is responsible for are reaped. Stuck if they do not end."""
+    deadline = time.monotonic() + KILL_DEADLINE
+    if place:
+        cgroup.kill(place)
+    known = dict.fromkeys(processes)
+    while found := _held(known, place):
+        # Children first: the kernel sends SIGCONT to a stopped process group that its last parent leaves.
+        for process in reversed(found):
+            _send(process, signal.SIGKILL)
+        for process in found:
+            _wait_dead(process, deadline)
+    _wait_reaped(known, children)
+
+
+def _held(known: dict[Identity, None], place: str) -> Sequence[Identity]:
+    """Everything alive that `kill` means, parents first, stopped; `known` grows by it. Who was seen once is not lost when his parent
+    ends."""
+    limit = time.monotonic() + HOLD_LIMIT
+    stopped: set[Identity] = set()
+    while True:
+        at_rest = all(proc.thread_states(pid) <= _AT_REST for pid, _ in stopped)
+        found = _living(known, place)
+        new = [process for process in found if process not in stopped]
+        known.update(dict.fromkeys(new))
+        if (at_rest and not new) or time.monotonic() > limit:
+            return found
+        for process in new:
+            _send(process, signal.SIGSTOP)
+        stopped.update(new)
+        if not new:
+            select.select([], [], [], 0.002)
+
+
+def _living(known: Iterable[Identity], place: str) -> Sequence[Identity]:
+    members = [(pid, proc.start_time(pid)) for pid in cgroup.members(place)] if place else []
+    found = proc.forest([*known, *members])
+    return [(pid, began) for pid, began in found if pid != os.getpid() and proc.thread_states(pid) - _DEAD]
+
+
+def _wait_dead(process: Identity, deadline: float) -> None:
+    """Until all its threads have ended; its zombie may still be there."""
+    with _pidfd(process) as pidfd:
+        if pidfd is None:
+            return
+        poller = select.poll()  # not select, which knows no descriptor over 1023
+        poller.register(pidfd, select.POLLIN)
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise Stuck(
+                f"process {process[0]} does not end after SIGKILL",
+                hint="its state in `ps` says what it waits for",
+                pid=process[0],
+            )
+
+
+def _wait_reaped(processes: Iterable[Identity], children: Children) -> None:
+    """A zombie is no harm, but it keeps its pid, and its parent may need a moment to wait for it."""
+    limit = time.monotonic() + REAP_GRACE
+    while True:
+        children.reap()
+        left = [pid for pid, began in processes if proc.start_time(pid) == began]
+        if not left:
+            return
+        if time.monotonic() > limit:
+            _log.warning("killed, and their parents do not wait for them: %s", left[:100])
+            return
+        select.select([], [], [], 0.005)
+
+
+def _send(process: Identity, number: signal.Signals) -> None:
+    """To this very process, if it is there."""
+    with _pidfd(process) as pidfd, contextlib.suppress(ProcessLookupError):
+        if pidfd is not None:
+            signal.pidfd_send_signal(pidfd, number)
+
+
+@contextmanager
+def _pidfd(process: Identity) -> Iterator[int | None]:
+    """None if it is gone."""
+    pid, began = process
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield pidfd if proc.start_time(pid) == began else None
+    finally:
+        os.close(pidfd)
