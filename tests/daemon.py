@@ -166,8 +166,7 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
             left += [f"the daemon's exit code was {code}"] if code else []
         for kept in self._befores:
             kept.kill()
-        if self.work_dir.exists():
-            left += [f"in the work directory: {path}" for path in self.work_dir.iterdir()]
+        left += [f"in the work directory: {path}" for path in self.at_work()]
         return left + [f"a cgroup: {path}" for path in self._cgroups() if path.exists()]
 
     def _end_workloads(self) -> None:
@@ -180,8 +179,12 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
     def empty(self) -> None:
         """End its workloads and empty its store, for the next test. Its work directory must be empty already."""
         self._end_workloads()
-        assert not self.work_dir.exists() or not list(self.work_dir.iterdir())
+        assert not self.at_work()
         shutil.rmtree(self.store_dir, ignore_errors=True)
+
+    def at_work(self) -> list[Path]:
+        """What is in its work directory, beside the lock."""
+        return [path for path in self.work_dir.iterdir() if path.name != ".lock"] if self.work_dir.exists() else []
 
     def _cgroups(self) -> list[Path]:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
@@ -258,7 +261,7 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
     def insist_clean(self, store: Path | None = None) -> None:
         """Nothing is in the store, nothing in the work directory: what was refused or failed has left nothing."""
         store = store or self.store_dir
-        left = [path for root in (store, self.work_dir) if root.exists() for path in root.rglob("*") if path.is_file()]
+        left = [path for path in store.rglob("*") if path.is_file()] + self.at_work()
         assert not left, left
 
 

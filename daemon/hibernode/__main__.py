@@ -17,6 +17,7 @@ from hibernode.config import Config
 from hibernode.errors import HibernodeError
 
 EXIT_CONFIG = 78  # EX_CONFIG; the unit does not start again after it, because that would not help
+EXIT_RUNNING = 75  # EX_TEMPFAIL; another daemon is at work: it may have ended when the unit tries again
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +77,7 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 def _complain(error: HibernodeError) -> int:
     sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
-    return EXIT_CONFIG
+    return EXIT_RUNNING if error.code == "daemon_running" else EXIT_CONFIG
 
 
 if __name__ == "__main__":

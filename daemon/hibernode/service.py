@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
 import structlog
@@ -49,10 +51,68 @@ def run(settings: Config) -> None:
     if os.geteuid():
         raise Refused("not_root", "the daemon needs root", prop="uid", found=os.geteuid(), wanted=0, hint="CRIU does")
     log_to_stderr(settings)
-    asyncio.run(serve(settings))
+    with Alone(settings) as alone:
+        asyncio.run(serve(settings, alone))
 
 
-async def serve(settings: Config) -> None:
+class Alone(contextlib.AbstractContextManager["Alone"]):
+    """The one daemon of its `state_dir` and of its `work_dir`, for as long as it lives. To a second one every running action would look
+    like one that a crash ended: it would kill restored trees, empty work directories and take commands.
+
+    Two locks, because each directory may be shared without the other. The kernel lets go of them when the process ends, however it
+    does, and no child inherits them: jobs and restored trees outlive the daemon.
+    """
+
+    def __init__(self, settings: Config) -> None:
+        self._paths = (settings.state_dir / "lock", settings.work_dir / ".lock")
+        self._held = contextlib.ExitStack()
+        self._locks: list[int] = []
+
+    def __enter__(self) -> Self:
+        """Raises Refused("daemon_running") at once; but one that says that it is stopping is waited for, as systemd would."""
+        with contextlib.ExitStack() as held:
+            for path in self._paths:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                held.callback(os.close, lock)
+                _lock(lock, path.parent)
+                self._locks.append(lock)
+            self._say("running")
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def stopping(self) -> None:
+        """From now on it is worth waiting for the end of this daemon."""
+        self._say("stopping")
+
+    def _say(self, state: str) -> None:
+        for lock in self._locks:
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()} {state}\n".encode(), 0)
+
+
+def _lock(lock: int, directory: Path) -> None:
+    with contextlib.suppress(BlockingIOError):
+        return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    pid, _, state = os.pread(lock, 100, 0).decode(errors="replace").strip().partition(" ")
+    if state != "stopping":
+        raise Refused(
+            "daemon_running",
+            f"another daemon, pid {pid or 'unknown'}, works in {directory}",
+            prop="lock",
+            found=f"held by pid {pid or 'unknown'}",
+            wanted="free",
+            hint="one daemon per node; a second one for tests needs a state_dir, a work_dir and a socket of its own",
+        )
+    _log.info("waiting for the end of the daemon before", pid=pid, directory=str(directory))
+    return fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+async def serve(settings: Config, alone: Alone) -> None:
     """Build, start, tell systemd, wait for a signal, drain."""
     # Actions spend their lives in threads, waiting: none may keep a question from being answered.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "hibernode"))
@@ -95,6 +155,7 @@ async def serve(settings: Config) -> None:
         notify("READY=1")
         await _beat_until(stop)
         notify("STOPPING=1")
+        alone.stopping()
         await dispatcher.stop(_DRAIN)
         if courier is not None:
             await courier.stop()
@@ -134,13 +195,10 @@ def notify(state: str) -> None:
 
 
 def build(settings: Config) -> Node:
-    """The node's ports, one after the other."""
-
+    """The node's ports, one after the other. Sweeps: whoever calls it is `Alone`."""
     children = Children()
     children.adopt_orphans()
     cgroup.remove_empty()
-    settings.work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     processes = ProcessWorkloads(Jobs(settings.state_dir / "jobs", children), children)
     criu = Criu(settings.criu_path(), children, settings.state_dir / "criu-plugins")
     criu.facts()  # too old or missing: refuse to start

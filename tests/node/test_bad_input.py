@@ -234,7 +234,7 @@ def test_a_checkpoint_id_that_is_there_already(daemon: Daemon, program: Program)
 def insist_nothing_restored(daemon: Daemon, pid: int) -> None:
     assert not keeper.fields(pid)
     assert not keeper.descendants(daemon.pid)
-    assert not list(daemon.work_dir.iterdir())
+    assert not daemon.at_work()
 
 
 def test_there_is_no_such_checkpoint(daemon: Daemon) -> None:
@@ -249,7 +249,7 @@ def test_a_pid_that_is_taken_by_a_process(daemon: Daemon, program: Program) -> N
     assert f"{program.pid}: '" in details(refused)["found"]
     assert "python" in details(refused)["found"]
     assert "stop" in refused.hint
-    assert not list(daemon.work_dir.iterdir())
+    assert not daemon.at_work()
 
 
 def test_a_pid_that_is_taken_by_a_zombie(daemon: Daemon, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_job_whose_name_runs_already(daemon: Daemon) -> None:
     refused = failed(daemon.restore(done.checkpoint_id), "name_taken")
     assert refused.hint
     assert keeper.alive(other.pid)
-    assert not list(daemon.work_dir.iterdir())
+    assert not daemon.at_work()
     ready(daemon.restore(done.checkpoint_id, pod_name="trainer-2"))
     assert daemon.jobs()["trainer-2"].pid == job.pid
 
