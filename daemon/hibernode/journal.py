@@ -47,6 +47,7 @@ class Record(Value):
     ended_at: float = 0.0
     location: str = ""  # the store's
     trees: tuple[Tree, ...] = ()  # being dumped, or restored
+    place: str = ""  # where a restored tree is born, and nobody else
     kill: bool = False  # the workload is to be killed when the checkpoint is ready
     events: tuple[Event, ...] = ()  # every status it reached, written together with it
     published: int = 0  # the sequence number up to which the broker has confirmed them

@@ -154,7 +154,7 @@ class Criu(Protocol):
         DumpFailed with the end of CRIU's log; the tree runs on then too."""
 
     def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
-        """Restore; the pid of the root task, running. Raises RestoreFailed; nothing of the tree is left."""
+        """Restore; the pid of the root task, running. Raises RestoreFailed; the caller ends what may be left of the tree."""
 
     def tasks(self, images: Path) -> list[TaskFacts]:
         """The tasks a dump directory holds. Raises Corrupt."""
@@ -220,8 +220,9 @@ class Workloads(Protocol):
     def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
         """Recovery: let these run on, and what descends from them, if they are stopped; but not those in `leave`."""
 
-    def kill(self, processes: Sequence[Identity]) -> None:
-        """Recovery: as `Workload.kill`. A start time of 0 is nobody: who it was is not known."""
+    def kill(self, processes: Sequence[Identity], place: str = "") -> None:
+        """Recovery: as `Workload.kill`, and whoever lives in that `place` of a restore. A start time of 0 is nobody: who it was is
+        not known."""
 
 
 class Jobs(Protocol):
@@ -246,8 +247,16 @@ class PreparedWorkload(Protocol):
     @property
     def prepared(self) -> Prepared: ...
 
+    @property
+    def place(self) -> str:
+        """What nobody else lives in, durable: `Workloads.kill` empties it, also in a later daemon."""
+
     def adopt(self, pid: int) -> Workload:
         """The tree is here, with root `pid`: take it into the books."""
+
+    def kill(self, tasks: Sequence[TaskFacts]) -> None:
+        """Undo a restore of `tasks`, however far it came: SIGKILL everything it made, also without its root, also after `adopt`.
+        Returns when all have ended; Stuck if they do not. Harmless when repeated."""
 
     def discard(self) -> None:
         """Remove what `prepare` made. Harmless when repeated, no effect after `adopt`."""

@@ -67,8 +67,9 @@ def _thaw(node: Node, record: Record) -> None:
 
 
 def _kill_restored(node: Node, record: Record) -> None:
-    """Nothing half restored is left; who it was is known from the probe on. Before that a pid alone is not enough to kill for."""
-    insist("killing the restored tree", lambda: node.workloads.kill(_processes(record)))
+    """Nothing half restored is left; who it was is known from the probe on, and who lives in its place is of it. A pid alone is not
+    enough to kill for."""
+    insist("killing the restored tree", lambda: node.workloads.kill(_processes(record), record.place))
     unknown = [TaskFacts(pid=tree.pid) for tree in record.trees if not tree.start_time]
     if left := node.workloads.blockers(unknown):
         pid, holder = left[0]

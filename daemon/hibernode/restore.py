@@ -13,9 +13,9 @@ from hibernode import catalog, preflight
 from hibernode.errors import RestoreFailed
 from hibernode.flow import Threads
 from hibernode.journal import Tree
-from hibernode.model import ImageRef, RestoreCommand, Status, Target, TaskFacts
+from hibernode.model import ImageRef, RestoreCommand, Status, TaskFacts
 from hibernode.node import Attempt, Node, insist
-from hibernode.ports import PreparedWorkload, Store, Workload
+from hibernode.ports import Store, Workload
 from hibernode.transfer.receive import Receiver
 
 
@@ -42,13 +42,12 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         prepared = node.workloads.prepare(manifest.workload, command.overrides.pod_name)
         undo.callback(prepared.discard)
         preflight.pids(node.workloads.blockers(tasks))  # again: the fetch took its time
-        attempt.entry.update(trees=tuple(Tree(pid=task.pid, start_time=0) for task in tasks))
+        attempt.entry.update(place=prepared.place, trees=tuple(Tree(pid=task.pid, start_time=0) for task in tasks))
 
         with attempt.phase("restoring"):
             (image,) = manifest.images
-            pid = node.criu.restore(work / image.name, options.criu, prepared.prepared, attempt.cancel)
-            workload = _adopt(node, prepared, pid)
-            undo.callback(insist, "killing the restored tree", workload.kill)
+            undo.callback(insist, "killing what was restored", lambda: prepared.kill(tasks))
+            workload = prepared.adopt(node.criu.restore(work / image.name, options.criu, prepared.prepared, attempt.cancel))
             attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
         with attempt.phase("probing"):
             _probe(workload, tasks)
@@ -65,15 +64,6 @@ def _fetch(store: Store, image: ImageRef, work: Path, attempt: Attempt) -> None:
     receiver.fetch_files(work / f"{image.name}.tar.zst", directory)
     with Threads(attempt.cancel) as threads:
         receiver.fetch_pages(receiver.fetch_index(), directory, threads)
-
-
-def _adopt(node: Node, prepared: PreparedWorkload, pid: int) -> Workload:
-    """The tree, taken into the books; one that cannot be taken does not stay."""
-    try:
-        return prepared.adopt(pid)
-    except BaseException:
-        insist("killing the restored tree", lambda: node.workloads.find(Target(pid=pid)).kill())
-        raise
 
 
 def _probe(workload: Workload, tasks: list[TaskFacts]) -> None:

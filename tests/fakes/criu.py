@@ -16,7 +16,7 @@ from typing import Literal
 
 from pycriu.images import pagemap_pb2
 
-from hibernode.errors import Corrupt, DumpFailed, RestoreFailed
+from hibernode.errors import Corrupt, DumpFailed
 from hibernode.model import PAGE, Cancel, TaskFacts
 from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared
 from hibernode.transfer import pageproto
@@ -146,10 +146,8 @@ class FakeCriu:
         found, wanted = read_memory(images), expected(self._machine.runs)
         assert found == wanted, "the memory that came back is another one"
         assert not self._machine.processes(), "the pids are taken"
+        self._machine.restored = True  # half made, if it fails now: CRIU that is killed leaves what it has made
         self._script.step("criu.restore end")
-        if options.tcp == "fail":
-            raise RestoreFailed("asked to")
-        self._machine.restored = True
         return ROOT
 
 

@@ -142,6 +142,7 @@ class FakePrepared:
         machine.prepared += 1
 
     prepared = Prepared()
+    place = "place-1"
 
     def adopt(self, pid: int) -> FakeWorkload:
         self._script.step("prepared.adopt")
@@ -149,6 +150,12 @@ class FakePrepared:
         self._close()
         self._machine.adopted = True
         return FakeWorkload(self._machine, self._script)
+
+    def kill(self, tasks: Sequence[TaskFacts]) -> None:
+        self._script.step("prepared.kill")
+        if self._machine.restored:
+            self._machine.restored = False
+            self._machine.killed.append("restored")
 
     def discard(self) -> None:
         self._script.note("prepared.discard")
@@ -187,9 +194,9 @@ class FakeWorkloads:
         if (ROOT, 1000 + ROOT) in processes and (ROOT, 1000 + ROOT) not in leave:
             self._machine.stopped = False
 
-    def kill(self, processes: Sequence[Identity]) -> None:
+    def kill(self, processes: Sequence[Identity], place: str = "") -> None:
         self._script.step("workloads.kill")
-        if (ROOT, 1000 + ROOT) in processes:
+        if (ROOT, 1000 + ROOT) in processes or (place == FakePrepared.place and self._machine.restored):
             self._machine.killed.append("restored" if self._machine.restored else "original")
             self._machine.restored = self._machine.alive = False
 

@@ -291,7 +291,7 @@ def test_a_restored_tree_that_cannot_be_killed_is_what_people_hear_of(tmp_path: 
             super().step(name)
             if name == "workload.processes":
                 raise Internal("the probe broke")
-            if name == "workload.kill":
+            if name == "prepared.kill":
                 raise NotFound("no way")
 
     rig.rescript(Immortal())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ def start_time(pid: int) -> int:
         return stat(pid).start_time
     except GONE:
         return 0
+
+
+def now() -> int:
+    """What the start time of a process that began now would be."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
 
 
 def state(pid: int) -> str:

@@ -198,6 +198,11 @@ class Jobs:
         """A restored process that is no job lives in cgroup `uid`: removed when it has ended."""
         self._guests[pid] = uid
 
+    def trees(self, *, but: str) -> list[Identity]:
+        """The roots of jobs and of restored trees, except those of `but`."""
+        jobs = [(job.pid, job.start_time) for job in self.all() if job.uid != but]
+        return jobs + [(pid, proc.start_time(pid)) for pid, uid in list(self._guests.items()) if uid != but]
+
     def reap(self) -> None:
         """Wait for children that have ended: keep the exit codes of those that were jobs, remove the cgroups. Never blocks."""
         self._children.reap()
@@ -295,8 +300,8 @@ class ProcessWorkloads:
     def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
         trees.thaw(processes, leave)
 
-    def kill(self, processes: Sequence[Identity]) -> None:
-        trees.kill(processes, self._children)
+    def kill(self, processes: Sequence[Identity], place: str = "") -> None:
+        trees.kill(processes, self._children, place)
 
     # --- ports.Jobs ---------------------------------------------------------------------------------------------------------
 
@@ -388,10 +393,15 @@ class PreparedProcess:
         if self._is_job:
             jobs.insist_free(self._facts.namespace, self._facts.name)
         running = {job.uid for job in jobs.all() if job.running}
-        reuse = facts.uid and not name and facts.uid not in running
+        reuse = facts.uid and not name and facts.uid not in running and not cgroup.members(facts.uid)
         self._uid = facts.uid if reuse else str(uuid.uuid4())
         self._log = jobs.open_log(self._uid) if facts.logs else -1
         self._procs = cgroup.create(self._uid)
+        self._began = proc.now()
+
+    @property
+    def place(self) -> str:
+        return self._uid
 
     @property
     def prepared(self) -> Prepared:
@@ -411,6 +421,16 @@ class PreparedProcess:
         else:
             self._jobs.adopt(pid, self._uid)
         return ProcessWorkload(facts, pid, self._children)
+
+    def kill(self, tasks: Sequence[TaskFacts]) -> None:
+        trees.kill(self._made(tasks), self._children, self._uid)
+
+    def _made(self, tasks: Sequence[TaskFacts]) -> list[Identity]:
+        """What may be of this restore and not in its cgroup, because none could be made: it has a pid of the image, began after
+        `prepare`, which found that pid free, descends from this daemon, and is in no other tree that the daemon knows."""
+        pids, others = {task.pid for task in tasks}, set(proc.forest(self._jobs.trees(but=self._uid)))
+        below = proc.forest([(os.getpid(), proc.start_time(os.getpid()))])
+        return [each for each in below if each[0] in pids and each[1] >= self._began and each not in others]
 
     def discard(self) -> None:
         self._close()

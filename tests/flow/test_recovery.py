@@ -1,0 +1,37 @@
+"""Recovery on fakes: what it does to processes, given what the journal of a dead daemon says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hibernode.journal import Tree
+from hibernode.model import Outcome, RestoreCommand, Status
+from hibernode.recovery import recover
+from tests.fakes.machine import ROOT, FakePrepared
+from tests.flow.rig import Rig, new_id
+
+pytestmark = pytest.mark.timeout(30)
+
+
+def crashed_restore(rig: Rig, **changes: object) -> Outcome:
+    """What recovery makes of a daemon that died while CRIU restored."""
+    rig.end_of_original()
+    rig.machine.restored = True
+    entry = rig.node.journal.begin(RestoreCommand(action_id=new_id(), checkpoint_id=new_id()))
+    entry.update(phase="restoring", status=Status.PROCESSING, trees=(Tree(pid=ROOT, start_time=0),), **changes)
+    return recover(rig.node, entry)
+
+
+def test_whoever_lives_in_the_place_of_a_restore_is_of_it(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    assert crashed_restore(rig, place=FakePrepared.place).code == "interrupted"
+    assert not rig.machine.restored
+
+
+@pytest.mark.parametrize("place", ["", "another"])
+def test_a_pid_alone_is_not_enough_to_kill_for(tmp_path: Path, place: str) -> None:
+    rig = Rig(tmp_path)
+    assert crashed_restore(rig, place=place).code == "outcome_unknown"
+    assert rig.machine.restored

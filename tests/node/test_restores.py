@@ -1,0 +1,61 @@
+"""Restores that fail leave nothing running, and restores of trees that live on meanwhile do not fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import keeper
+from tests.daemon import Daemon, failed, ready
+from tests.keeper import wait_until
+from tests.node.workload import LIMIT, Program, checkpointed, python
+
+pytestmark = pytest.mark.node
+
+
+def below(daemon: Daemon) -> list[str]:
+    """What lives below the daemon."""
+    return [keeper.describe(pid) for pid in keeper.descendants(daemon.pid) if keeper.alive(pid)]
+
+
+@contextlib.contextmanager
+def criu_dies_when(daemon: Daemon, pid: int) -> Iterator[None]:
+    """CRIU is SIGKILLed as soon as `pid` is there: in the middle of a restore."""
+
+    def kill() -> None:
+        wait_until(lambda: keeper.fields(pid), LIMIT, f"pid {pid}")
+        for worker in keeper.descendants(daemon.pid):
+            if "restore --rpc" in keeper.describe(worker) and worker != pid:
+                os.kill(worker, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.join()
+
+
+def test_a_restore_whose_criu_is_killed_leaves_nothing(daemon: Daemon, tmp_path: Path) -> None:
+    with Program(tmp_path, python("counter.py", 0.01, "300")) as program:
+        program.beat()
+        done = checkpointed(daemon, program, compression="none")
+        with criu_dies_when(daemon, program.pid):
+            failed(daemon.restore(done.checkpoint_id), "restore_failed")
+        assert not below(daemon)
+        ready(daemon.restore(done.checkpoint_id))
+
+
+def test_a_restored_tree_whose_root_ends_at_once_leaves_nothing(daemon: Daemon, tmp_path: Path) -> None:
+    with Program(tmp_path, python("orphans.py", tmp_path / "end")) as program:
+        program.beat()
+        done = checkpointed(daemon, program)
+        (tmp_path / "end").touch()
+        failed(daemon.restore(done.checkpoint_id), "restore_failed")
+        assert not below(daemon)
