@@ -22,18 +22,18 @@ def _key(checkpoint_id: str) -> str:
 
 
 def insist_new(store: Store, checkpoint_id: str) -> None:
-    """Nothing is overwritten: a checkpoint id that is there already is refused."""
-    try:
-        store.stat(_key(checkpoint_id))
-    except NotFound:
+    """Nothing is overwritten: a checkpoint id under which there is anything already is refused, before anybody is frozen for it."""
+    there = [facts.key for facts in store.list(f"{checkpoint_id}/")]
+    if not there:
         return
+    whole = _key(checkpoint_id) in there
     raise Refused(
         "exists",
-        f"checkpoint {checkpoint_id} exists already",
+        f"checkpoint {checkpoint_id} exists already" if whole else f"parts of a checkpoint {checkpoint_id} are in the store",
         prop="checkpoint_id",
         found=checkpoint_id,
         wanted="a new id",
-        hint="leave it out for a new one, or delete that checkpoint",
+        hint="leave it out for a new one" + (", or delete that checkpoint" if whole else ""),
     )
 
 
@@ -75,19 +75,34 @@ def commit(store: Store, manifest: Manifest) -> None:
     except Refused:  # there is one, and it is not ours
         raise
     except BaseException as e:  # of the put, too: a store may have written what it says it could not
-        _withdraw(store, key, e)
+        _withdraw(store, manifest, e)
         raise
 
 
-def _withdraw(store: Store, key: str, cause: BaseException) -> None:
+def _withdraw(store: Store, manifest: Manifest, cause: BaseException) -> None:
+    """Remove it, unless it is somebody else's, who has written it meanwhile."""
+    key = _key(manifest.checkpoint_id)
+
+    def remove() -> None:
+        if _owner(store, manifest.checkpoint_id) in ("", manifest.action_id):
+            store.delete(key)
+
     try:
-        insist("removing the manifest", lambda: store.delete(key))
+        insist("removing the manifest", remove)
     except Stuck as e:
         raise OutcomeUnknown(
             f"{cause}; and whether the manifest was written is not known",
             hint="`hibernode verify` says whether the checkpoint is whole, `hibernode delete` removes it",
             key=key,
         ) from e
+
+
+def _owner(store: Store, checkpoint_id: str) -> str:
+    """The action whose manifest is there; "" if there is none, or none that can be read."""
+    try:
+        return read(store, checkpoint_id).action_id
+    except (NotFound, Corrupt, Refused):
+        return ""
 
 
 def check_sizes(store: Store, manifest: Manifest) -> None:

@@ -46,17 +46,18 @@ class Upload(Protocol):
         StoreUnavailable (retries inside are over) or NoRoom; then only `abort` is legal."""
 
     def commit(self) -> ObjectFacts:
-        """Make it visible, whole and durable, or raise and leave nothing visible (then `abort`). Every byte was acknowledged
-        by the store under a checksum."""
+        """Make it visible, whole and durable, only if there is no object of that key: else Refused("exists"), and what is there
+        stays as it is. Or raise and leave nothing visible (then `abort`). Every byte was acknowledged by the store under a
+        checksum."""
 
     def abort(self) -> None:
-        """Throw it away, parts already sent included. Harmless after commit and when repeated. Never raises: what could not
-        be removed is logged, and `gc` finds it."""
+        """Throw it away, parts already sent included; never an object of somebody else. Harmless after commit and when repeated.
+        Never raises: what could not be removed is logged, and `gc` finds it."""
 
 
 class Store(Protocol):
-    """Objects under a prefix. Thread-safe. Every call may raise StoreUnavailable after its own retries; a key that is not
-    there is NotFound. Keys are relative, of the form `a/b/c`."""
+    """Objects under a prefix; none is ever replaced. Thread-safe. Every call may raise StoreUnavailable after its own retries; a key
+    that is not there is NotFound. Keys are relative, of the form `a/b/c`."""
 
     @property
     def location(self) -> str:

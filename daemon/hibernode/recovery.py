@@ -85,10 +85,11 @@ def _processes(record: Record) -> list[tuple[int, int]]:
 
 
 def _committed(node: Node, record: Record) -> bool:
-    """Is the checkpoint whole in its store?"""
+    """Is the checkpoint whole in its store, and this action's? Another node may have made one under the same id."""
     try:
         store = node.open_store(record.location)
-        catalog.check_sizes(store, catalog.read(store, record.checkpoint_id))
+        manifest = catalog.read(store, record.checkpoint_id)
+        catalog.check_sizes(store, manifest)
     except (NotFound, Corrupt, Refused):
         return False
-    return True
+    return manifest.action_id == record.action_id

@@ -252,7 +252,7 @@ def test_a_commit_nobody_could_see_is_withdrawn_when_the_store_is_back(proxy: Fa
     upload = store.upload("c1/a")
     upload.write(pattern(SIZE))
     proxy.play("CompleteMultipartUpload", Reset())
-    proxy.play("HeadObject", Answer(503, ""))
+    proxy.play("HeadObject", Answer(503, ""), after=1)  # the first asks whether the key is free
     with pytest.raises(StoreUnavailable):
         upload.commit()
     proxy.heal()
@@ -268,6 +268,33 @@ def test_an_upload_begun_by_a_lost_answer_is_aborted_too(proxy: FaultProxy, stor
     assert len(list(store.open_uploads())) == 2
     upload.abort()
     assert_clean(proxy, store)
+
+
+@pytest.mark.parametrize("size", [1000, SIZE], ids=str)
+def test_a_commit_loses_a_race_to_another_daemon(proxy: FaultProxy, store: S3, size: int) -> None:
+    """The key was free a moment ago: the server's own condition decides, and what is there is not ours to remove."""
+    store.put("c1/a", b"theirs")
+    proxy.play("HeadObject", Answer(404, ""), times=1)
+    upload = store.upload("c1/a")
+    upload.write(pattern(size))
+    with pytest.raises(Refused) as refused:
+        upload.commit()
+    assert refused.value.code == "exists"
+    upload.abort()
+    assert store.get("c1/a", limit=10) == b"theirs"
+    assert list(store.open_uploads()) == []
+
+
+@pytest.mark.parametrize(("operation", "size"), [("PutObject", 1000), ("CompleteMultipartUpload", SIZE)])
+def test_a_commit_without_conditional_writes(proxy: FaultProxy, store: S3, operation: str, size: int) -> None:
+    proxy.play(operation, Answer(501, "NotImplemented"), times=1)
+    written(store, "c1/a", pattern(size))
+    assert ["if-none-match" in r.headers for r in proxy.seen(operation)] == [True, False]
+    again = store.upload("c1/a")
+    again.write(b"other")
+    with pytest.raises(Refused):
+        again.commit()
+    assert read(store, "c1/a", 0, size) == pattern(size)
 
 
 # --- abort ---

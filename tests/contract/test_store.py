@@ -152,10 +152,46 @@ def test_uploads_in_parallel(store: StoreWithUploads) -> None:
     assert list(store.open_uploads()) == []
 
 
-def test_a_later_upload_of_the_same_key_replaces(store: Store) -> None:
-    written(store, "a", b"old")
-    written(store, "a", b"newer")
-    assert store.get("a", limit=100) == b"newer"
+@pytest.mark.parametrize("first", ["put", "upload"])
+@pytest.mark.parametrize("size", [0, 9, 2 * PART + 1], ids=str)
+def test_a_commit_never_replaces(store: StoreWithUploads, size: int, first: str) -> None:
+    """Nor does the abort after it remove what is there."""
+    if first == "put":
+        store.put("c1/a", b"first")
+    else:
+        written(store, "c1/a", b"first")
+    upload = store.upload("c1/a")
+    upload.write(pattern(size))
+    with pytest.raises(Refused) as refused:
+        upload.commit()
+    assert refused.value.code == "exists"
+    with pytest.raises(Internal):
+        upload.commit()
+    upload.abort()
+    upload.abort()
+    assert store.get("c1/a", limit=100) == b"first"
+    assert keys(store) == ["c1/a"]
+    assert list(store.open_uploads()) == []
+
+
+@pytest.mark.parametrize("size", [9, PART + 1], ids=str)
+def test_of_two_uploads_of_one_key_the_first_to_commit_wins(store: StoreWithUploads, size: int) -> None:
+    one, two = store.upload("c1/a"), store.upload("c1/a")
+    one.write(pattern(size, seed=1))
+    two.write(pattern(size, seed=2))
+    two.commit()
+    with pytest.raises(Refused):
+        one.commit()
+    one.abort()
+    assert read(store, "c1/a", 0, size) == pattern(size, seed=2)
+    assert list(store.open_uploads()) == []
+
+
+def test_a_key_that_was_deleted_is_free_again(store: Store) -> None:
+    written(store, "c1/a", b"old")
+    store.delete("c1/a")
+    written(store, "c1/a", b"newer")
+    assert store.get("c1/a", limit=100) == b"newer"
 
 
 def test_an_upload_left_open_is_found_and_removed(store: StoreWithUploads) -> None:

@@ -43,8 +43,6 @@ class MemoryStore:
         checked_key(key)
         self.step("put", key)
         with self._lock:
-            if key in self.objects:
-                raise Refused("exists", f"{key} is already there", prop="object", found=key, wanted="no object")
             self._keep(key, data)
 
     def get(self, key: str, *, limit: int) -> bytes:
@@ -99,6 +97,8 @@ class MemoryStore:
             return self.objects[key]
 
     def _keep(self, key: str, data: bytes) -> ObjectFacts:
+        if key in self.objects:
+            raise Refused("exists", f"{key} is already there", prop="object", found=key, wanted="no object of that key")
         self.objects[key] = bytes(data)
         self._modified[key] = time.time()
         return ObjectFacts(key, len(data), self._modified[key])
@@ -109,10 +109,11 @@ class MemoryStore:
         self._script.step(f"store.{verb} {key.rpartition('/')[2]}".rstrip())
 
     def finish(self, upload: MemoryUpload, data: bytes | None) -> ObjectFacts | None:
-        """No longer open; visible if there is `data`."""
+        """No longer open; visible if there is `data`, and if that may be."""
         with self._lock:
+            facts = None if data is None else self._keep(upload.key, data)
             self.uploads = [u for u in self.uploads if u is not upload]
-            return None if data is None else self._keep(upload.key, data)
+            return facts
 
     def note(self, verb: str, key: str) -> None:
         self._script.note(f"store.{verb} {key.rpartition('/')[2]}")

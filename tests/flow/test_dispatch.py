@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from hibernode import wire
+from hibernode import catalog, wire
 from hibernode.courier import Courier
 from hibernode.desk import Desk as Answers
 from hibernode.dispatch import Dispatcher
@@ -33,6 +33,7 @@ from hibernode.model import (
     Target,
 )
 from hibernode.outbox import Outbox
+from hibernode.transfer import format
 from tests.fakes.bus import MemoryBus
 from tests.fakes.machine import FACTS, ROOT, memory
 from tests.fakes.script import Script
@@ -666,6 +667,12 @@ def crashed(rig: Rig, command: ActionCommand, phase: str, status: Status = PROCE
     (rig.node.config.work_dir / command.action_id).mkdir(parents=True)
 
 
+def claimed(rig: Rig, command: CheckpointCommand) -> None:
+    """The checkpoint in the store is of this action."""
+    manifest = catalog.read(rig.store, command.checkpoint_id).model_copy(update={"action_id": command.action_id})
+    rig.store.objects[f"{command.checkpoint_id}/manifest.json"] = format.encode_manifest(manifest)
+
+
 def another_daemon(directory: Path, rig: Rig) -> Rig:
     """The same machine and store, started anew: what it knows is what is on disk."""
     new = node(directory)
@@ -708,12 +715,26 @@ async def test_a_crash_in_the_middle_of_a_checkpoint(tmp_path: Path, phase: str,
 async def test_a_crash_after_the_commit(tmp_path: Path, phase: str, kill: bool) -> None:
     rig, command = node(tmp_path), checkpoint_command()
     rig.checkpoint(command.checkpoint_id)
+    claimed(rig, command)
     rig.machine.stopped = kill
     crashed(rig, command, phase, trees=TREES, kill=kill)
     _, last = await recovered(tmp_path, rig, command)
     assert (last.status, last.code) == (READY, "ok")
     assert rig.machine.alive is not kill
     assert not rig.machine.stopped or kill
+
+
+async def test_a_crash_before_the_commit_of_what_another_node_has_committed(tmp_path: Path) -> None:
+    """The checkpoint under that id is whole, but of another workload: ours must not die for it."""
+    rig, command = node(tmp_path), checkpoint_command()
+    rig.checkpoint(command.checkpoint_id)
+    rig.machine.stopped = True
+    crashed(rig, command, "committing", trees=TREES, kill=True)
+    _, last = await recovered(tmp_path, rig, command)
+    assert (last.status, last.code) == (ERROR, "interrupted")
+    assert rig.machine.alive
+    assert not rig.machine.stopped
+    assert rig.whole(command.checkpoint_id)
 
 
 @pytest.mark.parametrize("phase", ["committing", "killing"])

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hibernode.errors import Cancelled, HibernodeError, Internal, NoRoom, NotFound, StoreUnavailable, Stuck
+from hibernode import catalog
+from hibernode.errors import Cancelled, HibernodeError, Internal, NoRoom, NotFound, Refused, StoreUnavailable, Stuck
 from hibernode.model import Cancel, Status
+from hibernode.transfer.arena import Arena
 from tests.fakes.machine import Run, memory
 from tests.fakes.script import Script
 from tests.flow.rig import Rig, defect, fitting_error, new_id, nothing_outlives
@@ -21,6 +24,7 @@ pytestmark = pytest.mark.timeout(60)
 
 Error = Callable[[str], BaseException]
 RUNS = memory(1100)
+OTHER_ARENA = Arena(16 << 20)
 KILL = '{"leave_running": false}'
 
 
@@ -196,17 +200,69 @@ def test_a_manifest_that_comes_back_different_is_removed(tmp_path: Path) -> None
     insist_on_checkpoint(rig, made, raised=raised)
 
 
-def test_what_fails_removes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
-    """Somebody else, on another node, has just finished a checkpoint of the same id."""
-    made = new_id()
-    key = f"{made}/main/pages-0.zst"
-    for n in range(1, steps_of_checkpoint(tmp_path) + 1):
-        script = Script(n, fitting_error)
+class Meanwhile(Script):
+    """Before the n-th call something else happens."""
+
+    def __init__(self, at: int, deed: Callable[[], object]) -> None:
+        super().__init__()
+        self._at, self._deed = at, deed
+
+    def step(self, name: str) -> None:
+        super().step(name)
+        if len(self.calls) == self._at:
+            self.failed = name
+            self._deed()
+
+
+def elsewhere(directory: Path, rig: Rig) -> Rig:
+    """Another node of the same store."""
+    other = Rig(directory, RUNS)
+    other.store.objects, other.store._modified, other.store._lock = rig.store.objects, rig.store._modified, rig.store._lock
+    other.node = replace(other.node, arena=OTHER_ARENA)
+    return other
+
+
+def test_two_nodes_make_one_checkpoint_id(tmp_path: Path) -> None:
+    """The whole of one runs at every step of the other: one of them says `ready`, and what it has said stays true."""
+    won, count = {"this": 0, "other": 0}, steps_of_checkpoint(tmp_path)
+    for n in range(1, count + 1):
+        made, rigs, outcomes = new_id(), [], []
+        script = Meanwhile(n, lambda: outcomes.append(caught(lambda: rigs[1].checkpoint(made, streams=2))))  # noqa: B023
         rig = rig_of(tmp_path / str(n), script)
-        rig.store.objects[key], rig.store._modified[key] = b"not ours", 1.0
-        caught(lambda: rig.checkpoint(made, streams=2))  # noqa: B023
-        if "store.commit pages-0.zst" not in script.notes:
-            assert rig.store.objects[key] == b"not ours", f"removed after {script.failed}"
+        rigs += [rig, elsewhere(tmp_path / f"other {n}", rig)]
+        outcomes.append(caught(lambda: rig.checkpoint(made, streams=2)))  # noqa: B023
+        where = f"{script.failed}: {outcomes!r}"
+        for each, raised in zip((rigs[1], rig), outcomes, strict=True):
+            assert raised is None or (isinstance(raised, Refused) and raised.code == "exists"), where
+            assert (Status.READY in each.statuses) is (raised is None), where
+            assert each.machine.alive, where
+            assert not each.machine.stopped, where
+            assert not each.store.uploads, where
+        if outcomes.count(None) == 1:
+            winner = rigs[1] if outcomes[0] is None else rig
+            assert rig.whole(made), where
+            assert catalog.read(rig.store, made).action_id == winner.entry.action_id, where
+            assert list(catalog.manifests(rig.store)), where
+            won["other" if winner is rigs[1] else "this"] += 1
+        else:
+            assert outcomes.count(None) == 0, where
+            assert not [key for key in rig.store.objects if key.startswith(made)], f"{where}: neither, and something is left"
+    assert won["this"] > 3
+    assert won["other"] > 10
+
+
+def test_what_fails_removes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    """An object of somebody else's attempt appears under one of our keys, at any step; and any later step fails."""
+    made, key, count = new_id(), "main/index.zst", steps_of_checkpoint(tmp_path)
+    for n in range(1, count + 1):
+        rigs: list[Rig] = []
+        script = Meanwhile(n, lambda: rigs[0].store.objects.setdefault(f"{made}/{key}", b"not ours"))  # noqa: B023
+        rig = rig_of(tmp_path / str(n), script)
+        rigs.append(rig)
+        raised = caught(lambda: rig.checkpoint(made, streams=2))  # noqa: B023
+        if rig.store.objects.get(f"{made}/{key}") != b"not ours":
+            assert raised is None, f"removed after {script.failed}"
+            assert rig.whole(made)
 
 
 # --- restore ----------------------------------------------------------------------------------------------------------------

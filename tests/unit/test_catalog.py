@@ -82,6 +82,29 @@ def test_an_existing_checkpoint_is_neither_replaced_nor_removed() -> None:
     catalog.insist_new(store, str(uuid.uuid4()))
 
 
+def test_an_id_with_parts_of_an_unfinished_checkpoint_is_not_new() -> None:
+    """Else it would be refused after the dump: no object is ever replaced."""
+    store, manifest = stored(commit=False)
+    with pytest.raises(Refused, match="parts") as refused:
+        catalog.insist_new(store, manifest.checkpoint_id)
+    assert refused.value.code == "exists"
+
+
+def test_the_manifest_of_another_action_is_not_withdrawn() -> None:
+    """It appears at the moment of our own put, whose answer is lost."""
+    store, manifest = stored(commit=False)
+    theirs = format.encode_manifest(manifest.model_copy(update={"action_id": str(uuid.uuid4())}))
+
+    class Races(Lies):
+        def put(self, key: str, data: bytes) -> None:
+            super(Lies, self).put(key, theirs)
+            raise StoreUnavailable("no answer")
+
+    with pytest.raises(StoreUnavailable):
+        catalog.commit(Races(store), manifest)
+    assert store.objects[key(manifest)] == theirs
+
+
 class Lies(MemoryStore):
     """What is read is not what was written; or the answer to a write is lost; and a delete may fail so many times."""
 

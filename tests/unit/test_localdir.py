@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hibernode.drivers.localdir import LocalDir
-from hibernode.errors import Internal, NoRoom, NotFound, StoreUnavailable
+from hibernode.errors import Internal, NoRoom, NotFound, Refused, StoreUnavailable
 from hibernode.ports import OpenUpload
 
 MIB = 1 << 20
@@ -173,15 +173,37 @@ def test_a_link_is_not_followed(tmp_path: Path, store: LocalDir) -> None:
     assert [f.key for f in store.list()] == ["c1/a"]
 
 
-def test_an_upload_replaces_a_link_and_not_its_target(tmp_path: Path, store: LocalDir) -> None:
+def test_an_upload_replaces_neither_a_link_nor_its_target(tmp_path: Path, store: LocalDir) -> None:
     (tmp_path / "secret").write_bytes(b"of somebody else")
     store.put("c1/a", b"x")
     (tmp_path / "store" / "c1" / "b").symlink_to(tmp_path / "secret")
     upload = store.upload("c1/b")
     upload.write(b"ours")
-    upload.commit()
+    with pytest.raises(Refused):
+        upload.commit()
+    upload.abort()
     assert (tmp_path / "secret").read_bytes() == b"of somebody else"
-    assert store.get("c1/b", limit=4) == b"ours"
+    assert (tmp_path / "store" / "c1" / "b").is_symlink()
+
+
+def test_of_many_that_commit_one_key_at_once_one_wins(tmp_path: Path, store: LocalDir) -> None:
+    uploads, start = [store.upload("c1/a") for _ in range(8)], threading.Barrier(8)
+
+    def commit(n: int) -> bool:
+        uploads[n].write(bytes([n]) * 10)
+        start.wait(10)
+        try:
+            uploads[n].commit()
+        except Refused:
+            uploads[n].abort()
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(commit, range(8)))
+    assert won.count(True) == 1
+    assert store.get("c1/a", limit=10) == bytes([won.index(True)]) * 10
+    assert files(tmp_path / "store") == ["c1/a"]
 
 
 def test_what_others_left_there_is_not_listed(tmp_path: Path, store: LocalDir) -> None:

@@ -1,8 +1,8 @@
 """The store in a directory: the embedded default, for one machine or a file system that several share.
 
 Knows how a file becomes visible at once, whole and durable: written under the hidden `.uploads/` of the same file
-system, synced, renamed (or linked, where nothing may be replaced), and every directory on its way synced. A crash
-leaves files in `.uploads/` at worst, which `open_uploads` finds.
+system, synced, linked (the one call that makes a name and refuses one that is there), and every directory on its way
+synced. A crash leaves files in `.uploads/` at worst, which `open_uploads` finds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class LocalDir:
         upload = LocalUpload(self, checked_key(key))
         try:
             upload.write(data)
-            upload.finish(os.link)  # the one call that makes a name and refuses an old one
+            upload.commit()
         finally:
             upload.abort()
 
@@ -152,12 +152,12 @@ class LocalDir:
             _make_directory(self._uploads)
             return path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
-    def publish(self, temp: Path, key: str, name_it: Callable[[Path, Path], None]) -> None:
-        """Give the synced file `temp` the name `key` by `name_it`, durably; on an error `key` is not visible."""
+    def publish(self, temp: Path, key: str) -> None:
+        """Give the synced file `temp` the name `key` too, durably; on an error it does not have it."""
         path = self.path(key)
         with _translating(self.location, f"cannot commit {key}"):
             try:
-                self._name(temp, path, name_it)
+                self._name(temp, path)
             except FileExistsError:
                 raise Refused(
                     "exists", f"{key} is already there", prop="object", found=key, wanted="no object of that key"
@@ -167,14 +167,14 @@ class LocalDir:
                 for parent in (*self._parents(path), self._root):
                     _sync_directory(parent)
             except OSError:
-                os.unlink(path)
+                os.unlink(path)  # ours: the link was made
                 raise
 
-    def _name(self, temp: Path, path: Path, name_it: Callable[[Path, Path], None]) -> None:
+    def _name(self, temp: Path, path: Path) -> None:
         for _ in range(_PARENT_TRIES):
             _make_directory(path.parent)
             try:
-                return name_it(temp, path)
+                return os.link(temp, path)
             except FileNotFoundError:
                 if not temp.exists():
                     raise
@@ -249,14 +249,10 @@ class LocalUpload:
                 self._drain()
 
     def commit(self) -> ObjectFacts:
-        return self.finish(os.replace)
-
-    def finish(self, name_it: Callable[[Path, Path], None]) -> ObjectFacts:
-        """Commit, naming the file by `name_it`."""
         with self._breaking(f"cannot commit {self._key}"):
             os.fsync(self._fd)
             facts = os.fstat(self._fd)
-            self._store.publish(self._temp, self._key, name_it)
+            self._store.publish(self._temp, self._key)
         self.abort()
         return ObjectFacts(self._key, facts.st_size, facts.st_mtime)
 

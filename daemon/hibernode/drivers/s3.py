@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -43,6 +43,8 @@ from hibernode.ports import Buffer, ObjectFacts, OpenUpload
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef, HeadObjectOutputTypeDef
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -98,12 +100,8 @@ class S3:
         return S3Upload(self, checked_key(key))
 
     def put(self, key: str, data: bytes) -> None:
-        """Asks first, because some servers ignore If-None-Match; there only a put at the same moment can go unseen."""
-        checked_key(key)
-        with suppress(NotFound):
-            self._head(key)
-            raise Refused("exists", f"{key} is already there", prop="object", found=key, wanted="no object of that key")
         token = uuid.uuid4().hex
+        self._insist_free(checked_key(key), token)
         try:
             self._put_once(key, data, token)
         except _Mismatch:
@@ -197,6 +195,7 @@ class S3:
             )
         return _Multipart(
             key,
+            token,
             answer["UploadId"],
             answer.get("ChecksumAlgorithm") == "CRC32",
             answer["ResponseMetadata"]["RetryAttempts"],
@@ -215,9 +214,18 @@ class S3:
         return _Part(number, etag, crc, len(data), data)
 
     def put_object(self, key: str, data: bytearray, token: str) -> None:
+        """Send it until the store has confirmed its bytes. Replaces nothing but what it has itself sent before."""
+
         def send(**checks: Any) -> Mapping[str, Any]:
-            with self._translating(f"cannot write {key}"):
-                return self._client.put_object(Bucket=self._bucket, Key=self._base + key, Metadata={_TOKEN: token}, **checks)
+            self._insist_free(key, token)
+
+            def put(**condition: Any) -> Mapping[str, Any]:
+                with self._translating(f"cannot write {key}"):
+                    return self._client.put_object(
+                        Bucket=self._bucket, Key=self._base + key, Metadata={_TOKEN: token}, **condition, **checks
+                    )
+
+            return self._if_none_match(put)
 
         self._confirmed(key, send, data)
 
@@ -228,13 +236,19 @@ class S3:
             else {"PartNumber": p.number, "ETag": p.etag}
             for p in parts
         ]
-        with self._translating(f"cannot commit {upload.key}"):
-            self._client.complete_multipart_upload(
-                Bucket=self._bucket,
-                Key=self._base + upload.key,
-                UploadId=upload.id,
-                MultipartUpload={"Parts": listed},
-            )
+        self._insist_free(upload.key, upload.token)
+
+        def complete(**condition: Any) -> None:
+            with self._translating(f"cannot commit {upload.key}"):
+                self._client.complete_multipart_upload(
+                    Bucket=self._bucket,
+                    Key=self._base + upload.key,
+                    UploadId=upload.id,
+                    MultipartUpload={"Parts": listed},
+                    **condition,
+                )
+
+        self._if_none_match(complete)
 
     def landed(self, key: str, token: str, size: int, crc: str = "") -> ObjectFacts | None:
         """The object, if it is there and ours, with that size and no other checksum (`crc` as S3 writes it)."""
@@ -259,6 +273,28 @@ class S3:
         with self._translating(f"cannot look at {key}"):
             return self._client.head_object(Bucket=self._bucket, Key=self._base + key, ChecksumMode="ENABLED")
 
+    def _insist_free(self, key: str, token: str) -> None:
+        """Refused("exists") if somebody else's object is there; ours, of an attempt that went wrong, is removed. Asked before every
+        write, because some servers ignore If-None-Match: there only a write at the same moment can go unseen."""
+        try:
+            found = _token(self._head(key))
+        except NotFound:
+            return
+        if found != token:
+            raise Refused("exists", f"{key} is already there", prop="object", found=key, wanted="no object of that key")
+        self.delete(key)
+
+    def _if_none_match(self, write: Callable[..., T]) -> T:
+        """`write` under the condition that nothing is there, until the server says that it knows no such condition."""
+        if self._conditional:
+            try:
+                return write(IfNoneMatch="*")
+            except StoreUnavailable as e:
+                if e.details.get("status") != 501:
+                    raise
+            self._conditional = False
+        return write()
+
     def _bucket_is_there(self) -> None:
         try:
             self._client.head_bucket(Bucket=self._bucket)
@@ -270,21 +306,15 @@ class S3:
     def _put_once(self, key: str, data: bytes, token: str) -> None:
         """PutObject that replaces nothing, sent once: sent again it would meet itself."""
         checks: dict[str, Any] = {"ChecksumCRC32": _crc32(data), "ContentMD5": _base64(hashlib.md5(data).digest())}
-        if self._conditional:
-            checks["IfNoneMatch"] = "*"
-        try:
+
+        def put(**condition: Any) -> Mapping[str, Any]:
             with self._translating(f"cannot write {key}"):
-                answer = self._client.put_object(
-                    Bucket=self._bucket, Key=self._base + key, Body=data, Metadata={_TOKEN: token}, **checks
+                return self._client.put_object(
+                    Bucket=self._bucket, Key=self._base + key, Body=data, Metadata={_TOKEN: token}, **condition, **checks
                 )
-        except StoreUnavailable as e:
-            if not self._conditional or e.details.get("status") != 501:
-                raise
-            self._conditional = False
-            self._put_once(key, data, token)
-        else:
-            if _proof(answer, data, checks["ChecksumCRC32"]) is False:
-                raise _Mismatch(f"{self.location} acknowledged other bytes than were sent for {key}")
+
+        if _proof(self._if_none_match(put), data, checks["ChecksumCRC32"]) is False:
+            raise _Mismatch(f"{self.location} acknowledged other bytes than were sent for {key}")
 
     def _confirmed(self, what: str, send: Callable[..., Mapping[str, Any]], data: bytearray) -> tuple[str, str]:
         """Send `data` with its checksum until the store confirms these bytes; (ETag, CRC32)."""
@@ -464,7 +494,7 @@ class S3Upload:
         while self._flying:
             self._land()
         self._committing = True
-        failure: StoreUnavailable | None = None
+        failure: HibernodeError | None = None
         try:
             if self._upload is None:
                 self._store.put_object(self._key, self._buffer, self._token)
@@ -472,8 +502,8 @@ class S3Upload:
                 self._store.complete(self._upload, self._landed)
         except _Mismatch:
             raise
-        except StoreUnavailable as e:
-            failure = e  # perhaps only the answer was lost
+        except (Refused, StoreUnavailable) as e:
+            failure = e  # perhaps only the answer was lost, and what is there is ours
         crc = _composite([p.crc for p in self._landed]) if self._upload else _crc32(self._buffer)
         facts = self._store.landed(self._key, self._token, self._size, crc)
         if facts is None:
@@ -526,6 +556,7 @@ class S3Upload:
 @dataclass(frozen=True)
 class _Multipart:
     key: str
+    token: str  # of the object that it becomes
     id: str
     checksums: bool  # the server keeps CRC32s, and wants them again at the end
     retries: int  # calls that it took; the earlier ones may have begun an upload too

@@ -126,7 +126,7 @@ class Sender(AbstractContextManager["Sender"]):
     def _undo(self) -> None:
         for made in self._uploads:
             made.upload.abort()
-            if made.committing:  # else what may lie under that key is not ours
+            if made.committed:  # else what may lie under that key is not ours
                 try:
                     self._store.delete(made.key)
                 except HibernodeError as e:
@@ -135,15 +135,15 @@ class Sender(AbstractContextManager["Sender"]):
 
 @dataclass(eq=False)
 class _Object:
-    """An object on its way, and whether it may be in the store already."""
+    """An object on its way, and whether it is in the store: a commit that raises has left nothing, or leaves it to `abort`."""
 
     key: str
     upload: Upload
-    committing: bool = False
+    committed: bool = False
 
     def commit(self) -> None:
-        self.committing = True
         self.upload.commit()
+        self.committed = True
 
 
 class _Stream:
