@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -14,8 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
-from urllib.parse import urlsplit
+from typing import NamedTuple, Self
 
 import structlog
 
@@ -222,32 +222,62 @@ def open_bus(settings: Config) -> NodeBus | None:
     return NatsNode(settings.bus, settings.cluster, settings.node, record_ttl=3 * settings.limits.node_interval)
 
 
+class _Place(NamedTuple):
+    """Where a store is: what is compared and what is opened are the same words."""
+
+    scheme: str
+    bucket: str
+    names: tuple[str, ...]  # of the path, one after the other
+
+    def is_in(self, root: _Place) -> bool:
+        return self[:2] == root[:2] and self.names[: len(root.names)] == root.names
+
+
+_URL = re.compile(r"(?:(?P<file>file)://(?=/)|s3://(?P<bucket>[A-Za-z0-9][A-Za-z0-9.-]*))(?P<path>(?:/[^/?#%\\]*)*)")
+
+
+def _place(url: str) -> _Place:
+    """Refused("directory") for what is no store, and for anything in it that two readers could read as two places: dots, escapes,
+    control characters (urllib drops some of them), white space at its ends."""
+    found = _URL.fullmatch(url) if url.isprintable() and url == url.strip() else None
+    names = tuple(name for name in found["path"].split("/") if name) if found else ()
+    if found is None or {".", ".."} & set(names):
+        raise Refused(
+            "directory",
+            f"not a store: {url[:200]!r}",
+            prop="url",
+            found=url[:200],
+            wanted="file:///path or s3://bucket/prefix",
+            hint="plain names between the slashes, none of them . or ..",
+        )
+    return _Place("file" if found["file"] else "s3", found["bucket"] or "", names)
+
+
 def store_opener(settings: Config) -> Callable[[str], Store]:
     """By URL, "" being the configured one; Refused("directory") for one that no rule of the configuration allows."""
+    urls = (settings.store.url, *settings.store.allowed)
+    roots = [_place(url) for url in urls]
 
     @lru_cache(maxsize=64)
-    def opened(url: str) -> Store:
-        parts = urlsplit(url)
-        if parts.scheme == "file" and not parts.netloc and parts.path:
-            return LocalDir(Path(parts.path))
-        if parts.scheme == "s3" and parts.netloc:
-            from hibernode.drivers.s3 import S3  # noqa: PLC0415 - boto3 costs 40 MB: only who uses it pays
+    def opened(place: _Place) -> Store:
+        if place.scheme == "file":
+            return LocalDir(Path("/", *place.names))
+        from hibernode.drivers.s3 import S3  # noqa: PLC0415 - boto3 costs 40 MB: only who uses it pays
 
-            return S3(parts.netloc, parts.path.strip("/"), settings.store.s3)
-        raise Refused("directory", f"not a store: {url!r}", prop="url", found=url, wanted="file:///path or s3://bucket/prefix")
+        return S3(place.bucket, "/".join(place.names), settings.store.s3)
 
     def allowed(url: str) -> Store:
-        roots = (settings.store.url, *settings.store.allowed)
-        if url and (".." in url.split("/") or not any(url == root or url.startswith(root.rstrip("/") + "/") for root in roots)):
+        place = _place(url) if url else roots[0]
+        if not any(place.is_in(root) for root in roots):
             raise Refused(
                 "directory",
                 f"the store {url!r} is not allowed on this node",
                 prop="directory",
                 found=url,
-                wanted=" or under ".join(roots),
+                wanted=" or under ".join(urls),
                 hint="add it to `allowed` in [store]",
             )
-        return opened(url.rstrip("/") or settings.store.url)
+        return opened(place)
 
     return allowed
 
