@@ -256,6 +256,7 @@ class TaskFacts(Value):
     ppid: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     comm: Annotated[str, StringConstraints(max_length=64)] = ""
     threads: Annotated[list[Annotated[int, Field(gt=0, lt=1 << 31)]], Field(max_length=100_000)] = []
+    dead: bool = False  # a zombie, and restored as one
 
 
 class ImageRef(Value):

@@ -78,18 +78,26 @@ class Machine:
     key: str = f"pid {ROOT}"
     prepared: int = 0  # places prepared and neither adopted nor discarded
     room: int = 1 << 40
+    dead: frozenset[int] = frozenset()  # who is a zombie in the original
+    states: dict[int, str] = field(
+        default_factory=dict
+    )  # of restored ones, where not as in the original; "" has ended and is gone
 
     @property
     def tasks(self) -> list[TaskFacts]:
-        return [TaskFacts(pid=ROOT, comm="train", threads=[ROOT + 10]), TaskFacts(pid=CHILD, ppid=ROOT, comm="loader")]
+        child = TaskFacts(pid=CHILD, ppid=ROOT, comm="loader", dead=CHILD in self.dead)
+        return [TaskFacts(pid=ROOT, comm="train", threads=[ROOT + 10]), child]
 
     def processes(self) -> list[ProcessFacts]:
         if not (self.alive or self.restored):
             return []
-        state = "T" if self.alive and self.stopped else "S"
-        return [
-            ProcessFacts(t.pid, 1000 + t.pid, t.comm, state, t.pid, False, 0, 0, len(self.runs) * PAGE, ()) for t in self.tasks
-        ]
+        rss = len(self.runs) * PAGE
+        found = ((task, self._state(task)) for task in self.tasks)
+        return [ProcessFacts(t.pid, 1000 + t.pid, t.comm, state, t.pid, False, 0, 0, rss, ()) for t, state in found if state]
+
+    def _state(self, task: TaskFacts) -> str:
+        as_it_was = "Z" if task.dead else "T" if self.alive and self.stopped else "S"
+        return self.states.get(task.pid, as_it_was) if self.restored else as_it_was
 
 
 FACTS = WorkloadFacts(kind="job", name="trainer", uid="uid-1", logs={}, argv=["train"])

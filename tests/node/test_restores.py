@@ -14,7 +14,7 @@ import pytest
 from tests import keeper
 from tests.daemon import Daemon, failed, ready
 from tests.keeper import wait_until
-from tests.node.workload import LIMIT, Program, checkpointed, python
+from tests.node.workload import LIMIT, Program, checkpointed, goes_on, python
 
 pytestmark = pytest.mark.node
 
@@ -40,6 +40,27 @@ def criu_dies_when(daemon: Daemon, pid: int) -> Iterator[None]:
         yield
     finally:
         killer.join()
+
+
+def test_a_zombie_is_restored_as_one(daemon: Daemon, tmp_path: Path) -> None:
+    with Program(tmp_path, python("counter.py", 0.01, "zombie")) as program:
+        zombie = int(program.said("zombie")[0])
+        before = program.beat()
+        done = checkpointed(daemon, program)
+        image = daemon.manifest(done.checkpoint_id)["images"][0]
+        assert {task["pid"]: task["dead"] for task in image["tasks"]} == {program.pid: False, zombie: True}
+        ready(daemon.restore(done.checkpoint_id))
+        assert keeper.state(zombie) == "Z"
+        goes_on(program, before)
+
+
+def test_children_that_come_and_go_do_not_fail_a_restore(daemon: Daemon, tmp_path: Path) -> None:
+    with Program(tmp_path, ["/bin/bash", "-c", "while :; do sleep 0.01; echo beat token $((++n)) same; done"]) as program:
+        for _ in range(3):
+            before = program.beat()
+            done = checkpointed(daemon, program)
+            ready(daemon.restore(done.checkpoint_id))
+            goes_on(program, before)
 
 
 def test_a_restore_whose_criu_is_killed_leaves_nothing(daemon: Daemon, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pycriu
+from google.protobuf.message import DecodeError
 from pycriu.images import core_pb2, magic, pstree_pb2, stats_pb2
 
 from hibernode.children import Children, unprotect
@@ -25,6 +26,7 @@ from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_ve
 
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
+_TASK_DEAD = 2  # criu/include/image.h
 # Logged as an error without CAP_SYS_RESOURCE, and as a warning because the page socket is no TCP one: neither means anything.
 _HARMLESS = re.compile(r"RLIMIT_NOFILE|prlimit|Can't set RLIMIT|TCP_NODELAY")
 # What CRIU's log says -> (stable reason, what to do about it).
@@ -167,12 +169,9 @@ class Criu:
         try:
             entries = list(_entries((images / "pstree.img").read_bytes(), "PSTREE"))
             parsed = [pstree_pb2.pstree_entry.FromString(entry) for entry in entries]
-            return [
-                TaskFacts(pid=e.pid, ppid=e.ppid, comm=_comm(images, e.pid), threads=[t for t in e.threads if t != e.pid])
-                for e in parsed
-            ]
-        except (OSError, struct.error, ValueError) as e:
-            raise Corrupt(f"pstree.img: {e}") from e
+            return [_task(images, entry) for entry in parsed]
+        except (OSError, struct.error, ValueError, DecodeError) as e:
+            raise Corrupt(f"CRIU's images do not say which tasks they hold: {e}") from e
 
 
 def _apply(opts: pycriu.rpc.criu_opts, options: CriuOptions, directory: int, log: str) -> None:
@@ -201,7 +200,7 @@ def read_stats(images: Path) -> DumpStats:
     try:
         (entry,) = _entries((images / "stats-dump").read_bytes(), "STATS")
         dump = stats_pb2.stats_entry.FromString(entry).dump
-    except (OSError, struct.error, ValueError) as e:
+    except (OSError, struct.error, ValueError, DecodeError) as e:
         raise DumpFailed(f"CRIU said that it dumped, but left no readable statistics: {e}") from e
     return DumpStats(dump.freezing_time * 1000, dump.frozen_time * 1000, dump.pages_written + dump.shpages_written)
 
@@ -220,12 +219,14 @@ def _entries(data: bytes, kind: str) -> Iterator[bytes]:
         at += 4 + size
 
 
-def _comm(images: Path, pid: int) -> str:
-    path = images / f"core-{pid}.img"
-    if not path.exists():
-        return ""  # a zombie's core has no name worth keeping; a helper task has no core
-    entry = next(_entries(path.read_bytes(), "CORE"), b"")
-    return str(core_pb2.core_entry.FromString(entry).tc.comm)[:64]
+def _task(images: Path, entry: pstree_pb2.pstree_entry) -> TaskFacts:
+    path, core = images / f"core-{entry.pid}.img", core_pb2.core_entry()
+    if path.exists():  # a helper task has none
+        core = core_pb2.core_entry.FromString(next(_entries(path.read_bytes(), "CORE"), b""))
+    dead = core.tc.task_state == _TASK_DEAD
+    # Of a zombie CRIU (4.2.1) writes memory that it never filled; it has no threads.
+    threads = [] if dead else [thread for thread in entry.threads if thread != entry.pid]
+    return TaskFacts(pid=entry.pid, ppid=entry.ppid, comm=str(core.tc.comm)[:64], threads=threads, dead=dead)
 
 
 def log_tail(log: Path, lines: int = _LOG_LINES) -> list[str]:
