@@ -41,7 +41,8 @@ class Children:
         env: Mapping[str, str] | None = None,
         out: int = subprocess.DEVNULL,
     ) -> subprocess.Popen[bytes]:
-        """A helper process that its caller waits for with `wait`."""
+        """A helper process that its caller waits for with `wait`. It has a session of its own: no Ctrl-C meant for the daemon reaches
+        it, and what CRIU restores into CRIU's session and process group (`shell_job`) is not in the daemon's, which one `kill(0)` ends."""
         with self._lock:  # so that reap() never sees it before it is in the book
             child = subprocess.Popen(
                 list(argv),
@@ -51,6 +52,7 @@ class Children:
                 stdout=out,
                 stderr=out,
                 cwd="/",
+                start_new_session=True,
             )
             self._own.add(child.pid)
         return child

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import keeper
-from tests.daemon import Daemon, failed, ready
+from tests.daemon import Daemon, failed, pid_target, ready
 from tests.keeper import wait_until
 from tests.node.workload import LIMIT, Program, checkpointed, goes_on, python
 
@@ -61,6 +61,23 @@ def test_children_that_come_and_go_do_not_fail_a_restore(daemon: Daemon, tmp_pat
             done = checkpointed(daemon, program)
             ready(daemon.restore(done.checkpoint_id))
             goes_on(program, before)
+
+
+def test_a_restored_process_cannot_signal_the_group_of_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    """It led no session: it is in that of CRIU, which restored it. Once its `kill(0, SIGKILL)` ended the daemon."""
+    command = " ".join(python("counter.py", 0.01)) + " & wait"
+    with Program(tmp_path, ["/bin/sh", "-c", command]) as program:
+        program.beat()
+        (child,) = keeper.descendants(program.pid)
+        done = ready(daemon.checkpoint(pid_target(child)))
+        program.kill()
+        ready(daemon.restore(done.checkpoint_id))
+        assert os.getpgid(child) != os.getpgid(daemon.pid)
+        assert os.getsid(child) != os.getsid(daemon.pid)
+        os.killpg(os.getpgid(child), signal.SIGKILL)
+        wait_until(lambda: not below(daemon), LIMIT, "the end of the restored process")
+        assert keeper.alive(daemon.pid)
+        assert daemon.manifest(done.checkpoint_id)
 
 
 def test_a_restore_whose_criu_is_killed_leaves_nothing(daemon: Daemon, tmp_path: Path) -> None:

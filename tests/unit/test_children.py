@@ -96,6 +96,15 @@ def test_only_the_descriptors_that_are_meant_are_handed_over() -> None:
         os.close(descriptor)
 
 
+def test_a_helper_is_in_no_session_and_group_of_ours() -> None:
+    children = Children()
+    child = children.spawn([sys.executable, "-c", "import time; time.sleep(60)"])
+    found = os.getsid(child.pid), os.getpgid(child.pid)
+    child.kill()
+    children.wait(child)
+    assert found == (child.pid, child.pid)
+
+
 def test_an_orphan_comes_to_the_subreaper() -> None:
     """Asked in a process of its own: being a subreaper stays for ever."""
     code = """
