@@ -212,6 +212,9 @@ class Workloads(Protocol):
     def find(self, target: Target) -> Workload:
         """The one workload that is meant. NotFound, or Refused for something that can never be one (thread, zombie, ...)."""
 
+    def insist_free(self, facts: WorkloadFacts, name: str) -> None:
+        """Refused("name_taken") where `prepare` would refuse it: asked before a fetch, which takes long."""
+
     def prepare(self, facts: WorkloadFacts, name: str) -> PreparedWorkload:
         """Make ready for a restore of what `facts` describes, under `name` if one is given."""
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hibernode import catalog, preflight
-from hibernode.errors import RestoreFailed
+from hibernode.errors import Corrupt, RestoreFailed
 from hibernode.flow import Threads
 from hibernode.journal import Tree
 from hibernode.model import ImageRef, RestoreCommand, Status, TaskFacts
@@ -35,10 +35,12 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     claim = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)
     old = node.claims.claim(f"pid {tasks[0].pid}", command.action_id)  # a checkpoint that says `ready` may still be killing it
     with claim, old, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+        node.workloads.insist_free(manifest.workload, command.overrides.pod_name)
         preflight.pids(node.workloads.blockers(tasks))
         with attempt.phase("fetching"):
             for image in manifest.images:
                 _fetch(store, image, work, attempt)
+                _compare(image, node.criu.tasks(work / image.name))
         prepared = node.workloads.prepare(manifest.workload, command.overrides.pod_name)
         undo.callback(prepared.discard)
         preflight.pids(node.workloads.blockers(tasks))  # again: the fetch took its time
@@ -64,6 +66,19 @@ def _fetch(store: Store, image: ImageRef, work: Path, attempt: Attempt) -> None:
     receiver.fetch_files(work / f"{image.name}.tar.zst", directory)
     with Threads(attempt.cancel) as threads:
         receiver.fetch_pages(receiver.fetch_index(), directory, threads)
+
+
+def _compare(image: ImageRef, found: list[TaskFacts]) -> None:
+    """What was asked for (are these pids free? who is killed if it fails?) must be what CRIU will make."""
+    zombies = {task.pid for task in found if task.dead}  # whose threads an older manifest may have made up
+
+    def pids(tasks: list[TaskFacts]) -> list[tuple[int, int, list[int]]]:
+        return [(task.pid, task.ppid, [] if task.pid in zombies else sorted(task.threads)) for task in tasks]
+
+    if pids(image.tasks) != pids(found):
+        raise Corrupt(
+            f"image {image.name!r}: the manifest names other tasks than CRIU's images hold", hint="take another checkpoint"
+        )
 
 
 def _probe(workload: Workload, tasks: list[TaskFacts]) -> None:

@@ -188,6 +188,9 @@ class FakeWorkloads:
             raise NotFound(f"no {target} on this node")
         return FakeWorkload(self._machine, self._script)
 
+    def insist_free(self, facts: WorkloadFacts, name: str) -> None:
+        self._script.step("workloads.insist_free")
+
     def prepare(self, facts: WorkloadFacts, name: str) -> FakePrepared:
         self._script.step("workloads.prepare")
         return FakePrepared(self._machine, self._script)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hibernode.errors import RestoreFailed
+from hibernode.errors import Corrupt, RestoreFailed
 from hibernode.model import Status
 from tests.fakes.machine import CHILD, ROOT, memory
+from tests.fakes.script import Script
 from tests.flow.rig import Rig
 
 pytestmark = pytest.mark.timeout(30)
@@ -47,3 +51,54 @@ def test_who_was_dead_and_is_alive_is_another(tmp_path: Path) -> None:
     rig.machine.states = {CHILD: "S"}
     with pytest.raises(RestoreFailed):
         rig.restore(checkpoint_id)
+
+
+# --- before CRIU sees it --------------------------------------------------------------------------------------------------------
+
+
+def doctored(rig: Rig, checkpoint_id: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Somebody changes the first image of the manifest."""
+    key = f"{checkpoint_id}/manifest.json"
+    manifest = json.loads(rig.store.objects[key])
+    change(manifest["images"][0])
+    rig.store.objects[key] = json.dumps(manifest).encode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image["tasks"].pop(),
+        lambda image: image["tasks"].append({"pid": 77}),
+        lambda image: image["tasks"].reverse(),
+        lambda image: image["tasks"][0].update(pid=ROOT + 1000),
+        lambda image: image["tasks"][1].update(ppid=77),
+        lambda image: image["tasks"][0].update(threads=[]),
+        lambda image: image["tasks"][0]["threads"].append(78),
+    ],
+)
+def test_a_manifest_that_names_other_tasks_is_corrupt(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """The pids it names are those that are looked for, and killed if it fails: they must be those of the image."""
+    rig, checkpoint_id = made(tmp_path)
+    doctored(rig, checkpoint_id, change)
+    with pytest.raises(Corrupt):
+        rig.restore(checkpoint_id)
+    assert not rig.criu.restores
+
+
+@pytest.mark.parametrize(
+    "change", [lambda image: [task.pop("dead") for task in image["tasks"]], lambda image: image["tasks"][1].update(threads=[99])]
+)
+def test_a_manifest_of_before_zombies_were_known_is_read(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    rig, checkpoint_id = made(tmp_path, frozenset({CHILD}))
+    doctored(rig, checkpoint_id, change)
+    rig.restore(checkpoint_id)
+    assert rig.statuses == [Status.READY]
+
+
+def test_a_name_that_is_taken_is_refused_before_the_fetch(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    rig.rescript(Script())
+    rig.restore(checkpoint_id)
+    order = rig.script.notes
+    first_page = next(n for n, step in enumerate(order) if step.startswith("store.") and "pages-0" in step)
+    assert order.index("workloads.insist_free") < first_page

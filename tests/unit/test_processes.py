@@ -12,6 +12,7 @@ import pytest
 from hibernode.children import Children
 from hibernode.drivers.workloads import proc, trees
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
+from hibernode.errors import Refused
 from hibernode.model import JobSpec, TaskFacts, WorkloadFacts
 from tests import keeper
 from tests.keeper import wait_until
@@ -66,3 +67,14 @@ def test_where_no_cgroup_can_be_made_a_failed_restore_is_known_by_pids_age_and_d
         prepared.discard()
     assert not keeper.fields(restored)
     assert all(keeper.alive(pid) for pid in (older, job, another, later_job, os.getppid()))
+
+
+def test_whether_a_name_is_free_can_be_asked_before(node: Node) -> None:
+    node.job("trainer")
+    job = WorkloadFacts(kind="job", name="trainer")
+    for facts, name in ((job, ""), (PROCESS, "trainer")):
+        with pytest.raises(Refused) as refused:
+            node.workloads.insist_free(facts, name)
+        assert refused.value.code == "name_taken"
+    for facts, name in ((job, "another"), (PROCESS, ""), (WorkloadFacts(kind="process", name="trainer"), "")):
+        node.workloads.insist_free(facts, name)

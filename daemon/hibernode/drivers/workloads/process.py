@@ -284,6 +284,10 @@ class ProcessWorkloads:
         argv = proc.command_line(pid)
         return ProcessWorkload(WorkloadFacts(kind="process", name=facts.comm, argv=argv), pid, self._children)
 
+    def insist_free(self, facts: WorkloadFacts, name: str) -> None:
+        if _is_job(facts, name):
+            self._jobs.insist_free(facts.namespace, name or facts.name)
+
     def prepare(self, facts: WorkloadFacts, name: str) -> PreparedProcess:
         return PreparedProcess(facts, name, self._jobs, self._children)
 
@@ -333,6 +337,11 @@ class ProcessWorkloads:
                 processes=len(processes),
             )
         ]
+
+
+def _is_job(facts: WorkloadFacts, name: str) -> bool:
+    """Does it come back as a managed job? A process does under a new name."""
+    return facts.kind == "job" or bool(name)
 
 
 def _facts(pid: int) -> ProcessFacts:
@@ -389,7 +398,7 @@ class PreparedProcess:
     def __init__(self, facts: WorkloadFacts, name: str, jobs: Jobs, children: Children) -> None:
         self._jobs, self._children = jobs, children
         self._facts = facts.model_copy(update={"name": name or facts.name})
-        self._is_job = facts.kind == "job" or bool(name)
+        self._is_job = _is_job(facts, name)
         if self._is_job:
             jobs.insist_free(self._facts.namespace, self._facts.name)
         running = {job.uid for job in jobs.all() if job.running}
