@@ -110,7 +110,7 @@ def test_an_orphan_comes_to_the_subreaper() -> None:
     code = """
 import os, sys, time
 sys.path[:0] = sys.argv[1:]
-from hibernode.children import Children, _children
+from hibernode.children import Children
 children = Children()
 children.adopt_orphans()
 read, write = os.pipe()
