@@ -35,7 +35,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             store.check()
             node.arena.wait_for_room(meter.bytes_total, attempt.cancel)
         capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
-        trees = tuple(Tree(pid=process.pid, start_time=process.start_time) for process in processes)
+        trees = tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
 
         with attempt.phase("dumping"), ExitStack() as held:

@@ -30,6 +30,7 @@ class Tree(Value):
 
     pid: int
     start_time: int
+    stopped: bool = False  # by its owner, before anything was done to it: it stays so
 
 
 class Record(Value):

@@ -63,7 +63,8 @@ def _ready(node: Node, record: Record) -> Outcome:
 
 
 def _thaw(node: Node, record: Record) -> None:
-    insist("letting the workload go on", lambda: node.workloads.thaw(_processes(record)))
+    stopped = [(tree.pid, tree.start_time) for tree in record.trees if tree.stopped]
+    insist("letting the workload go on", lambda: node.workloads.thaw(_processes(record), stopped))
 
 
 def _kill_restored(node: Node, record: Record) -> None:

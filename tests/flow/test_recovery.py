@@ -10,9 +10,29 @@ from hibernode.journal import Tree
 from hibernode.model import Outcome, RestoreCommand, Status
 from hibernode.recovery import recover
 from tests.fakes.machine import ROOT, FakePrepared
-from tests.flow.rig import Rig, new_id
+from tests.fakes.script import Script
+from tests.flow.rig import Rig, checkpoint_command, new_id
 
 pytestmark = pytest.mark.timeout(30)
+
+
+def crashed_checkpoint(rig: Rig, *, stopped_before: bool) -> Outcome:
+    """What recovery makes of a daemon that died while CRIU dumped, with all that the page had written down until then."""
+    written: list[tuple[Tree, ...]] = []
+
+    class Looks(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name == "workload.freeze":
+                written.append(rig.entry.record.trees)
+
+    rig.machine.stopped = stopped_before
+    rig.rescript(Looks())
+    rig.checkpoint()
+    entry = rig.node.journal.begin(checkpoint_command())
+    entry.update(phase="dumping", status=Status.PROCESSING, trees=written[0])
+    rig.machine.stopped = True
+    return recover(rig.node, entry)
 
 
 def crashed_restore(rig: Rig, **changes: object) -> Outcome:
@@ -22,6 +42,19 @@ def crashed_restore(rig: Rig, **changes: object) -> Outcome:
     entry = rig.node.journal.begin(RestoreCommand(action_id=new_id(), checkpoint_id=new_id()))
     entry.update(phase="restoring", status=Status.PROCESSING, trees=(Tree(pid=ROOT, start_time=0),), **changes)
     return recover(rig.node, entry)
+
+
+def test_a_workload_that_was_frozen_goes_on(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    assert crashed_checkpoint(rig, stopped_before=False).code == "interrupted"
+    assert not rig.machine.stopped
+
+
+def test_a_workload_that_its_owner_had_stopped_stays_so(tmp_path: Path) -> None:
+    """The journal is what a checkpoint itself writes before it dumps."""
+    rig = Rig(tmp_path)
+    assert crashed_checkpoint(rig, stopped_before=True).code == "interrupted"
+    assert rig.machine.stopped
 
 
 def test_whoever_lives_in_the_place_of_a_restore_is_of_it(tmp_path: Path) -> None:

@@ -185,3 +185,12 @@ def test_a_process_whose_first_thread_has_ended_goes_on(running: Running) -> Non
     trees.thaw([identity(pid)])
     wait_until(lambda: "T" not in proc.thread_states(pid), LIMIT, "the others to go on")
     os.kill(pid, signal.SIGKILL)  # the keeper takes it for a zombie
+
+
+def test_who_is_named_stays_stopped_and_what_was_born_later_goes_on(running: Running) -> None:
+    root = running.family()
+    _, stays, *others = proc.tree(root)
+    stop(proc.tree(root))
+    trees.thaw([identity(root)], leave=[identity(stays)])
+    wait_until(lambda: "T" not in states([root, *others]), LIMIT, "the others to go on")
+    assert keeper.state(stays) == "T"
