@@ -269,6 +269,7 @@ class ImageRef(Value):
     streams: Annotated[list[StreamRef], Field(max_length=MAX_STREAMS)]
     index: ObjectRef
     files: ObjectRef  # images.tar.zst
+    files_bytes: Count = 0  # what is in it, unpacked; 0: by a writer that did not say yet
 
 
 class HostFacts(Value):

@@ -170,8 +170,9 @@ def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
 
 
 def restore_room(manifest: Manifest, work_free: int, load: Load) -> None:
-    """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree."""
-    need = sum((image.pages - image.zero_pages) * PAGE + image.files.size for image in manifest.images)
+    """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images,
+    as they are stored and as they are."""
+    need = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
     for prop, found in (("work_dir free bytes", work_free), ("memory available", load.memory_available)):
         if found < need:
             raise NoRoom(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import subprocess
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from hibernode.errors import Corrupt, StoreUnavailable
+from hibernode.errors import Corrupt, DumpFailed, Internal, StoreUnavailable
 from hibernode.model import ObjectRef
 from hibernode.transfer import files, format
 from tests.fakes.store import MemoryStore
@@ -23,10 +26,10 @@ def packed(directory: Path) -> bytes:
     return b"".join(out)
 
 
-def unpack(data: bytes, directory: Path) -> dict[str, bytes]:
+def unpack(data: bytes, directory: Path, limit: int = files.MAX_BYTES) -> dict[str, bytes]:
     directory.mkdir(exist_ok=True)
     (directory.parent / "packed").write_bytes(data)
-    files.unpack(directory.parent / "packed", directory)
+    files.unpack(directory.parent / "packed", directory, limit=limit)
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
@@ -55,6 +58,79 @@ def test_only_plain_files_with_plain_names_are_packed(images: Path, tmp_path: Pa
     (images / "a b").write_bytes(b"x")
     os.mkfifo(images / "pipe")
     assert set(unpack(packed(images), tmp_path / "back")) == wanted
+
+
+def test_how_much_is_packed_is_said(images: Path, tmp_path: Path) -> None:
+    size = files.pack(images, lambda _: None)
+    assert size == sum(path.stat().st_size for path in images.iterdir())
+    unpack(packed(images), tmp_path / "back", limit=size)
+    with pytest.raises(Corrupt):
+        unpack(packed(images), tmp_path / "again", limit=size - 1)
+
+
+def test_no_file_needs_an_extended_header(images: Path) -> None:
+    """Whatever its time, its name, and its size: a ghost file of 64 GiB too."""
+    (images / ("x" * 100)).write_bytes(b"x")
+    os.utime(images / "empty", ns=(1, 1_700_000_000_123_456_789))
+    kinds = set()
+    tar = io.BytesIO(zstandard.ZstdDecompressor().stream_reader(packed(images)).read())
+    while (block := tar.read(512)).strip(b"\0"):
+        found = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+        kinds.add(found.type)
+        tar.seek(-(-found.size // 512) * 512, os.SEEK_CUR)
+    assert kinds == {tarfile.REGTYPE}
+    ghost = member("ghost-file-1.img")
+    ghost.size = files.MAX_BYTES
+    assert len(ghost.tobuf(tarfile.GNU_FORMAT)) == 512
+    assert tarfile.TarInfo.frombuf(ghost.tobuf(tarfile.GNU_FORMAT), "ascii", "strict").size == files.MAX_BYTES
+
+
+def test_tar_itself_reads_it(images: Path, tmp_path: Path) -> None:
+    wanted = sorted(path.name for path in images.iterdir())
+    (tmp_path / "packed.tar.zst").write_bytes(packed(images))
+    plain = subprocess.run(["zstd", "-dc", tmp_path / "packed.tar.zst"], check=True, capture_output=True).stdout
+    said = subprocess.run(["tar", "-t"], input=plain, check=True, capture_output=True).stdout.decode()
+    assert said.split() == wanted
+
+
+@pytest.mark.parametrize("deed", ["remove", "remove all", "add", "grow", "shrink"])
+def test_files_that_change_while_they_are_packed_are_no_image(images: Path, deed: str) -> None:
+    """Somebody else is at work in the directory: what was packed is not what was dumped."""
+    (images / "a-first").write_bytes(os.urandom(8 << 20))
+    done = []
+
+    def write(_: bytes) -> None:
+        if done:
+            return
+        done.append(deed)
+        match deed:
+            case "remove":
+                (images / "pstree.img").unlink()
+            case "remove all":
+                shutil.rmtree(images)
+            case "add":
+                (images / "zzz").write_bytes(b"x")
+            case "grow":
+                (images / "pstree.img").write_bytes(b"longer than it was")
+            case "shrink":
+                (images / "core-1.img").write_bytes(b"")
+
+    with pytest.raises(Internal):
+        files.pack(images, write)
+    assert done
+
+
+def test_an_empty_directory_is_no_image(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(Internal):
+            files.pack(place, lambda _: None)
+
+
+def test_more_than_can_be_read_is_not_written(images: Path) -> None:
+    os.truncate(images / "empty", files.MAX_BYTES)  # a sparse file
+    with pytest.raises(DumpFailed) as failed:
+        files.pack(images, lambda _: pytest.fail("written"))
+    assert "ghost" in failed.value.hint
 
 
 def test_nobody_learns_who_dumped(images: Path) -> None:
@@ -176,6 +252,62 @@ def test_a_member_larger_than_can_be_is_corrupt_before_it_is_written(tmp_path: P
     assert not any((tmp_path / "in").iterdir())
 
 
+def extended(size: int, kind: bytes = tarfile.XHDTYPE, content: bytes = b"") -> bytes:
+    """A header that announces so much to be read before the next one."""
+    info = member("././@PaxHeader", kind)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, b"X"])
+@pytest.mark.parametrize("size", [1 << 30, 1 << 20, 513])
+def test_an_extended_header_is_refused_before_it_is_read(tmp_path: Path, size: int, kind: bytes) -> None:
+    """A few KB of zeros, compressed, would become as many GiB in memory."""
+    out, one = zstandard.ZstdCompressor().compressobj(), bytes(1 << 20)
+    parts = [out.compress(extended(size, kind))] + [out.compress(one) for _ in range(-(-min(size, 256 << 20) >> 20))]
+    bomb = b"".join([*parts, out.flush()])
+    (tmp_path / "in").mkdir()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Corrupt):
+            unpack(bomb, tmp_path / "in")
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+    assert not any((tmp_path / "in").iterdir())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"20 size=68719476736\n", b"17 path=../../up\n", b"30 GNU.sparse.realsize=10000\n", b"", b"junk", b"28 mtime=1.5\n17 path=../up\n",
+    ],
+)  # fmt: skip
+def test_an_extended_header_that_says_more_than_a_time_is_corrupt(tmp_path: Path, content: bytes) -> None:
+    raw = extended(len(content), content=content) + member("a").tobuf(tarfile.GNU_FORMAT) + bytes(10240)
+    with pytest.raises(Corrupt):
+        unpack(zstandard.ZstdCompressor().compress(raw), tmp_path / "in")
+
+
+def test_many_extended_headers_in_a_row_are_corrupt(tmp_path: Path) -> None:
+    """For `tarfile` each is a call inside the one before."""
+    time = b"28 mtime=1795491135.9946606\n"
+    raw = extended(len(time), content=time) * 5000 + member("a").tobuf(tarfile.GNU_FORMAT) + bytes(10240)
+    with pytest.raises(Corrupt):
+        unpack(zstandard.ZstdCompressor().compress(raw), tmp_path / "in")
+
+
+def test_what_the_first_writers_wrote_is_read(images: Path, tmp_path: Path) -> None:
+    """With the parts of a second of each file's time in an extended header."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for path in sorted(images.iterdir()):
+            tar.add(path, arcname=path.name)
+    assert b" mtime=" in out.getvalue()
+    found = unpack(zstandard.ZstdCompressor().compress(out.getvalue()), tmp_path / "back")
+    assert found == {path.name: path.read_bytes() for path in images.iterdir()}
+
+
 def test_a_sparse_member_does_not_grow(tmp_path: Path) -> None:
     """GNU sparse headers give a small member a large size."""
     info = member("a")
@@ -209,11 +341,11 @@ def test_too_many_members_are_corrupt(tmp_path: Path, monkeypatch: pytest.Monkey
         unpack(tar_of(*[(member(f"f{n}"), b"") for n in range(6)]), tmp_path / "in")
 
 
-def test_a_bomb_stops_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_BYTES", 3 << 20)
+def test_a_bomb_stops_at_the_limit(tmp_path: Path) -> None:
+    """That is what the manifest says, and what room was found for."""
     members = [(member(f"f{n}"), bytes(1 << 20)) for n in range(200)]
     with pytest.raises(Corrupt):
-        unpack(tar_of(*members), tmp_path / "in")
+        unpack(tar_of(*members), tmp_path / "in", limit=3 << 20)
     assert sum(path.stat().st_size for path in (tmp_path / "in").iterdir()) <= 3 << 20
 
 

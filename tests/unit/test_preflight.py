@@ -35,12 +35,12 @@ CRIU = CriuFacts(40201, "/usr/sbin/criu")
 LOAD = Load(cpus=2, memory_total=1 << 30, memory_available=1 << 30, load=0.0)
 
 
-def manifest(images: int = 1, *, pages: int = 100, zero: int = 0, **host: object) -> Manifest:
+def manifest(images: int = 1, *, pages: int = 100, zero: int = 0, unpacked: int = 0, **host: object) -> Manifest:
     def image(n: int) -> ImageRef:
         ref = ObjectRef(key=f"i{n}/index.zst", size=500, digest="0" * 64)
         return ImageRef(
             name=f"i{n}", tasks=[TaskFacts(pid=7)], pages=pages, zero_pages=zero, streams=[], index=ref,
-            files=ref.model_copy(update={"key": f"i{n}/images.tar.zst"}),
+            files=ref.model_copy(update={"key": f"i{n}/images.tar.zst"}), files_bytes=unpacked,
         )  # fmt: skip
 
     made = HERE.model_copy(update={"criu_version": 40201, **host})
@@ -98,6 +98,7 @@ ROWS = [
     Row("page_size", lambda: restored(HERE.model_copy(update={"page_size": 65536})), "page_size", 65536, PAGE),
     Row("criu_too_old", lambda: restored(criu_version=40300), "criu", "4.2.1", "4.3"),
     Row("no_room", lambda: room_for(manifest(), 100 * PAGE), "work_dir free bytes", 100 * PAGE, 100 * PAGE + 500, NoRoom),
+    Row("no_room", lambda: room_for(manifest(unpacked=7000), 7000), "work_dir free bytes", 7000, 100 * PAGE + 7500, NoRoom),
     Row("no_room", lambda: room_for(manifest(pages=1 << 19), 1 << 40), "memory available", 1 << 30, (1 << 31) + 500, NoRoom),
     Row("pid_taken", lambda: preflight.pids([(7, "'bash'"), (8, "'vi'")]), "pid", "7: 'bash'", "free", more={"pids": [7, 8]}),
 ]  # fmt: skip

@@ -49,7 +49,7 @@ class Receiver:
         """CRIU's small images into `directory`; `packed` is where the tar lies meanwhile, and is gone afterwards."""
         try:
             files.fetch(self._store, self._prefix, self._image.files, packed)
-            files.unpack(packed, directory)
+            files.unpack(packed, directory, limit=self._image.files_bytes or files.UNSAID_BYTES)
         finally:
             packed.unlink(missing_ok=True)
         self._meter.add(io=self._image.files.size)

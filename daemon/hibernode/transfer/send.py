@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from hibernode.transfer import codec, format
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
 from hibernode.transfer.collect import SOCKET_BUFFER
 from hibernode.transfer.format import FRAME, Digester, Index, KeepMap, SegmentTable
+
+T = TypeVar("T")
 
 _QUEUE = 1 << 16  # chunks waiting: more than any arena has, so that the arena alone is the bound
 _ZSTD_CONTEXT = 8 << 20  # level 1 to 9 with a 4 MiB input; measured by zstd's own estimate
@@ -82,16 +84,17 @@ class Sender(AbstractContextManager["Sender"]):
             self._undo()
 
     def finish(
-        self, table: SegmentTable, pages: int, tasks: list[TaskFacts], pack: Callable[[Callable[[bytes], None]], None]
+        self, table: SegmentTable, pages: int, tasks: list[TaskFacts], pack: Callable[[Callable[[bytes], None]], int]
     ) -> ImageRef:
-        """No more chunks: wait for the streams, write the small images (`pack` is given a writer) and the index."""
+        """No more chunks: wait for the streams, write the small images (`pack` is given a writer, and says how many bytes they have) and
+        the index."""
         self.chunks.close()
         self._threads.join([stream.thread for stream in self._streams if stream.thread])
         frames = np.concatenate([s.table() for s in self._streams])
         keeps = {page: keep for s in self._streams for page, keep in s.keeps.items()}
-        files = self._put("images.tar.zst", pack)
+        files, files_bytes = self._put("images.tar.zst", pack)
         index = format.encode_index(Index(table, frames, keeps))
-        index_ref = self._put("index.zst", lambda write: write(codec.deflate(index)))
+        index_ref, _ = self._put("index.zst", lambda write: write(codec.deflate(index)))
         return ImageRef(
             name=self._image,
             tasks=tasks,
@@ -100,13 +103,14 @@ class Sender(AbstractContextManager["Sender"]):
             streams=[s.ref() for s in self._streams],
             index=index_ref,
             files=files,
+            files_bytes=files_bytes,
         )
 
     def keep(self) -> None:
         """It is part of a committed checkpoint now."""
         self._kept = True
 
-    def _put(self, name: str, fill: Callable[[Callable[[bytes], None]], None]) -> ObjectRef:
+    def _put(self, name: str, fill: Callable[[Callable[[bytes], None]], T]) -> tuple[ObjectRef, T]:
         made, digester = self._open(f"{self._image}/{name}"), Digester()
 
         def write(data: bytes) -> None:
@@ -114,9 +118,9 @@ class Sender(AbstractContextManager["Sender"]):
             made.upload.write(data)
             self._meter.add(stored=len(data), io=len(data))
 
-        fill(write)
+        said = fill(write)
         made.commit()
-        return ObjectRef(key=f"{self._image}/{name}", size=digester.size, digest=digester.hex())
+        return ObjectRef(key=f"{self._image}/{name}", size=digester.size, digest=digester.hex()), said
 
     def _open(self, key: str) -> _Object:
         made = _Object(f"{self._prefix}/{key}", self._store.upload(f"{self._prefix}/{key}"))
