@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +28,10 @@ SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 PROCESS = WorkloadFacts(kind="process", name="x")
 
 
+def spec(name: str) -> JobSpec:
+    return JobSpec(name=name, argv=SLEEP)
+
+
 class Node:
     """The driver, as a daemon holds it, on a directory of its own; and processes that descend from it."""
 
@@ -38,7 +47,7 @@ class Node:
         return pid
 
     def job(self, name: str) -> int:
-        return self.jobs.run(JobSpec(name=name, namespace="default", argv=SLEEP, cwd="/", env={})).pid
+        return self.jobs.run(spec(name)).pid
 
     def end(self) -> None:
         for job in self.jobs.all():
@@ -78,3 +87,89 @@ def test_whether_a_name_is_free_can_be_asked_before(node: Node) -> None:
         assert refused.value.code == "name_taken"
     for facts, name in ((job, "another"), (PROCESS, ""), (WorkloadFacts(kind="process", name="trainer"), "")):
         node.workloads.insist_free(facts, name)
+
+
+def test_a_restore_that_fails_leaves_no_log_and_no_name(node: Node) -> None:
+    facts = WorkloadFacts(kind="job", name="trainer", uid="a-1", logs={"/old/place.log": "log"})
+    prepared = node.workloads.prepare(facts, "")
+    assert list(node.directory.iterdir())
+    with pytest.raises(Refused):
+        node.job("trainer")
+    prepared.discard()
+    prepared.discard()
+    assert not list(node.directory.iterdir())
+    node.job("trainer")
+
+
+def test_a_restore_that_fails_leaves_the_log_of_the_job_that_was(node: Node) -> None:
+    uid = node.jobs.run(spec("trainer")).uid
+    node.jobs.stop("default", "trainer", "KILL")
+    log = Path(node.jobs.log_path(uid))
+    log.write_text("what it said")
+    node.workloads.prepare(WorkloadFacts(kind="job", name="trainer", uid=uid, logs={str(log): "log"}), "").discard()
+    assert log.read_text() == "what it said"
+
+
+def test_a_restored_job_keeps_its_log_and_its_name(node: Node) -> None:
+    facts = WorkloadFacts(kind="job", name="trainer", logs={"/old/place.log": "log"})
+    prepared = node.workloads.prepare(facts, "")
+    job = prepared.adopt(node.child()).facts
+    prepared.discard()
+    assert [Path(path).exists() for path in job.logs] == [True]
+    with pytest.raises(Refused):
+        node.workloads.prepare(facts, "")
+
+
+# --- the book -----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_byte_can_be_written() -> Iterator[None]:
+    """As on a full disk: files are made, and stay empty."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_job_that_cannot_be_written_down_does_not_run(node: Node) -> None:
+    before = set(keeper.descendants(os.getpid()))
+    with no_byte_can_be_written(), pytest.raises(OSError, match="File too large"):
+        node.job("trainer")
+    assert not set(keeper.descendants(os.getpid())) - before
+    assert not list(node.directory.iterdir())
+    node.job("trainer")
+
+
+def test_a_program_that_cannot_be_started_leaves_nothing(node: Node) -> None:
+    with pytest.raises(Refused) as refused:
+        node.jobs.run(JobSpec(name="trainer", argv=["/nowhere/program"]))
+    assert refused.value.code == "cannot_start"
+    assert not list(node.directory.iterdir())
+    node.job("trainer")
+
+
+def test_of_many_who_want_one_name_at_once_one_gets_it(node: Node) -> None:
+    count = 8
+    together = threading.Barrier(count)
+
+    def run(_: int) -> str:
+        together.wait(10)
+        try:
+            return node.jobs.run(spec("trainer")).state
+        except Refused as e:
+            return e.code
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(run, range(count)))
+    assert sorted(found) == ["name_taken"] * (count - 1) + ["running"]
+
+
+def test_saving_and_reaping_at_once_never_break_a_page_of_the_book(node: Node) -> None:
+    node.job("trainer")
+    (job,) = node.jobs.all()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: node.jobs.save(replace(job, started_at=float(n))), range(200)))
+    assert [found.uid for found in node.jobs.all()] == [job.uid]

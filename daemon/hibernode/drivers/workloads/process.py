@@ -13,9 +13,11 @@ import os
 import select
 import signal
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -95,11 +97,13 @@ class Job:
 
 
 class Jobs:
-    """The book. Thread-safe as far as the file system is: one file per job, replaced whole."""
+    """The book. Thread-safe; one file per job, replaced whole."""
 
     def __init__(self, directory: Path, children: Children, clock: Callable[[], float] = time.time) -> None:
         self._directory, self._children, self._clock = directory, children, clock
         self._guests: dict[int, str] = {}
+        self._lock = threading.RLock()  # held while the book is read and changed, never while anything is waited for
+        self._reserved: set[tuple[str, str]] = set()  # names of jobs that are about to run
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def all(self) -> list[Job]:
@@ -113,14 +117,23 @@ class Jobs:
 
     def save(self, job: Job) -> None:
         temporary = self._directory / f".{job.uid}.json"
-        with open(temporary, "w", opener=lambda path, flags: os.open(path, flags, 0o600), encoding="utf-8") as file:
-            json.dump(asdict(job), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(self._directory / f"{job.uid}.json")
+        with self._lock:
+            try:
+                with open(temporary, "w", opener=lambda path, flags: os.open(path, flags, 0o600), encoding="utf-8") as file:
+                    json.dump(asdict(job), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.rename(self._directory / f"{job.uid}.json")
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def log_path(self, uid: str) -> str:
         return str(self._directory / f"{uid}.log")
+
+    def remove_log(self, uid: str) -> None:
+        """Of a job that came to nothing."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.log_path(uid))
 
     def open_log(self, uid: str) -> int:
         return os.open(self.log_path(uid), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -132,43 +145,44 @@ class Jobs:
 
     def insist_free(self, namespace: str, name: str) -> None:
         job = self.named(namespace, name)
-        if job is not None and job.running:
+        running = job is not None and job.running
+        if running or (namespace, name) in self._reserved:
+            who = f"pid {job.pid}" if job is not None and running else "about to run"
             raise Refused(
                 "name_taken",
-                f"a job {namespace}/{name} runs already, as pid {job.pid}",
+                f"there is a job {namespace}/{name} already: {who}",
                 prop="name",
-                found=f"{namespace}/{name} (pid {job.pid})",
+                found=f"{namespace}/{name} ({who})",
                 wanted="a name no running job has",
                 hint="stop it, or choose another name",
             )
 
+    def reserve(self, namespace: str, name: str) -> None:
+        """From now on the name is taken, until `release`. Of two who want it one gets it."""
+        with self._lock:
+            self.insist_free(namespace, name)
+            self._reserved.add((namespace, name))
+
+    def release(self, namespace: str, name: str) -> None:
+        self._reserved.discard((namespace, name))
+
     def run(self, spec: JobSpec) -> WorkloadView:
-        """Start a job in a session and a cgroup of its own."""
-        self.insist_free(spec.namespace, spec.name)
+        """Start a job in a session and a cgroup of its own. One that cannot be written down does not run."""
+        self.reserve(spec.namespace, spec.name)
         uid = str(uuid.uuid4())
-        log = self.open_log(uid)
-        try:
-            child = subprocess.Popen(
-                spec.argv, cwd=spec.cwd, env=spec.env or {"PATH": os.defpath}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-        except OSError as e:
-            raise Refused(
-                "cannot_start",
-                f"cannot start {spec.argv[0]!r} in {spec.cwd}: {e.strerror}",
-                prop="argv",
-                found=spec.argv[0],
-                wanted="a program that can be executed there",
-            ) from e
-        finally:
-            os.close(log)
-        child.returncode = 0  # `children` waits for it like for a restored one; this object must not
-        cgroup.join(cgroup.create(uid), child.pid)  # what it forks before that stays in the daemon's
-        job = Job(
-            uid, spec.namespace, spec.name, list(spec.argv), spec.cwd, self.log_path(uid), child.pid,
-            proc.start_time(child.pid), self._clock(),
-        )  # fmt: skip
-        self.save(job)
+        with ExitStack() as always, ExitStack() as undo:
+            always.callback(self.release, spec.namespace, spec.name)
+            log = self.open_log(uid)
+            undo.callback(self.remove_log, uid)
+            always.callback(os.close, log)
+            child = _start(spec, log)
+            undo.callback(cgroup.remove, uid)
+            root = child.pid, proc.start_time(child.pid)
+            undo.callback(trees.kill, [root], self._children, uid)
+            cgroup.join(cgroup.create(uid), child.pid)  # what it forks before that stays in the daemon's
+            job = Job(uid, spec.namespace, spec.name, list(spec.argv), spec.cwd, self.log_path(uid), *root, self._clock())
+            self.save(job)
+            undo.pop_all()
         return self.view(job)
 
     def stop(self, namespace: str, name: str, signal_name: str, grace: float = 10.0) -> WorkloadView:
@@ -207,10 +221,11 @@ class Jobs:
         """Wait for children that have ended: keep the exit codes of those that were jobs, remove the cgroups. Never blocks."""
         self._children.reap()
         exits = self._children.take_exits()
-        for job in self.all() if exits else ():
-            if job.pid in exits and not proc.alive(job.pid, job.start_time):
-                self.save(replace(job, exit_code=exits[job.pid]))
-                cgroup.remove(job.uid)
+        with self._lock:  # against a restore that writes the same job down meanwhile
+            for job in self.all() if exits else ():
+                if job.pid in exits and not proc.alive(job.pid, job.start_time):
+                    self.save(replace(job, exit_code=exits[job.pid]))
+                    cgroup.remove(job.uid)
         for pid in exits.keys() & self._guests.keys():
             cgroup.remove(self._guests.pop(pid))
 
@@ -231,6 +246,24 @@ class Jobs:
             log=job.log,
             started_at=job.started_at,
         )
+
+
+def _start(spec: JobSpec, log: int) -> subprocess.Popen[bytes]:
+    try:
+        child = subprocess.Popen(
+            spec.argv, cwd=spec.cwd, env=spec.env or {"PATH": os.defpath}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as e:
+        raise Refused(
+            "cannot_start",
+            f"cannot start {spec.argv[0]!r} in {spec.cwd}: {e.strerror}",
+            prop="argv",
+            found=spec.argv[0],
+            wanted="a program that can be executed there",
+        ) from e
+    child.returncode = 0  # `children` waits for it like for a restored one; this object must not
+    return child
 
 
 def _rss(pid: int) -> int:
@@ -399,13 +432,20 @@ class PreparedProcess:
         self._jobs, self._children = jobs, children
         self._facts = facts.model_copy(update={"name": name or facts.name})
         self._is_job = _is_job(facts, name)
-        if self._is_job:
-            jobs.insist_free(self._facts.namespace, self._facts.name)
+        self._log, self._new_log, self._open = -1, False, True
         running = {job.uid for job in jobs.all() if job.running}
         reuse = facts.uid and not name and facts.uid not in running and not cgroup.members(facts.uid)
         self._uid = facts.uid if reuse else str(uuid.uuid4())
-        self._log = jobs.open_log(self._uid) if facts.logs else -1
-        self._procs = cgroup.create(self._uid)
+        if self._is_job:
+            jobs.reserve(self._facts.namespace, self._facts.name)
+        try:
+            if facts.logs:
+                self._new_log = not Path(jobs.log_path(self._uid)).exists()
+                self._log = jobs.open_log(self._uid)
+            self._procs = cgroup.create(self._uid)
+        except BaseException:
+            self.discard()
+            raise
         self._began = proc.now()
 
     @property
@@ -418,7 +458,6 @@ class PreparedProcess:
         return Prepared(inherit=keys, cgroup_procs=self._procs)
 
     def adopt(self, pid: int) -> ProcessWorkload:
-        self._close()
         facts = self._facts
         if self._is_job:
             job = Job(
@@ -426,9 +465,11 @@ class PreparedProcess:
                 proc.start_time(pid), time.time(),
             )  # fmt: skip
             self._jobs.save(job)
+            self._new_log = False  # it is the job's
             facts = facts.model_copy(update={"uid": self._uid, "logs": {job.log: "log"}, "kind": "job"})
         else:
             self._jobs.adopt(pid, self._uid)
+        self._close()
         return ProcessWorkload(facts, pid, self._children)
 
     def kill(self, tasks: Sequence[TaskFacts]) -> None:
@@ -443,9 +484,15 @@ class PreparedProcess:
 
     def discard(self) -> None:
         self._close()
+        if self._new_log:
+            self._jobs.remove_log(self._uid)
         cgroup.remove(self._uid)
 
     def _close(self) -> None:
-        if self._log >= 0:
-            os.close(self._log)
-            self._log = -1
+        """Both ends come here: the name is the job's in the book, or free again."""
+        if self._open:
+            self._open = False
+            if self._is_job:
+                self._jobs.release(self._facts.namespace, self._facts.name)
+            if self._log >= 0:
+                os.close(self._log)
