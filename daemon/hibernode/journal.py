@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from hibernode.errors import OutcomeUnknown
-from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, RestoreCommand, Status, Value
+from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, Status, Value
 
 _LAST_SEQ = 1000  # above what any action reaches: its terminal event is told once, whatever was told before
 _log = logging.getLogger("hibernode.journal")
@@ -60,10 +60,6 @@ class Record(Value):
     @property
     def done(self) -> bool:
         return self.phase == "done"
-
-    def parsed(self) -> ActionCommand:
-        kind = CheckpointCommand if self.type == "checkpoint" else RestoreCommand
-        return kind.model_validate_json(self.command)
 
 
 def remedy(record: Record) -> Remedy:
