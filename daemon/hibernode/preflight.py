@@ -12,6 +12,7 @@ from hibernode.config import Config
 from hibernode.errors import Corrupt, NoRoom, Refused
 from hibernode.model import MAX_STREAMS, PAGE, CheckpointCommand, CriuOpts, HostFacts, Manifest, Overrides
 from hibernode.ports import CriuFacts, CriuOptions, Load, ProcessFacts, show_version
+from hibernode.transfer import format
 from hibernode.transfer.codec import parse_compression
 
 BEST_RATIO = 50  # no memory compresses better in practice: a store with less room than this leaves cannot hold the image
@@ -171,9 +172,10 @@ def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
 
 def restore_room(manifest: Manifest, work_free: int, load: Load) -> None:
     """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images,
-    as they are stored and as they are."""
-    need = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
-    for prop, found in (("work_dir free bytes", work_free), ("memory available", load.memory_available)):
+    as they are stored and as they are. The index is in memory only, as large as its image can have made it."""
+    room = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
+    memory = room + max(format.index_limit(image) for image in manifest.images)  # a claim of ours too: the index is read for it
+    for prop, found, need in (("work_dir free bytes", work_free, room), ("memory available", load.memory_available, memory)):
         if found < need:
             raise NoRoom(
                 f"the restore needs {need} bytes, {prop} is {found}", hint="free memory, or make the tmpfs of work_dir larger",

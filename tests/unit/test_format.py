@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hibernode.errors import Corrupt, HibernodeError, Refused
+from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused
 from hibernode.model import (
     FRAME_PAGES,
     PAGE,
@@ -165,7 +165,7 @@ def test_an_index_with_any_field_replaced(data: st.DataObject) -> None:
 def test_every_flipped_byte_of_a_compressed_index_is_corrupt_or_the_same() -> None:
     raw, image = a_small_one()
     packed = codec.deflate(raw)
-    limit = format.index_limit(image.pages)
+    limit = format.index_limit(image)
     tracemalloc.start()
     try:
         for at in range(len(packed)):
@@ -224,7 +224,37 @@ def test_honest_indexes_are_within_the_limit() -> None:
     segments, frames = np.zeros(n, SEGMENT), np.zeros(n, FRAME)
     segments["dst_id"], segments["pages"], segments["flags"] = 7 << 8 | 1, 1, PRESENT
     frames["first_page"], frames["pages"], frames["kept"] = np.arange(n), 1, 1
-    assert len(format.encode_index(Index(segments, frames, {}))) < format.index_limit(n)
+    image = image_of(Index(segments, frames, {}), frames, 1, n)
+    assert len(format.encode_index(Index(segments, frames, {}))) < format.index_limit(image)
+
+
+def counted(pages: int, zero_pages: int) -> ImageRef:
+    return a_small_one()[1].model_copy(update={"pages": pages, "zero_pages": zero_pages})
+
+
+def test_a_manifest_cannot_lift_the_limit() -> None:
+    """Pages of zeros cost nothing, so a manifest can name any number of them."""
+    assert format.index_limit(counted(1 << 30, 1 << 30)) <= format.MAX_INDEX
+    assert format.index_limit(counted(1 << 40, 0)) <= format.MAX_INDEX
+    assert format.index_limit(counted(1000, 1000)) < 40 << 20
+
+
+@pytest.mark.parametrize("tib", [1, 7])
+def test_an_honest_image_of_many_tib_is_within_the_limit(tib: int) -> None:
+    """Every frame with its keep map, and a segment for every 64 KiB."""
+    pages = (tib << 40) // PAGE
+    frames = pages // FRAME_PAGES
+    honest = 32 + pages // 16 * SEGMENT.itemsize + frames * (FRAME.itemsize + FRAME_PAGES // 8)
+    assert honest <= format.index_limit(counted(pages, frames))
+
+
+def test_an_index_that_nobody_would_read_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, image = a_small_one()
+    monkeypatch.setattr(format, "MAX_INDEX", len(raw) - 1)  # a number, not our code: four GiB would not fit here
+    with pytest.raises(DumpFailed):
+        format.encode_index(format.decode_index(raw, image))
+    monkeypatch.setattr(format, "MAX_INDEX", len(raw))
+    assert format.encode_index(format.decode_index(raw, image)) == raw
 
 
 # --- seek table -------------------------------------------------------------------------------------------------------------
@@ -299,7 +329,7 @@ def changed(path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> bytes:
 
 OPTIONAL = {
     "criu_opts", "uid", "logs", "argv", "cwd", "namespace", "cpu_model", "hibernode", "ppid", "comm", "threads", "tcp",
-    "leave_running", "shell_job", "ext_unix_sk", "file_locks", "link_remap", "ghost_limit", "timeout",
+    "leave_running", "shell_job", "ext_unix_sk", "file_locks", "link_remap", "ghost_limit", "timeout", "dead", "files_bytes",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from hibernode.model import (
     WorkloadFacts,
 )
 from hibernode.ports import CriuFacts, CriuOptions, Load, ProcessFacts
+from hibernode.transfer import format
 
 ID = "0123abcd-0123-4567-89ab-0123456789ab"
 CONFIG = Config(node="n")
@@ -32,6 +33,8 @@ PROCESS = ProcessFacts(50, 1, "train", "S", 50, False, 0, 0, PAGE, ((0, "/dev/nu
 COMMAND = CheckpointCommand(action_id=ID, checkpoint_id=ID, target=Target(pid=50))
 HERE = HostFacts(arch="x86_64", kernel="6", page_size=PAGE, criu_version=0)
 CRIU = CriuFacts(40201, "/usr/sbin/criu")
+INDEX = 32 + (1 << 20) * 32 + (1 << 19) * (32 + 64 + 128)  # of 2 GiB, at most
+MOST = format.MAX_INDEX
 LOAD = Load(cpus=2, memory_total=1 << 30, memory_available=1 << 30, load=0.0)
 
 
@@ -99,7 +102,8 @@ ROWS = [
     Row("criu_too_old", lambda: restored(criu_version=40300), "criu", "4.2.1", "4.3"),
     Row("no_room", lambda: room_for(manifest(), 100 * PAGE), "work_dir free bytes", 100 * PAGE, 100 * PAGE + 500, NoRoom),
     Row("no_room", lambda: room_for(manifest(unpacked=7000), 7000), "work_dir free bytes", 7000, 100 * PAGE + 7500, NoRoom),
-    Row("no_room", lambda: room_for(manifest(pages=1 << 19), 1 << 40), "memory available", 1 << 30, (1 << 31) + 500, NoRoom),
+    Row("no_room", lambda: room_for(manifest(pages=1 << 19), 1 << 40), "memory available", 1 << 30, (1 << 31) + 500 + INDEX, NoRoom),
+    Row("no_room", lambda: room_for(manifest(pages=1 << 40, zero=1 << 40), 1 << 40), "memory available", 1 << 30, MOST + 500, NoRoom),
     Row("pid_taken", lambda: preflight.pids([(7, "'bash'"), (8, "'vi'")]), "pid", "7: 'bash'", "free", more={"pids": [7, 8]}),
 ]  # fmt: skip
 
@@ -167,7 +171,7 @@ def test_nothing_is_refused_without_a_reason() -> None:
     restored()
     restored(criu=CriuFacts(40299, ""), criu_version=40201)
     restored(criu_version=40299)
-    preflight.restore_room(manifest(pages=1 << 40, zero=1 << 40), 500, LOAD)
+    preflight.restore_room(manifest(pages=1 << 20, zero=1 << 20), 500, LOAD)
     preflight.pids([])
 
 

@@ -110,7 +110,7 @@ def deflate(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=3).compress(data)
 
 
-def inflate(data: bytes, *, limit: int) -> bytes:
+def inflate(data: Buffer, *, limit: int) -> bytes:
     """The content of one frame written by `deflate`; Corrupt if it is empty, larger than `limit` (or memory), or damaged."""
     try:
         size = zstandard.frame_content_size(data)

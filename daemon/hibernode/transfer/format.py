@@ -18,7 +18,7 @@ import numpy.typing as npt
 from blake3 import blake3
 from pydantic import ValidationError
 
-from hibernode.errors import Corrupt, Refused
+from hibernode.errors import Corrupt, DumpFailed, Refused
 from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, ImageRef, Manifest
 from hibernode.transfer.pageproto import PRESENT
 
@@ -38,6 +38,9 @@ SegmentTable = npt.NDArray[Any]
 FrameTable = npt.NDArray[Any]
 KeepMap = npt.NDArray[np.bool_]
 
+# bytes, inflated. A TiB of memory is 17 MiB of frames, 50 MiB if all of them have zero pages, and 32 bytes for each segment: with 64 KiB
+# of memory per segment, which is very scattered, 7 TiB fit.
+MAX_INDEX = 4 << 30
 MAX_MANIFEST = 64 << 20  # bytes; 100,000 tasks with ten threads each are about 15 MiB
 _MAGIC = b"HNINDEX1"
 _HEADER = struct.Struct("<8sQQQ")  # magic, segments, frames, keep maps
@@ -113,8 +116,12 @@ class Index:
 
 
 def encode_index(index: Index) -> bytes:
+    """The index as bytes. DumpFailed if no reader would take it."""
     frames = np.sort(index.frames, order="first_page")
     keeps = [np.packbits(_padded(index.keeps[int(f["first_page"])])) for f in frames if f["kept"] < f["pages"]]
+    size = _HEADER.size + index.segments.nbytes + frames.nbytes + len(keeps) * _KEEP_BYTES
+    if size > MAX_INDEX:
+        raise DumpFailed(f"the memory is too scattered: its index would have {size} bytes, at most {MAX_INDEX} can be stored")
     return b"".join(
         [
             _HEADER.pack(_MAGIC, len(index.segments), len(frames), len(keeps)),
@@ -129,10 +136,12 @@ def _padded(keep: KeepMap) -> KeepMap:
     return np.pad(keep, (0, FRAME_PAGES - len(keep)))
 
 
-def index_limit(pages: int) -> int:
-    """The largest index an honest image of so many pages can have. Segments without content are bounded by the address space in
-    use, which no fragmentation makes larger than the pages themselves by more than this."""
-    return _HEADER.size + (pages + (1 << 20)) * SEGMENT.itemsize + (pages + 1) * (FRAME.itemsize + _KEEP_BYTES)
+def index_limit(image: ImageRef) -> int:
+    """The largest index that is read for this image. The manifest's own counts bound it, because a segment has a page at least and a
+    frame a page that is not zero; but counts can lie, and pages of zeros cost nothing, so there is a ceiling. Segments without content
+    are bounded by the address space in use, which no fragmentation makes larger than the pages themselves by more than this."""
+    kept = image.pages - image.zero_pages
+    return min(MAX_INDEX, _HEADER.size + (image.pages + (1 << 20)) * SEGMENT.itemsize + kept * (FRAME.itemsize + _KEEP_BYTES))
 
 
 def decode_index(data: bytes, image: ImageRef) -> Index:

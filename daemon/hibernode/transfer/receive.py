@@ -60,20 +60,22 @@ class Receiver:
         self._meter.add(io=self._image.files.size)
 
     def fetch_index(self) -> Index:
-        limit = format.index_limit(self._image.pages)
+        """The index, compared with its digest and with the manifest. Takes no more memory than `format.index_limit` and what it inflates
+        to, whatever the manifest says."""
+        limit = format.index_limit(self._image)
         data = self._fetch_small(self._image.index, limit)
         return format.decode_index(codec.inflate(data, limit=limit), self._image)
 
-    def _fetch_small(self, ref: ObjectRef, limit: int) -> bytes:
+    def _fetch_small(self, ref: ObjectRef, limit: int) -> memoryview:
         if ref.size > limit:
             raise Corrupt(f"{ref.key} is larger than it can be")
-        data = bytearray(ref.size)
+        data = memoryview(bytearray(ref.size))
         if data:
-            self._store.read_into(f"{self._prefix}/{ref.key}", 0, memoryview(data))
-        if format.digest(memoryview(data)).hex() != ref.digest:
+            self._store.read_into(f"{self._prefix}/{ref.key}", 0, data)
+        if format.digest(data).hex() != ref.digest:
             raise Corrupt(f"{ref.key} is damaged: its digest is not the manifest's", key=ref.key)
         self._meter.add(io=len(data))
-        return bytes(data)
+        return data
 
     def fetch_pages(self, index: Index, directory: Path, threads: Threads) -> None:
         """All pages into pages files in `directory`, verified; returns when they are there."""
