@@ -6,13 +6,15 @@ import contextlib
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
 from tests import keeper
-from tests.daemon import Daemon, failed, pid_target, ready
+from tests.daemon import Daemon, failed, pb, pid_target, ready
 from tests.keeper import wait_until
 from tests.node.workload import LIMIT, Program, checkpointed, goes_on, python
 
@@ -87,6 +89,24 @@ def test_a_restore_whose_criu_is_killed_leaves_nothing(daemon: Daemon, tmp_path:
         with criu_dies_when(daemon, program.pid):
             failed(daemon.restore(done.checkpoint_id), "restore_failed")
         assert not below(daemon)
+        ready(daemon.restore(done.checkpoint_id))
+
+
+def test_a_daemon_that_dies_while_criu_restores_leaves_nothing_to_the_next(daemon: Daemon, tmp_path: Path) -> None:
+    """What lives in the restore's place is of it, CRIU too: nobody has to look at it by hand."""
+    with Program(tmp_path, python("counter.py", 0.01, "300")) as program:
+        program.beat()
+        done = checkpointed(daemon, program, compression="none")
+        command = pb.RestoreCommand(action_id=str(uuid.uuid4()), checkpoint_id=done.checkpoint_id)
+        updates = daemon.stub.Restore(command, timeout=LIMIT)
+        wait_until(lambda: keeper.fields(program.pid), LIMIT, f"pid {program.pid}")
+        daemon.kill()
+        with contextlib.suppress(grpc.RpcError):
+            list(updates)
+        daemon.start()
+        (action,) = [a for a in daemon.stub.ListActions(pb.Empty(), timeout=10).actions if a.action_id == command.action_id]
+        assert action.last.code == "interrupted", action.last.message
+        assert not keeper.alive(program.pid)
         ready(daemon.restore(done.checkpoint_id))
 
 
