@@ -310,12 +310,12 @@ class Dispatcher:
             entry = self._node.journal.find(action_id) if action_id else None
             if action_id and entry is None:
                 raise NotFound(f"no action {action_id} on this node", hint="`hibernode status` lists them")
-            seen = 0
-            if entry is not None and entry.record.last is not None:
-                seen = entry.record.last.seq
-                yield entry.record.last
-                if entry.record.last.status.terminal:
+            last = entry.record.last if entry is not None else None  # read once: the next may be written while this one is sent
+            if last is not None:
+                yield last
+                if last.status.terminal:
                     return
+            seen = last.seq if last is not None else 0
             while True:
                 update = await queue.get()
                 if (action_id and update.action_id != action_id) or (

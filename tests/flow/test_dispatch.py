@@ -204,6 +204,22 @@ async def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
         await desk.end(action)
 
 
+async def test_a_watcher_that_is_slow_misses_no_end(tmp_path: Path) -> None:
+    """The end comes while the event before it is still being sent: it was lost once, and the stream ended without it."""
+    rig = node(tmp_path, Gate("criu.dump"))
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.dispatcher.submit(command)
+        await eventually(rig.script.reached.is_set, "the dump")
+        watching = desk.dispatcher.watch(command.action_id)
+        first = await anext(watching)
+        assert isinstance(first, Event)
+        assert first.status == PROCESSING
+        rig.script.open.set()
+        await desk.end(command.action_id)
+        assert [u.status async for u in watching if isinstance(u, Event)] == [CREATED, READY]
+
+
 async def test_a_watcher_sees_the_last_event_and_what_comes_until_the_end(tmp_path: Path) -> None:
     rig = node(tmp_path, Gate("criu.dump"))
     async with running(rig) as desk:
