@@ -50,7 +50,6 @@ def second(first: Daemon, place: Path, *, shares: tuple[str, ...]) -> Iterator[t
 def test_a_second_daemon_goes_before_it_has_touched_anything(tmp_path: Path, shares: tuple[str, ...]) -> None:
     """The first is in the middle of a dump, which a recovery would call interrupted and whose directory it would empty."""
     with Daemon(arena="16MiB") as first, Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
-        program.beat()  # its memory is there
         with Untouched(program):
             updates = iter(first.begin_checkpoint(program.target, compression="zstd:12", streams=1))
             action = until(updates, "dumping")
@@ -69,6 +68,7 @@ def test_a_second_daemon_goes_before_it_has_touched_anything(tmp_path: Path, sha
 def test_one_that_is_stopping_is_waited_for(tmp_path: Path) -> None:
     """It drains, until a second signal cancels what is left, and tells: only then the next daemon reads the journal."""
     with Daemon(arena="16MiB") as first, Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
+        program.beat()  # its memory is there
         updates = iter(first.begin_checkpoint(program.target, compression="zstd:19", streams=1))
         until(updates, "dumping")
         pid = first.pid
