@@ -48,7 +48,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _UNTOUCHED = ("starting", "preflight", "fetching")  # phases in which trying again is harmless
-_BUS_RETRY = 30.0  # seconds until a broker that refused us is asked again
 _WATCHER_QUEUE = 1000  # updates a slow watcher may lag behind before it loses progress (never events)
 _log = structlog.get_logger("hibernode")
 
