@@ -46,13 +46,15 @@ _THREADS = 64  # at most; made as they are needed
 _log = structlog.get_logger("hibernode")
 
 
-def run(settings: Config) -> None:
-    """Until SIGTERM or SIGINT; a second one cancels what still runs. Raises what keeps it from starting."""
+def run(settings: Config, dress: Callable[[Node], Node] = lambda node: node) -> None:
+    """Until SIGTERM or SIGINT; a second one cancels what still runs. Raises what keeps it from starting.
+
+    `dress` may stand something before the node's ports: the crash matrix injects its faults there, into this daemon and no other."""
     if os.geteuid():
         raise Refused("not_root", "the daemon needs root", prop="uid", found=os.geteuid(), wanted=0, hint="CRIU does")
     log_to_stderr(settings)
     with Alone(settings) as alone:
-        asyncio.run(serve(settings, alone))
+        asyncio.run(serve(settings, alone, dress))
 
 
 class Alone(contextlib.AbstractContextManager["Alone"]):
@@ -112,11 +114,11 @@ def _lock(lock: int, directory: Path) -> None:
     return fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-async def serve(settings: Config, alone: Alone) -> None:
+async def serve(settings: Config, alone: Alone, dress: Callable[[Node], Node]) -> None:
     """Build, start, tell systemd, wait for a signal, drain."""
     # Actions spend their lives in threads, waiting: none may keep a question from being answered.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "hibernode"))
-    this, metrics, bus = build(settings), Metrics(__version__), open_bus(settings)
+    this, metrics, bus = dress(build(settings)), Metrics(__version__), open_bus(settings)
     outbox = Outbox(this.journal)
 
     def observe(update: Event | Progress) -> None:
