@@ -84,12 +84,49 @@ class Criu(Section):
 
 
 class Limits(Section):
+    """Deadlines are seconds; what is said "beside" is added for each action's own size, so that a default suits any workload."""
+
     actions: int = Field(default=2, ge=1)  # running at once on this node
+    preflight: float = Field(default=120.0, gt=0)  # seconds to look at the workload, the node and the store
     pause: float = Field(default=60.0, gt=0)  # seconds a dump may hold a workload, beside 1 s for each 64 MiB of its memory
+    transfer: float = Field(default=600.0, gt=0)  # seconds to ship or fetch an image, beside 1 s for each 4 MiB of its memory
+    commit: float = Field(default=300.0, gt=0)  # seconds to write the manifest and to read it back
+    restore: float = Field(default=120.0, gt=0)  # seconds CRIU has to restore, beside 1 s for each 64 MiB of memory
+    second: Literal["wait", "refuse"] = "wait"  # what becomes of a command for a workload that has one at work
     attempts: int = Field(default=3, ge=1)  # of a command that meets a transient error before anything is frozen
     retry_delay: float = Field(default=5.0, ge=0)  # seconds before the next
     progress_interval: float = Field(default=0.25, gt=0)  # seconds
     node_interval: float = Field(default=10.0, gt=0)  # seconds between two node records; they live for three of them
+
+
+class Signing(Section):
+    """Of manifests, with ed25519. Files in PEM."""
+
+    key: str = ""  # path of this node's private key; empty: nothing is signed
+    trusted: tuple[str, ...] = ()  # paths of public keys; if there is one, a manifest signed by none of them is refused
+
+
+class Encryption(Section):
+    """Of everything but the manifest, with AES-256-GCM and a data key per checkpoint, which a key of ours wraps."""
+
+    key: str = ""  # path of the 32 bytes (raw, hex or base64) that wrap data keys; empty: nothing is encrypted
+    former: tuple[str, ...] = ()  # paths of keys that wrapped older checkpoints: for reading
+    command: tuple[str, ...] = ()  # a program that wraps and unwraps in place of a file: a key management service
+
+
+class Retention(Section):
+    """What `hibernode gc` removes; nothing is removed that is younger than `grace`, or in use."""
+
+    grace: float = Field(default=86400.0, ge=0)  # seconds
+    keep_last: int = Field(default=0, ge=0)  # checkpoints of one workload that stay; 0: all
+    keep_days: float = Field(default=0.0, ge=0)  # older ones go; 0: none
+
+
+class Watchdog(Section):
+    """The process that gives workloads back when the daemon cannot."""
+
+    interval: float = Field(default=1.0, gt=0)  # seconds between two looks
+    grace: float = Field(default=15.0, ge=0)  # seconds a daemon that ended has to come back, and a phase to end after its deadline
 
 
 class Metrics(Section):
@@ -113,6 +150,10 @@ class Config(Section):
     transfer: Transfer = Transfer()
     criu: Criu = Criu()
     limits: Limits = Limits()
+    signing: Signing = Signing()
+    encryption: Encryption = Encryption()
+    gc: Retention = Retention()
+    watchdog: Watchdog = Watchdog()
     metrics: Metrics = Metrics()
     log: Log = Log()
 
@@ -156,6 +197,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
 
 
 _OUTSIDE = {"HIBERNODE_CONFIG", "HIBERNODE_SOCKET_PATH"}  # read by the command line, not keys of the configuration
+_LISTS = ("allowed", "trusted", "former", "command")  # of a variable: with commas between
 _SECRET = ("password", "secret", "token", "credentials")
 _WITH_SECRETS = ("bus", "store.s3")  # tables that hold some
 
@@ -183,7 +225,7 @@ def _set(data: dict[str, object], name: str, keys: list[str], value: str) -> Non
                 wanted="the name of a key", hint="`hibernode check-config --defaults` prints every key with its default",
             )  # fmt: skip
         data = inner
-    data[keys[-1]] = value.split(",") if keys[-1] == "allowed" else value
+    data[keys[-1]] = value.split(",") if keys[-1] in _LISTS else value
 
 
 def render(config: Config) -> str:

@@ -42,6 +42,8 @@ class Record(Value):
     target: str
     command: str  # JSON of the model, for whoever has to finish it
     phase: str = "starting"
+    until: float = 0.0  # CLOCK_BOOTTIME, seconds, by which the daemon will have left this phase; 0: it has no deadline
+    boot: str = ""  # the kernel's boot id: pids, start times and `until` mean nothing in another boot
     status: Status = Status.INITIALIZED
     seq: int = 0
     began_at: float

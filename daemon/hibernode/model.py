@@ -295,6 +295,21 @@ class WorkloadFacts(Value):
     cwd: str = ""
 
 
+class Signature(Value):
+    """Of a manifest, by ed25519."""
+
+    key: Digest  # whose: BLAKE3 of the public key's 32 bytes
+    ed25519: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
+
+
+class WrappedKey(Value):
+    """The data key of an encrypted checkpoint, as only the holder of another key can read it."""
+
+    cipher: Literal["AES-256-GCM"]
+    key: Annotated[str, StringConstraints(max_length=1024)]  # which one wrapped it, in words of the keyring
+    wrapped: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/=]{1,8192}$")]  # base64
+
+
 class Manifest(Value):
     """The last object written. A checkpoint without it does not exist."""
 
@@ -314,6 +329,7 @@ class Manifest(Value):
     zero_bytes: Count
     stored_bytes: Count
     images: Annotated[list[ImageRef], Field(min_length=1, max_length=64)]
+    encryption: WrappedKey | None = None  # None: what is stored is not encrypted
 
 
 # --- what people ask for ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from hibernode.model import Cancel, HostFacts, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
+from hibernode.model import Cancel, HostFacts, JobSpec, Signature, Target, TaskFacts, WorkloadFacts, WorkloadView, WrappedKey
 
 Buffer = bytes | bytearray | memoryview
 Identity = tuple[int, int]  # of a process: its pid and when it began (clock ticks since boot), because pids come again
@@ -88,6 +88,31 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove; a key that is not there is no error."""
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------------
+
+
+class Notary(Protocol):
+    """Signs what this node writes, and decides whose writing it believes."""
+
+    def sign(self, message: bytes) -> Signature | None:
+        """None: this node signs nothing."""
+
+    def check(self, message: bytes, signature: Signature | None) -> None:
+        """Refused("unsigned" | "signer" | "signature") unless somebody trusted signed just this; nobody is asked where nobody is
+        named as trusted."""
+
+
+class Keyring(Protocol):
+    """Keeps the keys that data keys are wrapped with: a file, or a key management service. Thread-safe."""
+
+    def wrap(self, data_key: bytes, checkpoint_id: str) -> WrappedKey | None:
+        """None: this node encrypts nothing. `checkpoint_id` is bound to it: it cannot be unwrapped for another one."""
+
+    def unwrap(self, wrapped: WrappedKey, checkpoint_id: str) -> bytes:
+        """The data key. Refused("key_unknown") if this keyring has not the key that wrapped it; Corrupt if it is not what was wrapped;
+        Refused("key_service") if the service does not answer."""
 
 
 # --- CRIU -------------------------------------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ def changed(path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> bytes:
     return as_bytes(value)
 
 
-OPTIONAL = {
+OPTIONAL = {"encryption", 
     "criu_opts", "uid", "logs", "argv", "cwd", "namespace", "cpu_model", "hibernode", "ppid", "comm", "threads", "tcp",
     "leave_running", "shell_job", "ext_unix_sk", "file_locks", "link_remap", "ghost_limit", "timeout", "dead", "files_bytes",
 }  # fmt: skip
