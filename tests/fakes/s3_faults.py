@@ -22,6 +22,7 @@ from typing import ClassVar, Self
 from urllib.parse import parse_qs, urlsplit
 
 STALL_LIMIT = 20.0  # seconds after which a stall ends by itself, if the client never gives up
+HOLD_LIMIT = 60.0  # seconds a request is held if nobody releases it
 FOREVER = 1 << 30
 
 
@@ -58,13 +59,37 @@ class Flip:
 
 
 @dataclass(frozen=True)
+class FlipAnswer:
+    """One bit of the answer's body is turned over on its way to the client."""
+
+
+@dataclass(frozen=True)
+class DropPart:
+    """The server behind is told to make the object without its last part, and says that all is well."""
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """Other headers in the answer; None removes one."""
 
     headers: Mapping[str, str | None]
 
 
-Fault = Answer | Reset | Truncate | Stall | Flip | Rewrite
+class Hold:
+    """The request waits until `release`, and is then passed on: a fault only to who has no patience. `held`: one waits."""
+
+    def __init__(self) -> None:
+        self.held, self._released = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.held.set()
+        self._released.wait(HOLD_LIMIT)
+
+    def release(self) -> None:
+        self._released.set()
+
+
+Fault = Answer | Reset | Truncate | Stall | Flip | FlipAnswer | DropPart | Rewrite | Hold
 
 
 @dataclass
@@ -95,9 +120,9 @@ class FaultProxy:
     def seen(self, operation: str) -> list[Request]:
         return [r for r in self.requests if r.operation == operation]
 
-    def play(self, operation: str, fault: Fault, *, times: int = FOREVER, after: int = 0) -> None:
-        """The next `times` requests of `operation`, after letting `after` pass, meet `fault`."""
-        self._server.faults.append(_Planned(operation, fault, after, times))
+    def play(self, operation: str, fault: Fault, *, times: int = FOREVER, after: int = 0, key: str = "") -> None:
+        """The next `times` requests of `operation`, after letting `after` pass, meet `fault`; only those whose path holds `key`."""
+        self._server.faults.append(_Planned(operation, fault, after, times, key))
 
     def heal(self) -> None:
         """No more faults."""
@@ -119,6 +144,7 @@ class _Planned:
     fault: Fault
     skip: int
     times: int
+    key: str = ""
 
 
 class _Server(ThreadingHTTPServer):
@@ -130,10 +156,10 @@ class _Server(ThreadingHTTPServer):
         self.faults: list[_Planned] = []
         self.requests: list[Request] = []
 
-    def next_fault(self, operation: str) -> Fault | None:
+    def next_fault(self, operation: str, path: str) -> Fault | None:
         with self.lock:
             for planned in self.faults:
-                if planned.operation != operation or not planned.times:
+                if planned.operation != operation or not planned.times or planned.key not in path:
                     continue
                 if planned.skip:
                     planned.skip -= 1
@@ -155,6 +181,12 @@ def operation_of(method: str, path: str) -> str:
         if key in query and method in names:
             return names[method]
     return _BY_METHOD[is_object].get(method, method)
+
+
+def _without_last_part(body: bytes) -> bytes:
+    """CompleteMultipartUpload's list of parts, one shorter."""
+    start, end = body.rindex(b"<Part>"), body.rindex(b"</Part>") + len(b"</Part>")
+    return body[:start] + body[end:]
 
 
 _BY_QUERY: dict[str, dict[str, str]] = {
@@ -185,14 +217,20 @@ class _Handler(BaseHTTPRequestHandler):
         operation = operation_of(self.command, self.path)
         with self.server.lock:
             self.server.requests.append(Request(operation, self.path, {k.lower(): v for k, v in self.headers.items()}))
-        fault = self.server.next_fault(operation)
+        fault = self.server.next_fault(operation, self.path)
         if isinstance(fault, Stall):
             return self._stall()
         if isinstance(fault, Answer):
             return self._answer(fault)
+        if isinstance(fault, Hold):
+            fault.wait()
         if isinstance(fault, Flip):
             body = bytes([body[0] ^ 1]) + body[1:]
+        if isinstance(fault, DropPart):
+            body = _without_last_part(body)
         status, headers, content = self._forward(body)
+        if isinstance(fault, FlipAnswer) and content:
+            content = content[:-1] + bytes([content[-1] ^ 1])
         if isinstance(fault, Reset):
             return self._reset()
         if isinstance(fault, Rewrite):
@@ -211,7 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for key, value in self.headers.items():
-                connection.putheader(key, value)
+                connection.putheader(key, str(len(body)) if key.lower() == "content-length" else value)
             connection.endheaders(body or None)
             answer = connection.getresponse()
             content = answer.read()
