@@ -1,0 +1,140 @@
+"""What must not happen while hostile bytes are read, whatever they say. Each breach is a `Finding`:
+
+- an exception that is not one of those the reader documents;
+- more than `SECONDS` of processor time, or `MEMORY` more resident bytes than before;
+- a file opened, made, renamed or removed outside of the temporary directory, a process started, a connection made;
+- a descriptor or a thread that is still there afterwards.
+
+An endless wait uses no processor time: the engine's own clock ends that one, and in a test the test's.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SECONDS = 5.0  # of processor time; the slowest honest input here takes a tenth of one
+MEMORY = 512 << 20  # bytes
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_PATHS = {  # audit events -> how many of their first arguments are paths
+    "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1,
+    "os.rename": 2, "os.link": 2, "os.symlink": 2, "shutil.rmtree": 1,
+}  # fmt: skip
+_NEVER = ("subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "socket.connect", "socket.bind")  # fmt: skip
+# Modules are imported late, and the kernel is asked about ourselves.
+_READABLE = (sys.prefix, sys.base_prefix, str(Path(__file__).resolve().parents[1]), "/proc/", "/dev/", "/usr/", "/etc/localtime")
+
+
+class Finding(BaseException):
+    """No `Exception`: nobody who tidies up may swallow it."""
+
+
+class _Watch:
+    """The one audit hook of this process: it stays for ever, and is asleep outside of `guarded`."""
+
+    def __init__(self) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="hibernode-fuzz-")
+        self.root = Path(self._temporary.name).resolve()
+        self.awake = False
+        self.breach = ""
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[object, ...]) -> None:
+        if not self.awake:
+            return
+        if event == "open":
+            path, _, flags = arguments
+            writes = isinstance(flags, int) and flags & _WRITES
+            if isinstance(path, str | bytes | os.PathLike) and not self._ours(path) and (writes or not _known(path)):
+                self._stop(f"{'writes' if writes else 'reads'} {os.fsdecode(path)!r}")
+        elif event in _PATHS:
+            for path in arguments[: _PATHS[event]]:
+                if isinstance(path, str | bytes | os.PathLike) and not self._ours(path):
+                    self._stop(f"{event} of {os.fsdecode(path)!r}")
+        elif event in _NEVER:
+            self._stop(f"{event} {arguments!r}")
+
+    def _ours(self, path: str | bytes | os.PathLike[str]) -> bool:
+        """Inside of the temporary directory, once links and `..` are resolved."""
+        full = os.path.realpath(os.fsdecode(path))
+        return full == str(self.root) or full.startswith(f"{self.root}/")
+
+    def _stop(self, what: str) -> None:
+        self.breach = self.breach or f"outside of the temporary directory: {what}"  # whoever swallows this one is told on at the end
+        raise Finding(self.breach)
+
+
+def _known(path: str | bytes | os.PathLike[str]) -> bool:
+    return os.fsdecode(path).startswith(_READABLE)
+
+
+_watch = _Watch()
+
+
+def root() -> Path:
+    """The temporary directory of this process: what a target makes once and keeps goes here."""
+    return _watch.root
+
+
+@contextmanager
+def guarded(*allowed: type[Exception]) -> Iterator[Path]:
+    """An empty directory, and an eye on what is done inside. `allowed` is what the reader says that it raises."""
+    place = _watch.root / "place"
+    if place.exists():
+        shutil.rmtree(place)
+    place.mkdir()
+    before = _Held()
+    _watch.awake, _watch.breach = True, ""
+    try:
+        yield place
+    except allowed:
+        pass
+    finally:
+        _watch.awake = False
+    if _watch.breach:
+        raise Finding(_watch.breach)
+    before.compare()
+
+
+class _Held:
+    """What this process has and has used, to be compared afterwards."""
+
+    def __init__(self) -> None:
+        self._threads = set(threading.enumerate())
+        self._descriptors = _descriptors()
+        self._peak, self._seconds = _peak(), time.process_time()
+
+    def compare(self) -> None:
+        if (seconds := time.process_time() - self._seconds) > SECONDS:
+            raise Finding(f"took {seconds:.1f} s of processor time")
+        if (grown := _peak() - self._peak) > MEMORY:
+            raise Finding(f"took {grown >> 20} MiB of memory")
+        if left := set(threading.enumerate()) - self._threads:
+            raise Finding(f"threads are left: {left}")
+        if _descriptors() > self._descriptors:
+            gc.collect()  # an exception's traceback may hold one a moment longer
+            if _descriptors() > self._descriptors:
+                raise Finding("descriptors are left open")
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def require(condition: object, what: str) -> None:
+    """What must be true of whatever was read, or it is a finding."""
+    if not condition:
+        raise Finding(what)

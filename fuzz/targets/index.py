@@ -1,0 +1,194 @@
+"""`index.zst`, and what a restore does with it: the index is decoded, pages files are laid out and frames written into them.
+
+The manifest belongs to the enemy too, so the built ones come with an `ImageRef` that agrees with whatever the tables say, with frames
+whose digests are right: only the checks that remain stand between them and the pages files.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from fuzz.feed import Feed
+from fuzz.guard import guarded, require
+from fuzz.targets import golden
+from hibernode.errors import Corrupt
+from hibernode.flow import Threads
+from hibernode.model import FRAME_PAGES, MAX_STREAMS, PAGE, Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
+from hibernode.ports import Store
+from hibernode.transfer import codec, format
+from hibernode.transfer.receive import Receiver
+
+MAX_LENGTH = 8192
+_PACKED, _TABLES, _BUILT = 0, 1, 2
+_HEADER = struct.Struct("<8sQQQ")
+_TASKS = [TaskFacts(pid=1)]
+_MOST_PAGES = 3 * FRAME_PAGES  # that one run writes
+_DIGEST = "0" * 64
+
+
+@dataclass
+class _Shelf:
+    """The part of a store that is read from here."""
+
+    objects: dict[str, bytes] = field(default_factory=dict)
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        piece = self.objects.get(key, b"")[offset : offset + len(into)]
+        if len(piece) != len(into):
+            raise Corrupt(f"{key} is too short")
+        into[:] = piece
+
+
+def one(data: bytes) -> None:
+    feed = Feed(data)
+    how = feed.below(4)
+    if how == _PACKED:
+        _packed(feed.rest())
+    elif how == _TABLES:
+        _tables(feed.rest())
+    else:
+        _built(feed)
+
+
+def _packed(stored: bytes) -> None:
+    """The object itself, with the golden manifest."""
+    image = ImageRef.model_validate(json.loads(golden.manifest())["images"][0])
+    with guarded(Corrupt):
+        format.decode_index(codec.inflate(stored, limit=format.index_limit(image)), image)
+
+
+def _tables(raw: bytes) -> None:
+    """The index inflated, with a manifest that agrees, and no frames behind it."""
+    image = _agreeing(raw, {})
+    with guarded(Corrupt) as place:
+        _restore(_Shelf(), image, raw, place)
+
+
+def _built(feed: Feed) -> None:
+    segments = _segments(feed)
+    shelf, frames, keeps = _Shelf(), [], []
+    streams = 1 + feed.below(3)
+    lengths = [0] * streams
+    present = int(segments["pages"][segments["flags"] & 4 != 0].sum(dtype=np.uint64))
+    at = 0
+    for _ in range(feed.below(6)):
+        pages = min(present - at, 1 + feed.below(FRAME_PAGES)) if present > at else feed.below(3)
+        if not 0 < pages <= FRAME_PAGES:
+            break
+        kept, stream = max(1, pages - feed.below(4)), feed.below(streams)
+        stored = _content(feed, kept)
+        frames.append((at, lengths[stream], stream, len(stored), pages, kept, np.frombuffer(format.digest(stored), np.uint8)))
+        keeps += [np.packbits(np.arange(FRAME_PAGES) < kept).tobytes()] if kept < pages else []
+        shelf.objects[f"p/main/pages-{stream}.zst"] = shelf.objects.get(f"p/main/pages-{stream}.zst", b"") + stored
+        lengths[stream] += len(stored)
+        at += pages + (feed.below(3) if feed.byte() > 200 else 0)
+    table = np.array(frames, format.FRAME)
+    _spoil(segments, feed)
+    _spoil(table, feed)
+    raw = _HEADER.pack(b"HNINDEX1", len(segments), len(table), len(keeps)) + segments.tobytes() + table.tobytes() + b"".join(keeps)
+    image = _agreeing(raw, {f"main/pages-{n}.zst": length for n, length in enumerate(lengths)})
+    with guarded(Corrupt) as place:
+        _restore(shelf, image, raw, place)
+
+
+def _segments(feed: Feed) -> format.SegmentTable:
+    rows = []
+    for _ in range(feed.below(8)):
+        space = feed.pick((1 << 8 | 1, 2 << 8 | 1, 9 << 8 | 2, 1 << 8 | 2, 0, (1 << 64) - 1, feed.byte() << 8 | feed.byte()))
+        vaddr = feed.below(1 << 12) * PAGE
+        rows.append((space, vaddr, 1 + feed.below(1500), feed.pick((4, 4, 4, 0, 2, 6, 1, 5, 7))))
+    return np.array(rows, format.SEGMENT)
+
+
+def _content(feed: Feed, kept: int) -> bytes:
+    """A frame of so many pages; one time in eight of another length, or of none."""
+    pages = kept if feed.below(8) else feed.below(FRAME_PAGES)
+    if feed.byte() % 2:
+        return b"".join(bytes(piece) for piece in codec.Packer(1 if feed.byte() % 2 else None).pack(memoryview(bytes(pages * PAGE))))
+    return codec.deflate(feed.take(16) * (pages * PAGE // 16)) if pages else feed.take(8)
+
+
+def _spoil(table: np.ndarray, feed: Feed) -> None:  # type: ignore[type-arg]
+    """Write any number into any field of any row, a few times."""
+    for _ in range(feed.below(4) if len(table) else 0):
+        row, name = feed.below(len(table)), feed.pick([n for n in table.dtype.names or () if n != "digest"])
+        bits = table.dtype[name].itemsize * 8
+        table[row][name] = feed.number() % (1 << bits) if feed.byte() % 2 else int(table[row][name]) ^ 1 << feed.below(bits)
+
+
+def _agreeing(raw: bytes, lengths: dict[str, int]) -> ImageRef:
+    """What a manifest would say that agrees with these tables as far as any can."""
+    magic, n_segments, n_frames, _ = _HEADER.unpack(raw[: _HEADER.size].ljust(_HEADER.size, b"\0"))
+    at = _HEADER.size
+    segments = _rows(raw, format.SEGMENT, n_segments, at)
+    frames = _rows(raw, format.FRAME, n_frames, at + segments.nbytes)
+    pages = sum(int(s["pages"]) for s in segments if s["flags"] & 4)
+    zero = pages - sum(int(f["kept"]) for f in frames)
+    count = min(MAX_STREAMS, max([len(lengths), *(int(f["stream"]) + 1 for f in frames)]))
+    try:
+        return ImageRef(
+            name="main",
+            tasks=_TASKS,
+            pages=pages,
+            zero_pages=max(0, zero),
+            streams=[_stream(n, np.sort(frames[frames["stream"] == n], order="offset")) for n in range(count)],
+            index=_index_object(raw),
+            files=ObjectRef(key="main/images.tar.zst", size=1, digest=_DIGEST),
+        )
+    except ValidationError:  # more than any manifest can say: some of it then
+        return ImageRef(
+            name="main", tasks=_TASKS, pages=1 << 40, zero_pages=0, streams=[], index=_index_object(raw),
+            files=ObjectRef(key="main/images.tar.zst", size=1, digest=_DIGEST),
+        )  # fmt: skip
+
+
+def _rows(raw: bytes, dtype: np.dtype, count: int, at: int) -> np.ndarray:  # type: ignore[type-arg]
+    return np.frombuffer(raw, dtype, max(0, min(count, (len(raw) - at) // dtype.itemsize)), min(at, len(raw)))
+
+
+def _stream(n: int, frames: format.FrameTable) -> StreamRef:
+    table = format.seek_table(frames["stored"].tolist(), (frames["kept"] * PAGE).tolist())
+    digest = format.stream_digest((f.tobytes() for f in frames["digest"]), table)
+    size = sum(int(f["stored"]) for f in frames) + len(table)
+    return StreamRef(key=f"main/pages-{n}.zst", size=size, digest=digest, frames=len(frames))
+
+
+def _index_object(raw: bytes) -> ObjectRef:
+    stored = codec.deflate(raw)
+    return ObjectRef(key="main/index.zst", size=len(stored), digest=format.digest(stored).hex())
+
+
+def _restore(shelf: _Shelf, image: ImageRef, raw: bytes, place: Path) -> None:
+    """As `restore.py` does it, with the threads of a Receiver; then nothing is where it does not belong."""
+    shelf.objects["p/main/index.zst"] = codec.deflate(raw)
+    store: Store = shelf  # type: ignore[assignment] # only what a Receiver calls
+    receiver = Receiver(store, "p", image, 1, Meter())
+    index = receiver.fetch_index()
+    require(index.pages == image.pages, "an index of another size than its manifest says")
+    if int(index.frames["kept"].sum()) > _MOST_PAGES or len(np.unique(index.segments["dst_id"])) > 50:
+        return  # honest or not, it takes its time
+    with Threads(Cancel()) as threads:
+        receiver.fetch_pages(index, place, threads)
+    names = {path.name for path in place.iterdir()}
+    require(all(name.startswith(("pages-", "pagemap-")) and name.endswith(".img") for name in names), f"files {names}")
+    length = sum((place / name).stat().st_size for name in names if name.startswith("pages-"))
+    require(length == image.pages * PAGE, f"{length} bytes of pages files for {image.pages} pages")
+
+
+def seeds() -> dict[str, bytes]:
+    packed = golden.index()
+    raw = codec.inflate(packed, limit=1 << 20)
+    plain = bytes([_BUILT, 2, 0, 1, 0, 9, 0, 0, 2, 5, 0, 80, 0, 0, 1, 3, 9, 0, 2, 0, 1, 1, 0, 0, 0, 1, 1, 1])
+    return {
+        "packed": bytes([_PACKED]) + packed,
+        "tables": bytes([_TABLES]) + raw,
+        "no-pages": bytes([_TABLES]) + _HEADER.pack(b"HNINDEX1", 0, 0, 0),
+        "built": plain,
+        "built-more": bytes([_BUILT, 5]) + bytes(range(1, 60)) + bytes(60),
+    }
