@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "boto3": ("drivers/s3.py",),
     "botocore": ("drivers/s3.py",),
     "click": ("cli.py", "cli/", "__main__.py"),
+    "cryptography": ("drivers/notary.py",),
     "google": ("rpc.py", "wire.py", "drivers/criu.py", "cli.py", "cli/", GENERATED),
     "grpc": ("rpc.py", "cli.py", "cli/", "__main__.py", GENERATED),
     "grpc_health": ("rpc.py", "cli.py", "cli/"),

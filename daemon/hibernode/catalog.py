@@ -9,7 +9,7 @@ from hibernode.errors import Corrupt, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
 from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, ImageRef, Manifest, Meter, Verdict
 from hibernode.node import Node, insist
-from hibernode.ports import Store, Workload
+from hibernode.ports import Notary, Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer import format
 from hibernode.transfer.receive import Receiver
@@ -61,12 +61,12 @@ def describe(
     )
 
 
-def commit(store: Store, manifest: Manifest) -> None:
+def commit(store: Store, manifest: Manifest, notary: Notary) -> None:
     """Make it a checkpoint: every object is there with its size, then the manifest, read back and compared. Raises with no manifest
     left behind; OutcomeUnknown if it cannot be removed: then nothing that it names may be."""
     check_sizes(store, manifest)
-    data = format.encode_manifest(manifest)
-    format.decode_manifest(data)  # what we could not read we do not write
+    data = format.encode_manifest(manifest, notary)
+    format.decode_manifest(data, manifest.checkpoint_id, notary)  # what we could not read we do not write
     key = _key(manifest.checkpoint_id)
     try:
         store.put(key, data)
@@ -75,16 +75,16 @@ def commit(store: Store, manifest: Manifest) -> None:
     except Refused:  # there is one, and it is not ours
         raise
     except BaseException as e:  # of the put, too: a store may have written what it says it could not
-        _withdraw(store, manifest, e)
+        _withdraw(store, manifest, notary, e)
         raise
 
 
-def _withdraw(store: Store, manifest: Manifest, cause: BaseException) -> None:
+def _withdraw(store: Store, manifest: Manifest, notary: Notary, cause: BaseException) -> None:
     """Remove it, unless it is somebody else's, who has written it meanwhile."""
     key = _key(manifest.checkpoint_id)
 
     def remove() -> None:
-        if _owner(store, manifest.checkpoint_id) in ("", manifest.action_id):
+        if _may_be_of(store, manifest, notary):
             store.delete(key)
 
     try:
@@ -97,12 +97,14 @@ def _withdraw(store: Store, manifest: Manifest, cause: BaseException) -> None:
         ) from e
 
 
-def _owner(store: Store, checkpoint_id: str) -> str:
-    """The action whose manifest is there; "" if there is none, or none that can be read."""
+def _may_be_of(store: Store, manifest: Manifest, notary: Notary) -> bool:
+    """Whether the manifest that is there may be this one. One that is whole and refused is not: we would not have written it."""
     try:
-        return read(store, checkpoint_id).action_id
-    except (NotFound, Corrupt, Refused):
-        return ""
+        return read(store, manifest.checkpoint_id, notary).action_id == manifest.action_id
+    except Refused:
+        return False
+    except (NotFound, Corrupt):
+        return True
 
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
@@ -117,8 +119,8 @@ def check_sizes(store: Store, manifest: Manifest) -> None:
                 raise Corrupt(f"{ref.key} has {size} bytes, the manifest says {ref.size}", key=ref.key)
 
 
-def read(store: Store, checkpoint_id: str) -> Manifest:
-    """The manifest, checked. NotFound, Corrupt, or Refused("format_version")."""
+def read(store: Store, checkpoint_id: str, notary: Notary) -> Manifest:
+    """The manifest, checked. NotFound, Corrupt, or Refused: what `notary` does not believe, or "format_version"."""
     try:
         data = store.get(_key(checkpoint_id), limit=format.MAX_MANIFEST)
     except NotFound:
@@ -127,27 +129,26 @@ def read(store: Store, checkpoint_id: str) -> Manifest:
             hint="`hibernode list` shows those that are",
             id=checkpoint_id,
         ) from None
-    manifest = format.decode_manifest(data)
-    if manifest.checkpoint_id != checkpoint_id:
-        raise Corrupt(f"the manifest of {checkpoint_id} says that it is {manifest.checkpoint_id}")
-    return manifest
+    return format.decode_manifest(data, checkpoint_id, notary)
 
 
-def manifests(store: Store) -> Iterator[Manifest]:
-    """All readable checkpoints, in order of their ids; one that is damaged or too new is left out."""
+def manifests(store: Store, notary: Notary) -> Iterator[Manifest]:
+    """All readable checkpoints, in order of their ids; one that is damaged, too new or not believed is left out."""
     for facts in store.list():
         checkpoint_id, _, rest = facts.key.partition("/")
         if rest == _MANIFEST:
             try:
-                yield read(store, checkpoint_id)
+                yield read(store, checkpoint_id, notary)
             except (NotFound, Corrupt, Refused):
                 continue
 
 
-def verify(store: Store, checkpoint_id: str, threads: int, cancel: Cancel, tell: Callable[[Verdict], None]) -> Verdict:
+def verify(
+    store: Store, checkpoint_id: str, notary: Notary, threads: int, cancel: Cancel, tell: Callable[[Verdict], None]
+) -> Verdict:
     """Read every byte and compare it with its digest, inflate every frame. Raises Corrupt at the first that does not hold."""
     began, meter = time.monotonic(), Meter()
-    manifest, frames = read(store, checkpoint_id), 0
+    manifest, frames = read(store, checkpoint_id, notary), 0
     check_sizes(store, manifest)
     for image in manifest.images:
         frames += _verify_image(store, checkpoint_id, image, threads, cancel, meter)

@@ -51,7 +51,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
         with attempt.phase("committing"):
             manifest = catalog.describe(node, command, workload, options, meter, images)
             with capture.keeping():
-                catalog.commit(store, manifest)
+                catalog.commit(store, manifest, node.notary)
         attempt.report(Status.READY)
         if options.kill:
             attempt.entry.enter("killing")

@@ -60,7 +60,7 @@ class Desk:
 
     async def inspect(self, checkpoint_id: str) -> tuple[Manifest, str]:
         store = self._node.open_store("")
-        return await in_thread(catalog.read, store, checkpoint_id), f"{store.location}/{checkpoint_id}"
+        return await in_thread(catalog.read, store, checkpoint_id, self._node.notary), f"{store.location}/{checkpoint_id}"
 
     async def verify(self, checkpoint_id: str) -> AsyncIterator[Verdict]:
         queue: asyncio.Queue[Verdict] = asyncio.Queue()
@@ -69,7 +69,8 @@ class Desk:
         def tell(verdict: Verdict) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, verdict)
 
-        work = asyncio.ensure_future(in_thread(catalog.verify, store, checkpoint_id, self._node.host.load().cpus, cancel, tell))
+        threads, notary = self._node.host.load().cpus, self._node.notary
+        work = asyncio.ensure_future(in_thread(catalog.verify, store, checkpoint_id, notary, threads, cancel, tell))
         try:
             while not work.done():
                 getting = asyncio.ensure_future(queue.get())
@@ -83,7 +84,7 @@ class Desk:
             await asyncio.wait([work])
 
     async def checkpoints(self) -> list[Manifest]:
-        return await in_thread(lambda: list(catalog.manifests(self._node.open_store(""))))
+        return await in_thread(lambda: list(catalog.manifests(self._node.open_store(""), self._node.notary)))
 
     async def delete(self, checkpoint_id: str) -> None:
         """Remove it; Busy while an action writes it or reads it."""

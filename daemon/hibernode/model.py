@@ -298,7 +298,7 @@ class WorkloadFacts(Value):
 class Signature(Value):
     """Of a manifest, by ed25519."""
 
-    key: Digest  # whose: BLAKE3 of the public key's 32 bytes
+    key: Digest  # whose: SHA-256 of the public key's 32 bytes
     ed25519: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 

@@ -89,7 +89,7 @@ def _committed(node: Node, record: Record) -> bool:
     """Is the checkpoint whole in its store, and this action's? Another node may have made one under the same id."""
     try:
         store = node.open_store(record.location)
-        manifest = catalog.read(store, record.checkpoint_id)
+        manifest = catalog.read(store, record.checkpoint_id, node.notary)
         catalog.check_sizes(store, manifest)
     except (NotFound, Corrupt, Refused):
         return False

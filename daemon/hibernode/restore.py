@@ -23,7 +23,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     """Read the manifest, refuse what does not fit, fetch and verify, restore, probe, report `ready`. Raises with nothing left."""
     with attempt.phase("preflight"):
         store = node.open_store(command.overrides.directory)
-        manifest = catalog.read(store, command.checkpoint_id)
+        manifest = catalog.read(store, command.checkpoint_id, node.notary)
         options = preflight.options(command.overrides, node.config, node.host.load().cpus, manifest.criu_opts)
         tasks = [task for image in manifest.images for task in image.tasks]
         preflight.restore(manifest, node.host.facts(), node.criu.facts())

@@ -29,6 +29,7 @@ from hibernode.dispatch import Dispatcher
 from hibernode.drivers.criu import Criu
 from hibernode.drivers.host import LinuxHost
 from hibernode.drivers.localdir import LocalDir
+from hibernode.drivers.notary import Notary
 from hibernode.drivers.workloads import cgroup
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
@@ -213,6 +214,7 @@ def build(settings: Config) -> Node:
         arena=Arena(settings.arena.size),
         journal=Journal(settings.state_dir / "journal"),
         open_store=store_opener(settings),
+        notary=Notary(settings.signing),
     )
 
 

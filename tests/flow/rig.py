@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from hibernode import catalog
 from hibernode.checkpoint import checkpoint
 from hibernode.config import Config
+from hibernode.drivers.notary import Notary
 from hibernode.errors import DumpFailed, HibernodeError, Internal, NotFound, RestoreFailed, StoreUnavailable
 from hibernode.journal import Entry, Journal, Record
 from hibernode.model import Cancel, CheckpointCommand, Meter, Overrides, RestoreCommand, Status, Target
@@ -91,8 +92,9 @@ class Rig:
         self.directory = directory
         self.statuses: list[Status] = []
         self.cancel = Cancel()
+        config = Config.model_validate({"work_dir": directory / "work", "state_dir": directory / "state", **settings})
         self.node = Node(
-            config=Config.model_validate({"work_dir": directory / "work", "state_dir": directory / "state", **settings}),
+            config=config,
             workloads=workloads,
             jobs=workloads,
             criu=self.criu,
@@ -100,6 +102,7 @@ class Rig:
             arena=ARENA,
             journal=Journal(directory / "state" / "journal"),
             open_store=lambda url: self.store,
+            notary=Notary(config.signing),
         )
 
     def rescript(self, script: Script) -> None:
@@ -109,7 +112,7 @@ class Rig:
         self.store._script = self.criu._script = script
         self.node = Node(
             **{
-                **{name: getattr(self.node, name) for name in ("config", "criu", "arena", "journal", "open_store")},
+                **{name: getattr(self.node, name) for name in ("config", "criu", "arena", "journal", "open_store", "notary")},
                 "workloads": workloads,
                 "jobs": workloads,
                 "host": FakeHost(self.machine, script),
@@ -169,7 +172,7 @@ class Rig:
         """Is the checkpoint there, with every object it names?"""
         failing, self.store._script = self.store._script, Script()
         try:
-            catalog.check_sizes(self.store, catalog.read(self.store, checkpoint_id))
+            catalog.check_sizes(self.store, catalog.read(self.store, checkpoint_id, self.node.notary))
         except NotFound:
             return False
         finally:

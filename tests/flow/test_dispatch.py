@@ -685,8 +685,8 @@ def crashed(rig: Rig, command: ActionCommand, phase: str, status: Status = PROCE
 
 def claimed(rig: Rig, command: CheckpointCommand) -> None:
     """The checkpoint in the store is of this action."""
-    manifest = catalog.read(rig.store, command.checkpoint_id).model_copy(update={"action_id": command.action_id})
-    rig.store.objects[f"{command.checkpoint_id}/manifest.json"] = format.encode_manifest(manifest)
+    manifest = catalog.read(rig.store, command.checkpoint_id, rig.node.notary).model_copy(update={"action_id": command.action_id})
+    rig.store.objects[f"{command.checkpoint_id}/manifest.json"] = format.encode_manifest(manifest, rig.node.notary)
 
 
 def another_daemon(directory: Path, rig: Rig) -> Rig:

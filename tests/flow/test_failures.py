@@ -241,8 +241,8 @@ def test_two_nodes_make_one_checkpoint_id(tmp_path: Path) -> None:
         if outcomes.count(None) == 1:
             winner = rigs[1] if outcomes[0] is None else rig
             assert rig.whole(made), where
-            assert catalog.read(rig.store, made).action_id == winner.entry.action_id, where
-            assert list(catalog.manifests(rig.store)), where
+            assert catalog.read(rig.store, made, rig.node.notary).action_id == winner.entry.action_id, where
+            assert list(catalog.manifests(rig.store, rig.node.notary)), where
             won["other" if winner is rigs[1] else "this"] += 1
         else:
             assert outcomes.count(None) == 0, where

@@ -42,7 +42,7 @@ def test_what_comes_back_is_what_was_there(tmp_path: Path, pages: int, compressi
 def test_zero_pages_cost_nothing(tmp_path: Path, pages: int) -> None:
     rig = Rig(tmp_path, memory(pages, zero=True))
     made = rig.checkpoint()
-    manifest = catalog.read(rig.store, made)
+    manifest = catalog.read(rig.store, made, rig.node.notary)
     (image,) = manifest.images
     assert (image.pages, image.zero_pages) == (pages, pages)
     assert sum(stream.frames for stream in image.streams) == 0
@@ -82,7 +82,7 @@ def test_streams_are_plain_zstd(tmp_path: Path) -> None:
 
 def test_the_profile_and_the_manifest_agree(tmp_path: Path) -> None:
     rig = Rig(tmp_path, memory(3000))
-    manifest = catalog.read(rig.store, rig.checkpoint(streams=2))
+    manifest = catalog.read(rig.store, rig.checkpoint(streams=2), rig.node.notary)
     objects = {key.split("/", 1)[1]: len(data) for key, data in rig.store.objects.items()}
     (image,) = manifest.images
     assert {ref.key: ref.size for ref in (*image.streams, image.index, image.files)} == {
@@ -231,13 +231,13 @@ def test_damage_never_reaches_criu(made: tuple[Rig, str], name: str, how: str) -
 def test_a_flipped_byte_of_a_stream_is_found_by_verify(made: tuple[Rig, str], at: str) -> None:
     rig, checkpoint_id = made
     told = []
-    catalog.verify(rig.store, checkpoint_id, 2, Cancel(), told.append)
+    catalog.verify(rig.store, checkpoint_id, rig.node.notary, 2, Cancel(), told.append)
     key = f"{checkpoint_id}/main/pages-0.zst"
     data = bytearray(rig.store.objects[key])
     data[0 if at == "first" else 5000] ^= 0x80
     rig.store.objects[key] = bytes(data)
     with pytest.raises(Corrupt):
-        catalog.verify(rig.store, checkpoint_id, 2, Cancel(), told.append)
+        catalog.verify(rig.store, checkpoint_id, rig.node.notary, 2, Cancel(), told.append)
     assert len(told) == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from hibernode.errors import Corrupt, RestoreFailed
 from hibernode.model import Status
+from tests.envelope import opened, seal
 from tests.fakes.machine import CHILD, ROOT, memory
 from tests.fakes.script import Script
 from tests.flow.rig import Rig
@@ -59,9 +59,9 @@ def test_who_was_dead_and_is_alive_is_another(tmp_path: Path) -> None:
 def doctored(rig: Rig, checkpoint_id: str, change: Callable[[dict[str, Any]], object]) -> None:
     """Somebody changes the first image of the manifest."""
     key = f"{checkpoint_id}/manifest.json"
-    manifest = json.loads(rig.store.objects[key])
+    manifest = opened(rig.store.objects[key])
     change(manifest["images"][0])
-    rig.store.objects[key] = json.dumps(manifest).encode()
+    rig.store.objects[key] = seal(manifest)
 
 
 @pytest.mark.parametrize(

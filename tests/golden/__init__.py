@@ -6,22 +6,34 @@ import hashlib
 from pathlib import Path
 
 from hibernode import catalog
+from hibernode.config import Signing
+from hibernode.drivers.localdir import LocalDir
+from hibernode.drivers.notary import Notary
 from hibernode.flow import Threads
 from hibernode.model import Cancel, Meter
-from hibernode.ports import Store
 from hibernode.transfer.receive import Receiver
+from tests import keys
 
 HERE = Path(__file__).resolve().parent
+SIGNER = "signer.pub"  # in the place of each golden checkpoint: who signed it
 
 
-def restored(store: Store, checkpoint_id: str, directory: Path) -> dict[str, str]:
+def reader(place: Path, directory: Path) -> Notary:
+    """Who believes the signer of the golden checkpoint in `place`, and beside him only a key of its own, made in `directory`."""
+    public = directory / SIGNER
+    public.write_bytes((place / SIGNER).read_bytes())  # in a checkout it may be another user's
+    public.chmod(0o644)
+    return Notary(Signing(key=keys.pair(directory, "reader")[0], trusted=(str(public),)))
+
+
+def restored(place: Path, checkpoint_id: str, directory: Path) -> dict[str, str]:
     """What a restore hands to CRIU: SHA-256 of every file, by `<image>/<name>`."""
-    for image in catalog.read(store, checkpoint_id).images:
-        place = directory / image.name
-        place.mkdir(parents=True)
+    store, files = LocalDir(place), directory / "files"
+    for image in catalog.read(store, checkpoint_id, reader(place, directory)).images:
+        (files / image.name).mkdir(parents=True)
         receiver = Receiver(store, checkpoint_id, image, 2, Meter())
-        receiver.fetch_files(directory / "packed", place)
+        receiver.fetch_files(directory / "packed", files / image.name)
         with Threads(Cancel()) as threads:
-            receiver.fetch_pages(receiver.fetch_index(), place, threads)
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+            receiver.fetch_pages(receiver.fetch_index(), files / image.name, threads)
+    found = sorted(path for path in files.rglob("*") if path.is_file())
+    return {path.relative_to(files).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

@@ -4,7 +4,7 @@
 
 Run once when a format version is released; never again for that version. The memory is scripted (tests/fakes), the format is real:
 two address spaces and a shared memory, segments that lie in two frames, zero pages inside a frame and in a frame's place, raw frames
-and compressed ones, two streams.
+and compressed ones, two streams. The manifest is signed, by a key that nobody has any more: its public half lies beside it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 from hibernode.drivers.localdir import LocalDir
 from hibernode.model import FORMAT_VERSION, PAGE
 from hibernode.transfer.pageproto import SHMEM, TASK
+from tests import keys
 from tests.fakes.machine import CHILD, ROOT, Run
 from tests.flow.rig import Rig
-from tests.golden import HERE, restored
+from tests.golden import HERE, SIGNER, restored
 
 
 def scripted() -> list[Run]:
@@ -42,14 +43,15 @@ def main() -> None:
     if place.exists():
         sys.exit(f"{place} is there: a released version never changes")
     with tempfile.TemporaryDirectory() as directory:
-        rig = Rig(Path(directory), scripted())
+        key, public = keys.pair(Path(directory))
+        place.mkdir()
+        shutil.copy(public, place / SIGNER)
+        rig = Rig(Path(directory), scripted(), signing={"key": key})
         store = LocalDir(place)
         rig.store = store  # type: ignore[assignment]
         checkpoint_id = rig.checkpoint(streams=2)
         (place / "golden.json").write_text(
-            json.dumps(
-                {"checkpoint_id": checkpoint_id, "files": restored(store, checkpoint_id, Path(directory) / "out")}, indent=1
-            )
+            json.dumps({"checkpoint_id": checkpoint_id, "files": restored(place, checkpoint_id, Path(directory))}, indent=1)
         )
     shutil.rmtree(place / ".uploads", ignore_errors=True)
 

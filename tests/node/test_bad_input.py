@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pty
 import shutil
@@ -22,6 +21,7 @@ import pytest
 from hibernode._pb import hibernode_pb2 as pb
 from tests import keeper
 from tests.daemon import Daemon, Refusal, details, events, failed, job_target, pid_target, ready
+from tests.envelope import opened, seal
 from tests.keeper import Kept, wait_until
 from tests.node.workload import LIMIT, Beat, Program, Untouched, checkpointed, goes_on, python
 
@@ -281,14 +281,14 @@ def test_a_job_whose_name_runs_already(daemon: Daemon) -> None:
 
 
 def edited(**host_or_top: Any) -> Callable[[Path], None]:
-    """The manifest has no digest of its own: it can be made to say anything."""
+    """Who can write to the store can make a manifest that is not signed say anything."""
 
     def edit(place: Path) -> None:
         path = place / "manifest.json"
-        manifest = json.loads(path.read_text())
+        manifest = opened(path.read_bytes())
         for name, value in host_or_top.items():
             (manifest["host"] if name in manifest["host"] else manifest)[name] = value
-        path.write_text(json.dumps(manifest))
+        path.write_bytes(seal(manifest))
 
     return edit
 

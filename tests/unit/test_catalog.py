@@ -8,12 +8,15 @@ from collections.abc import Callable
 import pytest
 
 from hibernode import catalog
+from hibernode.config import Signing
+from hibernode.drivers.notary import Notary
 from hibernode.errors import Corrupt, NotFound, OutcomeUnknown, Refused, StoreUnavailable
 from hibernode.model import PAGE, HostFacts, ImageRef, Manifest, ObjectRef, StreamRef, TaskFacts, WorkloadFacts
 from hibernode.transfer import format
 from tests.fakes.script import Script
 from tests.fakes.store import MemoryStore
 
+NOBODY = Notary(Signing())  # signs nothing, asks for nothing
 NAMES = ("pages-0.zst", "index.zst", "images.tar.zst")
 
 
@@ -35,7 +38,7 @@ def stored(script: Script | None = None, *, commit: bool = True) -> tuple[Memory
         compression="zstd", pause_ns=0, raw_bytes=0, zero_bytes=0, stored_bytes=0, images=[image],
     )  # fmt: skip
     if commit:
-        catalog.commit(store, manifest)
+        catalog.commit(store, manifest, NOBODY)
     return store, manifest
 
 
@@ -45,15 +48,15 @@ def key(manifest: Manifest) -> str:
 
 def test_a_committed_checkpoint_can_be_read() -> None:
     store, manifest = stored()
-    assert catalog.read(store, manifest.checkpoint_id) == manifest
-    assert list(catalog.manifests(store)) == [manifest]
+    assert catalog.read(store, manifest.checkpoint_id, NOBODY) == manifest
+    assert list(catalog.manifests(store, NOBODY)) == [manifest]
 
 
 def test_the_manifest_is_written_after_every_object_was_seen_and_is_read_back() -> None:
     script = Script()
     store, manifest = stored(script, commit=False)
     script.calls.clear()
-    catalog.commit(store, manifest)
+    catalog.commit(store, manifest, NOBODY)
     assert script.calls == [*(f"store.stat {name}" for name in NAMES), "store.put manifest.json", "store.get manifest.json"]
 
 
@@ -66,7 +69,7 @@ def test_nothing_is_committed_that_is_not_all_there(name: str, damage: Callable[
     if data is not None:
         store.objects[object_key] = data
     with pytest.raises(Corrupt, match=name):
-        catalog.commit(store, manifest)
+        catalog.commit(store, manifest, NOBODY)
     assert key(manifest) not in store.objects
 
 
@@ -74,7 +77,7 @@ def test_an_existing_checkpoint_is_neither_replaced_nor_removed() -> None:
     store, manifest = stored()
     before = store.objects[key(manifest)]
     with pytest.raises(Refused) as refused:
-        catalog.commit(store, manifest.model_copy(update={"node": "other"}))
+        catalog.commit(store, manifest.model_copy(update={"node": "other"}), NOBODY)
     assert refused.value.code == "exists"
     assert store.objects[key(manifest)] == before
     with pytest.raises(Refused):
@@ -93,7 +96,7 @@ def test_an_id_with_parts_of_an_unfinished_checkpoint_is_not_new() -> None:
 def test_the_manifest_of_another_action_is_not_withdrawn() -> None:
     """It appears at the moment of our own put, whose answer is lost."""
     store, manifest = stored(commit=False)
-    theirs = format.encode_manifest(manifest.model_copy(update={"action_id": str(uuid.uuid4())}))
+    theirs = format.encode_manifest(manifest.model_copy(update={"action_id": str(uuid.uuid4())}), NOBODY)
 
     class Races(Lies):
         def put(self, key: str, data: bytes) -> None:
@@ -101,7 +104,7 @@ def test_the_manifest_of_another_action_is_not_withdrawn() -> None:
             raise StoreUnavailable("no answer")
 
     with pytest.raises(StoreUnavailable):
-        catalog.commit(Races(store), manifest)
+        catalog.commit(Races(store), manifest, NOBODY)
     assert store.objects[key(manifest)] == theirs
 
 
@@ -134,14 +137,14 @@ class Lies(MemoryStore):
 def test_a_manifest_in_doubt_is_removed(fault: dict[str, bool], error: type[Exception], deletes_fail: int) -> None:
     store, manifest = stored(commit=False)
     with pytest.raises(error):
-        catalog.commit(Lies(store, **fault, deletes_fail=deletes_fail), manifest)
+        catalog.commit(Lies(store, **fault, deletes_fail=deletes_fail), manifest, NOBODY)
     assert key(manifest) not in store.objects
 
 
 def test_a_manifest_in_doubt_that_cannot_be_removed_is_told() -> None:
     store, manifest = stored(commit=False)
     with pytest.raises(OutcomeUnknown) as raised:
-        catalog.commit(Lies(store, lose=True, deletes_fail=100), manifest)
+        catalog.commit(Lies(store, lose=True, deletes_fail=100), manifest, NOBODY)
     assert raised.value.code == "outcome_unknown"
     assert "no answer" in raised.value.message
     assert raised.value.hint
@@ -153,7 +156,7 @@ def test_a_manifest_in_doubt_that_cannot_be_removed_is_told() -> None:
 def test_a_checkpoint_that_is_not_there_is_not_found_with_the_place() -> None:
     store, _ = stored()
     with pytest.raises(NotFound, match="memory:///") as raised:
-        catalog.read(store, str(uuid.uuid4()))
+        catalog.read(store, str(uuid.uuid4()), NOBODY)
     assert raised.value.hint
 
 
@@ -163,14 +166,14 @@ def test_a_manifest_of_another_checkpoint_is_corrupt() -> None:
     other = str(uuid.uuid4())
     store.objects[f"{other}/manifest.json"] = store.objects[key(manifest)]
     with pytest.raises(Corrupt, match=other):
-        catalog.read(store, other)
+        catalog.read(store, other, NOBODY)
 
 
 def test_a_manifest_too_large_is_corrupt_unread() -> None:
     store, manifest = stored()
     store.objects[key(manifest)] = b" " * (format.MAX_MANIFEST + 1)
     with pytest.raises(Corrupt):
-        catalog.read(store, manifest.checkpoint_id)
+        catalog.read(store, manifest.checkpoint_id, NOBODY)
 
 
 def test_a_list_leaves_out_what_cannot_be_read() -> None:
@@ -184,7 +187,7 @@ def test_a_list_leaves_out_what_cannot_be_read() -> None:
     put(f"{uuid.uuid4()}/main/index.zst", b"of an attempt that failed")
     put(f"{uuid.uuid4()}/main/manifest.json", store.objects[key(manifest)])
     put("manifest.json", store.objects[key(manifest)])
-    assert list(catalog.manifests(store)) == [manifest]
+    assert list(catalog.manifests(store, NOBODY)) == [manifest]
 
 
 def test_one_that_goes_away_during_a_list_is_left_out() -> None:
@@ -196,14 +199,14 @@ def test_one_that_goes_away_during_a_list_is_left_out() -> None:
                 store.objects.pop(key(manifest), None)
 
     store._script = Vanishes()
-    assert list(catalog.manifests(store)) == []
+    assert list(catalog.manifests(store, NOBODY)) == []
 
 
 def test_a_store_that_is_away_is_no_empty_list() -> None:
     store, _ = stored()
     store._script = Script(2)
     with pytest.raises(StoreUnavailable):
-        list(catalog.manifests(store))
+        list(catalog.manifests(store, NOBODY))
 
 
 # --- delete -----------------------------------------------------------------------------------------------------------------

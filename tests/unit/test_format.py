@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import subprocess
 import tracemalloc
 from collections.abc import Callable
@@ -15,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hibernode.config import Signing
+from hibernode.drivers.notary import Notary
 from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused
 from hibernode.model import (
     FRAME_PAGES,
@@ -30,8 +31,10 @@ from hibernode.model import (
 from hibernode.transfer import codec, format
 from hibernode.transfer.format import FRAME, SEGMENT, Index
 from hibernode.transfer.pageproto import LAZY, PRESENT
+from tests.envelope import opened, seal, sealed, sealed_json
 
 ID = "0123abcd-0123-4567-89ab-0123456789ab"
+NOBODY = Notary(Signing())  # signs nothing, asks for nothing
 NOWHERE = ObjectRef(key="main/index.zst", size=0, digest="0" * 64)
 
 
@@ -294,17 +297,20 @@ def manifest() -> Manifest:
     )  # fmt: skip
 
 
-def as_bytes(value: object) -> bytes:
-    return json.dumps(value).encode()
+def encoded() -> bytes:
+    return format.encode_manifest(manifest(), NOBODY)
+
+
+def decoded(data: bytes) -> Manifest:
+    return format.decode_manifest(data, ID, NOBODY)
 
 
 def plain() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(format.encode_manifest(manifest()))
-    return found
+    return opened(encoded())
 
 
 def test_a_manifest_comes_back() -> None:
-    assert format.decode_manifest(format.encode_manifest(manifest())) == manifest()
+    assert decoded(encoded()) == manifest()
 
 
 def paths(value: object, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -324,10 +330,10 @@ def changed(path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> bytes:
     for key in path[:-1]:
         inner = inner[key]
     change(inner, path[-1])
-    return as_bytes(value)
+    return seal(value)
 
 
-OPTIONAL = {"encryption", 
+OPTIONAL = {"encryption",
     "criu_opts", "uid", "logs", "argv", "cwd", "namespace", "cpu_model", "hibernode", "ppid", "comm", "threads", "tcp",
     "leave_running", "shell_job", "ext_unix_sk", "file_locks", "link_remap", "ghost_limit", "timeout", "dead", "files_bytes",
 }  # fmt: skip
@@ -338,12 +344,12 @@ def test_a_manifest_without_one_key_is_corrupt(path: tuple[Any, ...]) -> None:
     data = changed(path, lambda inner, key: inner.pop(key))
     if path[-1] in OPTIONAL or isinstance(path[-1], int) or "logs" in path:
         try:
-            format.decode_manifest(data)
+            decoded(data)
         except Corrupt:
             return
     else:
         with pytest.raises(Corrupt):
-            format.decode_manifest(data)
+            decoded(data)
 
 
 WRONG: list[object] = [
@@ -371,13 +377,13 @@ def test_a_manifest_with_a_wrong_value_is_corrupt_or_means_something(path: tuple
     for value in WRONG:
         data = changed(path, lambda inner, key: inner.__setitem__(key, value))  # noqa: B023
         try:
-            found = format.decode_manifest(data)
+            found = decoded(data)
         except Corrupt:
             continue
         except Refused:
             assert path == ("format_version",)
             continue
-        assert format.decode_manifest(format.encode_manifest(found)) == found, f"{path} = {value!r} does not come back"
+        assert decoded(format.encode_manifest(found, NOBODY)) == found, f"{path} = {value!r} does not come back"
 
 
 @pytest.mark.parametrize(
@@ -385,14 +391,14 @@ def test_a_manifest_with_a_wrong_value_is_corrupt_or_means_something(path: tuple
 )
 def test_a_manifest_with_an_unknown_key_is_corrupt(path: tuple[Any, ...]) -> None:
     with pytest.raises(Corrupt):
-        format.decode_manifest(changed((*path, "surprise"), lambda inner, key: inner.__setitem__(key, 1)))
+        decoded(changed((*path, "surprise"), lambda inner, key: inner.__setitem__(key, 1)))
 
 
 @pytest.mark.parametrize("version", [2, 99, 0, -1])
 def test_another_format_version_is_refused_by_name_even_if_nothing_else_is_known(version: int) -> None:
-    for text in (as_bytes({"format_version": version}), as_bytes({**plain(), "format_version": version, "new": {"a": [1]}})):
+    for text in (seal({"format_version": version}), seal({**plain(), "format_version": version, "new": {"a": [1]}})):
         with pytest.raises(Refused) as refused:
-            format.decode_manifest(text)
+            decoded(text)
         assert refused.value.code == "format_version"
         assert (refused.value.details["found"], refused.value.details["wanted"]) == (version, 1)
 
@@ -400,12 +406,12 @@ def test_another_format_version_is_refused_by_name_even_if_nothing_else_is_known
 @pytest.mark.parametrize("version", ["1", "2", None, 1.0, True, [], {}, "x" * 10000])
 def test_a_format_version_that_is_no_number_is_corrupt(version: object) -> None:
     with pytest.raises(Corrupt):
-        format.decode_manifest(as_bytes({**plain(), "format_version": version}))
+        decoded(seal({**plain(), "format_version": version}))
 
 
 def test_duplicate_keys_are_corrupt() -> None:
     """Two readers would read two manifests."""
-    text = format.encode_manifest(manifest()).decode()
+    text = encoded().decode()
     for doubled in (
         text.replace('"node":', '"node": "other", "node":', 1),
         text.replace('"format_version":', '"format_version": 2, "format_version":', 1),
@@ -413,7 +419,7 @@ def test_duplicate_keys_are_corrupt() -> None:
     ):
         assert doubled != text
         with pytest.raises(Corrupt):
-            format.decode_manifest(doubled.encode())
+            decoded(sealed(doubled.encode().split(b"\n", 1)[1]))
 
 
 @pytest.mark.parametrize(
@@ -425,20 +431,21 @@ def test_duplicate_keys_are_corrupt() -> None:
     ids=range(13),
 )  # fmt: skip
 def test_what_is_no_manifest_is_corrupt(data: bytes) -> None:
-    with pytest.raises((Corrupt, Refused)):
-        format.decode_manifest(data)
+    for sealing in (bytes, sealed, sealed_json):
+        with pytest.raises((Corrupt, Refused)):
+            decoded(sealing(data))
 
 
 def test_a_hundred_megabytes_are_not_even_parsed() -> None:
     data = b" " * (100 << 20)
-    assert peak_of_corrupt(lambda: format.decode_manifest(data)) < 1 << 20
+    assert peak_of_corrupt(lambda: decoded(data)) < 1 << 20
 
 
 def test_every_truncation_of_a_manifest_is_corrupt() -> None:
-    data = format.encode_manifest(manifest())
+    data = encoded()
     for size in range(0, len(data.rstrip()), 3):
         with pytest.raises(Corrupt):
-            format.decode_manifest(data[:size])
+            decoded(data[:size])
 
 
 @pytest.mark.parametrize(
@@ -463,19 +470,19 @@ def test_a_manifest_that_cannot_be_is_corrupt(change: dict[str, object]) -> None
     value = plain()
     value["images"][0].update(change)
     with pytest.raises(Corrupt):
-        format.decode_manifest(as_bytes(value))
+        decoded(seal(value))
 
 
 def test_two_images_of_one_name_are_corrupt() -> None:
     value = plain()
     value["images"] *= 2
     with pytest.raises(Corrupt):
-        format.decode_manifest(as_bytes(value))
+        decoded(seal(value))
 
 
 @given(st.binary(max_size=400))
 def test_any_bytes_are_an_error_of_ours(data: bytes) -> None:
     _, image = a_small_one()
-    for decode in (format.decode_manifest, lambda raw: format.decode_index(raw, image)):
+    for decode in (decoded, lambda raw: decoded(sealed(raw)), lambda raw: format.decode_index(raw, image)):
         with pytest.raises(HibernodeError):
             decode(data)

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 from hibernode import catalog
+from hibernode.config import Signing
 from hibernode.drivers.localdir import LocalDir
+from hibernode.drivers.notary import Notary
+from hibernode.errors import Refused
 from hibernode.model import FORMAT_VERSION, Cancel, Verdict
-from tests.golden import HERE, restored
+from tests import keys
+from tests.golden import HERE, reader, restored
 
 VERSIONS = sorted(path.parent for path in HERE.glob("v*/golden.json"))
 
@@ -22,15 +26,25 @@ def test_every_version_so_far_has_one() -> None:
 @pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
 def test_it_comes_out_as_it_went_in(place: Path, tmp_path: Path) -> None:
     golden = json.loads((place / "golden.json").read_text())
-    store, told = LocalDir(place), list[Verdict]()
-    assert catalog.verify(store, golden["checkpoint_id"], 2, Cancel(), told.append).ok
-    assert restored(store, golden["checkpoint_id"], tmp_path / "out") == golden["files"]
+    verified, told = tmp_path / "verified", list[Verdict]()
+    verified.mkdir()
+    assert catalog.verify(LocalDir(place), golden["checkpoint_id"], reader(place, verified), 2, Cancel(), told.append).ok
+    assert restored(place, golden["checkpoint_id"], tmp_path) == golden["files"]
 
 
 @pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
-def test_it_holds_what_a_reader_can_get_wrong(place: Path) -> None:
+def test_its_signature_is_asked_for(place: Path, tmp_path: Path) -> None:
     golden = json.loads((place / "golden.json").read_text())
-    (image,) = catalog.read(LocalDir(place), golden["checkpoint_id"]).images
+    key, public = keys.pair(tmp_path)
+    with pytest.raises(Refused) as refused:
+        catalog.read(LocalDir(place), golden["checkpoint_id"], Notary(Signing(key=key, trusted=(public,))))
+    assert refused.value.code == "signer"
+
+
+@pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
+def test_it_holds_what_a_reader_can_get_wrong(place: Path, tmp_path: Path) -> None:
+    golden = json.loads((place / "golden.json").read_text())
+    (image,) = catalog.read(LocalDir(place), golden["checkpoint_id"], reader(place, tmp_path)).images
     assert len(image.streams) == 2
     assert 0 < image.zero_pages < image.pages
     assert len([name for name in golden["files"] if "/pages-" in name]) >= 2

@@ -8,6 +8,7 @@ Everything here takes hostile bytes: sizes are compared with limits before anyth
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from hibernode.errors import Corrupt, DumpFailed, Refused
-from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, ImageRef, Manifest
+from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, ImageRef, Manifest, Signature
+from hibernode.ports import Notary
 from hibernode.transfer.pageproto import PRESENT
 
 SEGMENT = np.dtype([("dst_id", "<u8"), ("vaddr", "<u8"), ("pages", "<u8"), ("flags", "<u8")])
@@ -222,23 +224,58 @@ def _check_stream(frames: FrameTable, count: int, size: int, wanted: str) -> Non
 # --- manifest ---------------------------------------------------------------------------------------------------------------
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
-    return manifest.model_dump_json(indent=1).encode() + b"\n"
+# The envelope, in every format version to come: the first line is the digest of all bytes after it, the second may be a signature of
+# the rest. A reader compares bytes and not values, so that nothing can be changed that would mean the same; and all of it is one
+# JSON object still.
+_DIGEST_LINE = re.compile(rb'\{"digest":"([0-9a-f]{64})",\n')
+_SIGNATURE_LINE = re.compile(rb'"signature":\{"key":"([0-9a-f]{64})","ed25519":"([0-9a-f]{128})"\},\n')
+_DOMAIN = b"hibernode manifest v1\0"  # what is signed is a manifest, and nothing else that a key may be used for
 
 
-def decode_manifest(data: bytes) -> Manifest:
-    """The manifest, or Corrupt; a newer format is Refused("format_version")."""
-    if len(data) > MAX_MANIFEST:
-        raise Corrupt("manifest: too large")
-    _check_version(data)
+def encode_manifest(manifest: Manifest, notary: Notary) -> bytes:
+    """The manifest in its envelope, signed if `notary` signs."""
+    body = manifest.model_dump_json(indent=1).encode().removeprefix(b"{\n") + b"\n"
+    signature = notary.sign(_signed(manifest.checkpoint_id, body))
+    line = f'"signature":{signature.model_dump_json()},\n'.encode() if signature else b""
+    return b'{"digest":"%s",\n' % digest(line, body).hex().encode() + line + body
+
+
+def decode_manifest(data: bytes, checkpoint_id: str, notary: Notary) -> Manifest:
+    """The manifest of that checkpoint, or Corrupt. The digest is compared before anything is parsed, then `notary` is asked (what it
+    refuses is Refused) before anything is believed; a newer format is Refused("format_version")."""
+    body = _opened(data, checkpoint_id, notary)
+    _check_version(body)
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(body)
     except (ValidationError, RecursionError) as e:
         first = e.errors()[0] if isinstance(e, ValidationError) else {"loc": ("",), "msg": "nested too deep"}
         where = ".".join(str(part) for part in first["loc"])
         raise Corrupt(f"manifest: {where}: {str(first['msg']).lower()}") from e
+    if manifest.checkpoint_id != checkpoint_id:
+        raise Corrupt(f"the manifest of {checkpoint_id} says that it is {manifest.checkpoint_id}")
     _check_images(manifest)
     return manifest
+
+
+def _opened(data: bytes, checkpoint_id: str, notary: Notary) -> bytes:
+    """What is in the envelope, as JSON."""
+    if len(data) > MAX_MANIFEST:
+        raise Corrupt("manifest: too large")
+    head = _DIGEST_LINE.match(data)
+    if head is None:
+        raise Corrupt("manifest: its first line is no digest", hint="it is no manifest of hibernode, or damaged")
+    if digest(memoryview(data)[head.end() :]).hex().encode() != head[1]:
+        raise Corrupt("manifest: it is damaged: its digest is not that of its first line")
+    line = _SIGNATURE_LINE.match(data, head.end())
+    signature = Signature(key=line[1].decode(), ed25519=line[2].decode()) if line else None
+    body = data[line.end() if line else head.end() :]
+    notary.check(_signed(checkpoint_id, body), signature)
+    return b"{" + body
+
+
+def _signed(checkpoint_id: str, body: bytes) -> bytes:
+    """What a signature is of: this manifest, of this checkpoint and no other."""
+    return _DOMAIN + checkpoint_id.encode() + digest(body)
 
 
 def _check_version(data: bytes) -> None:

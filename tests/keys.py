@@ -1,0 +1,20 @@
+"""ed25519 keys for tests, as `openssl genpkey` would write them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+
+def pair(directory: Path, name: str = "node") -> tuple[str, str]:
+    """A new private key and its public half: the paths of two files in PEM."""
+    key, private, public = Ed25519PrivateKey.generate(), directory / f"{name}.key", directory / f"{name}.pub"
+    fd = os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    public.chmod(0o644)
+    return str(private), str(public)
