@@ -17,7 +17,7 @@ from hibernode.transfer import format
 MAX_LENGTH = 8192
 _RAW, _SEALED, _EDITED, _SIGNED = 0, 1, 2, 3
 _ID = json.loads(golden.manifest())["checkpoint_id"]
-_ENVELOPE = re.compile(rb'\{"digest":"[0-9a-f]{64}",\n')
+_ENVELOPE = re.compile(rb'\{"digest":"[0-9a-f]{64}",\n(?:"signature":\{[^}]*\},\n)?')
 _BODY = b"{" + _ENVELOPE.sub(b"", golden.manifest()).removeprefix(b"{")
 
 
