@@ -74,15 +74,8 @@ class _Run:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        seeds = Path(self._temporary.name) / "seeds"
-        seeds.mkdir()
-        for name, data in targets.load(self.name).seeds().items():
-            (seeds / name).write_bytes(data)
-        for path in regressions(self.name):
-            (seeds / f"regression-{path.name}").write_bytes(path.read_bytes())
         arguments = [
             str(self.corpus),
-            str(seeds),
             f"-max_total_time={self.seconds}",
             "-timeout=60",  # of the clock, and beside others: guard.py counts processor time, and is much stricter
             "-rss_limit_mb=2048",
@@ -141,11 +134,6 @@ class _Run:
 def _fast_place() -> str | None:
     """tmpfs where there is one: the readers write files all the time."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def regressions(target: str) -> list[Path]:
-    """Inputs that found something once."""
-    return sorted((Path(__file__).resolve().parent / "regressions" / target).glob("*"))
 
 
 def _runs(names: list[str], jobs: int, directory: Path, seconds: int, say_every: float) -> Iterator[Result]:

@@ -1,11 +1,13 @@
-"""`python -m fuzz.engine TARGET [libFuzzer's arguments]`: one target under atheris, in this process, until it is told to stop or finds
-something. The only file that knows atheris. Only the daemon's own code is watched for coverage, not the libraries it calls."""
+"""`python -m fuzz.engine TARGET CORPUS [libFuzzer's arguments]`: one target under atheris, in this process, until it is told to stop or
+finds something. The only file that knows atheris. Only the daemon's own code is watched for coverage, not the libraries it calls."""
 
 from __future__ import annotations
 
 import logging
 import resource
 import sys
+import tempfile
+from pathlib import Path
 
 import atheris
 
@@ -15,14 +17,23 @@ _ADDRESS_SPACE = 4 << 30  # bytes; what would take more gets a MemoryError, as o
 
 
 def main() -> None:
-    name, *arguments = sys.argv[1:]
+    name, corpus, *arguments = sys.argv[1:]
     logging.disable(logging.CRITICAL)  # what a target has to say it says as a finding
     with atheris.instrument_imports(include=["hibernode"]):
         target = targets.load(name)
+    seeds = _write(target.seeds() | {f"regression-{path.name}": path.read_bytes() for path in targets.regressions(name)})
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    atheris.Setup([sys.argv[0], f"-max_len={target.MAX_LENGTH}", *arguments], target.one)
+    atheris.Setup([sys.argv[0], f"-max_len={target.MAX_LENGTH}", *arguments, corpus, seeds], target.one)
     atheris.Fuzz()
+
+
+def _write(seeds: dict[str, bytes]) -> str:
+    """A directory of them, in the temporary directory of whoever started this."""
+    directory = Path(tempfile.mkdtemp(prefix="seeds-"))
+    for name, data in seeds.items():
+        (directory / name).write_bytes(data)
+    return str(directory)
 
 
 if __name__ == "__main__":

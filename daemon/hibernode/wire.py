@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -349,8 +350,8 @@ def _read(message: type[Message], data: bytes, limit: int) -> dict[str, object]:
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)  # there may be a hundred thousand
+        twice = next(key for key, count in counts.items() if count > 1)
         _bad(f"{_short(twice)} is there twice", twice, "twice", "once")
     return table
 

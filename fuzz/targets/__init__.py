@@ -8,6 +8,7 @@ is built, with lengths and checksums that fit, as an enemy would write it.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Protocol, cast
 
 NAMES = ("manifest", "index", "frame", "images_tar", "criu_images", "pagesocket", "command", "grpc")
@@ -23,3 +24,8 @@ class Target(Protocol):
 
 def load(name: str) -> Target:
     return cast(Target, importlib.import_module(f"fuzz.targets.{name}"))
+
+
+def regressions(name: str) -> list[Path]:
+    """Inputs that found something once."""
+    return sorted((Path(__file__).resolve().parents[1] / "regressions" / name).glob("*"))

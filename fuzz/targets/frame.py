@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 import zstandard
@@ -51,11 +52,15 @@ def _blocks(feed: Feed, size: int) -> bytes:
 def _bomb(feed: Feed, size: int) -> bytes:
     """A good frame of much more or much less than was said, with or without its size in front."""
     length = feed.pick((size, size + 1, size - 1, 0, 2 * size, 16 << 20))
-    compressor = zstandard.ZstdCompressor(level=1, write_content_size=bool(feed.byte() % 2), write_checksum=bool(feed.byte() % 2))
-    packed = bytearray(compressor.compress(bytes(length)))
+    packed = bytearray(_zeros(length, bool(feed.byte() % 2), bool(feed.byte() % 2)))
     for _ in range(feed.below(8)):
         packed[feed.below(len(packed))] ^= feed.byte()
     return bytes(packed) + feed.rest()
+
+
+@functools.lru_cache(200)
+def _zeros(length: int, with_size: bool, with_checksum: bool) -> bytes:
+    return zstandard.ZstdCompressor(level=1, write_content_size=with_size, write_checksum=with_checksum).compress(bytes(length))
 
 
 def _raw_frame(feed: Feed, size: int) -> bytes:

@@ -22,11 +22,13 @@ from fuzz.edits import edited
 from fuzz.feed import Feed
 from fuzz.guard import guarded, require, root
 from hibernode._pb import hibernode_pb2 as pb
+from hibernode.children import Children
 from hibernode.desk import Desk
 from hibernode.dispatch import Dispatcher
 from hibernode.drivers.localdir import LocalDir
+from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads, insist_startable
 from hibernode.errors import NotFound
-from hibernode.model import ActionCommand, Event, Progress, Status
+from hibernode.model import ActionCommand, Event, JobSpec, Progress, Status, WorkloadView
 from hibernode.node import Node
 from hibernode.rpc import _Node
 from tests.flow.rig import Rig
@@ -75,6 +77,17 @@ class _Played(Desk):
         yield
 
 
+class _Jobs(ProcessWorkloads):
+    """The real, empty book of jobs, but nothing is started: what the kernel would be handed is looked at."""
+
+    def run(self, spec: JobSpec) -> WorkloadView:
+        insist_startable(spec)
+        strings = [*spec.argv, spec.cwd, *spec.env, *spec.env.values()]
+        require(not any("\0" in text for text in strings), f"no program can be given {strings!r}")
+        require(not any("=" in name or not name for name in spec.env), f"no environment can hold {list(spec.env)!r}")
+        return WorkloadView(kind="job", namespace=spec.namespace, name=spec.name, command=" ".join(spec.argv))
+
+
 class _Aborted(Exception):
     """What `abort` raises in grpc too."""
 
@@ -114,7 +127,9 @@ class _Service:
         self.loop.set_default_executor(ThreadPoolExecutor(1))
         self.loop.run_until_complete(self.loop.run_in_executor(None, int))
         store = LocalDir(root() / "store")
-        node = replace(Rig(root() / "node").node, open_store=lambda url: store)
+        children = Children()
+        jobs = _Jobs(Jobs(root() / "jobs", children), children)
+        node = replace(Rig(root() / "node").node, open_store=lambda url: store, jobs=jobs)
         self.node = self.loop.run_until_complete(self._made(node))
 
     async def _made(self, node: Node) -> _Node:
@@ -140,8 +155,8 @@ def one(data: bytes) -> None:
     (method, message, good), how = feed.pick(_CALLS), feed.below(2)
     try:
         request = message.FromString(feed.rest()) if how == _RAW else _parsed(message, edited(good, feed))
-    except (DecodeError, json_format.ParseError, ValueError, RecursionError):
-        return  # grpc says no to the bytes; to the text nobody listens
+    except (DecodeError, json_format.ParseError, ValueError, TypeError, AttributeError, RecursionError):
+        return  # grpc says no to the bytes; the text is only our way to make some
     service = _service()
     with guarded(_Aborted):
         service.call(method, request)

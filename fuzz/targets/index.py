@@ -22,6 +22,7 @@ from hibernode.flow import Threads
 from hibernode.model import FRAME_PAGES, MAX_STREAMS, PAGE, Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
 from hibernode.ports import Store
 from hibernode.transfer import codec, format
+from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.receive import Receiver
 
 MAX_LENGTH = 8192
@@ -29,6 +30,7 @@ _PACKED, _TABLES, _BUILT = 0, 1, 2
 _HEADER = struct.Struct("<8sQQQ")
 _TASKS = [TaskFacts(pid=1)]
 _MOST_PAGES = 3 * FRAME_PAGES  # that one run writes
+_MOST_SPACES = 50  # address spaces: two files each
 _DIGEST = "0" * 64
 
 
@@ -67,7 +69,11 @@ def _tables(raw: bytes) -> None:
     """The index inflated, with a manifest that agrees, and no frames behind it."""
     image = _agreeing(raw, {})
     with guarded(Corrupt) as place:
-        _restore(_Shelf(), image, raw, place)
+        index = format.decode_index(raw, image)
+        require(index.pages == image.pages, "an index of another size than its manifest says")
+        if len(np.unique(index.segments["dst_id"])) <= _MOST_SPACES:
+            with PageFiles(place, index.segments):
+                _check(place, image)
 
 
 def _built(feed: Feed) -> None:
@@ -171,10 +177,14 @@ def _restore(shelf: _Shelf, image: ImageRef, raw: bytes, place: Path) -> None:
     receiver = Receiver(store, "p", image, 1, Meter())
     index = receiver.fetch_index()
     require(index.pages == image.pages, "an index of another size than its manifest says")
-    if int(index.frames["kept"].sum()) > _MOST_PAGES or len(np.unique(index.segments["dst_id"])) > 50:
+    if int(index.frames["kept"].sum()) > _MOST_PAGES or len(np.unique(index.segments["dst_id"])) > _MOST_SPACES:
         return  # honest or not, it takes its time
     with Threads(Cancel()) as threads:
         receiver.fetch_pages(index, place, threads)
+    _check(place, image)
+
+
+def _check(place: Path, image: ImageRef) -> None:
     names = {path.name for path in place.iterdir()}
     require(all(name.startswith(("pages-", "pagemap-")) and name.endswith(".img") for name in names), f"files {names}")
     length = sum((place / name).stat().st_size for name in names if name.startswith("pages-"))

@@ -90,8 +90,8 @@ class PageFiles:
             file.write(struct.pack("<II", _COMMON_MAGIC, _PAGEMAP_MAGIC))
             file.write(_prefixed(pagemap_pb2.pagemap_head(pages_id=pages_id)))
             for _, vaddr, pages, flags in segments.tolist():
-                if pages >= 1 << 32:
-                    raise Corrupt("index: a segment is too long for a pagemap")
+                if pages >= 1 << 32 or flags >= 1 << 32:
+                    raise Corrupt("index: a segment is too long for a pagemap, or has flags that no pagemap has")
                 entry = pagemap_pb2.pagemap_entry(vaddr=vaddr, nr_pages=pages, flags=flags)
                 if _WIDE:
                     entry.compat_nr_pages = pages

@@ -168,6 +168,7 @@ class Jobs:
 
     def run(self, spec: JobSpec) -> WorkloadView:
         """Start a job in a session and a cgroup of its own. One that cannot be written down does not run."""
+        insist_startable(spec)
         self.reserve(spec.namespace, spec.name)
         uid = str(uuid.uuid4())
         with ExitStack() as always, ExitStack() as undo:
@@ -245,6 +246,20 @@ class Jobs:
             processes=len(pids),
             log=job.log,
             started_at=job.started_at,
+        )
+
+
+def insist_startable(spec: JobSpec) -> None:
+    """Refused("cannot_start") for what no kernel can be handed: strings end with a NUL, names of variables with a `=`."""
+    bad = [text for text in (*spec.argv, spec.cwd) if "\0" in text]
+    bad += [name for name, value in spec.env.items() if not name or "=" in name or "\0" in name + value]  # values may be secret
+    if bad:
+        raise Refused(
+            "cannot_start",
+            f"no program can be given {bad[0][:200]!r}",
+            prop="argv, cwd, env",
+            found=repr(bad[0][:200]),
+            wanted="no NUL anywhere; names of variables that are not empty and have no =",
         )
 
 
