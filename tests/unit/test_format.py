@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import tracemalloc
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from hibernode.model import (
 from hibernode.transfer import codec, format
 from hibernode.transfer.format import FRAME, SEGMENT, Index
 from hibernode.transfer.pageproto import LAZY, PRESENT
+from tests import keys
 from tests.envelope import opened, seal, sealed, sealed_json
 
 ID = "0123abcd-0123-4567-89ab-0123456789ab"
@@ -441,11 +443,110 @@ def test_a_hundred_megabytes_are_not_even_parsed() -> None:
     assert peak_of_corrupt(lambda: decoded(data)) < 1 << 20
 
 
-def test_every_truncation_of_a_manifest_is_corrupt() -> None:
-    data = encoded()
-    for size in range(0, len(data.rstrip()), 3):
-        with pytest.raises(Corrupt):
-            decoded(data[:size])
+# --- its envelope -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def notaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Notary]:
+    """`nobody` has no keys, `signer` signs, `reader` believes the signer, `stranger` somebody else."""
+    place = tmp_path_factory.mktemp("keys")
+    pairs = {name: keys.pair(place, name) for name in ("signer", "reader", "stranger", "other")}
+    return {
+        "nobody": NOBODY,
+        "signer": Notary(Signing(key=pairs["signer"][0])),
+        "reader": Notary(Signing(key=pairs["reader"][0], trusted=(pairs["signer"][1],))),
+        "stranger": Notary(Signing(key=pairs["stranger"][0], trusted=(pairs["other"][1],))),
+    }
+
+
+def refusal(data: bytes, notary: Notary, checkpoint_id: str = ID) -> str:
+    with pytest.raises((Corrupt, Refused)) as raised:
+        format.decode_manifest(data, checkpoint_id, notary)
+    return raised.value.code
+
+
+def test_a_signed_manifest_comes_back_to_whoever_believes_its_signer(notaries: dict[str, Notary]) -> None:
+    data = format.encode_manifest(manifest(), notaries["signer"])
+    for name in ("nobody", "signer", "reader"):
+        assert format.decode_manifest(data, ID, notaries[name]) == manifest()
+    assert refusal(data, notaries["stranger"]) == "signer"
+    assert refusal(encoded(), notaries["reader"]) == "unsigned"
+
+
+def test_the_envelope_is_these_bytes_and_all_of_it_one_json_object(notaries: dict[str, Notary]) -> None:
+    for data, lines in ((encoded(), 1), (format.encode_manifest(manifest(), notaries["signer"]), 2)):
+        value = json.loads(data)
+        assert list(value)[:lines] == ["digest", "signature"][:lines]
+        head, rest = data.split(b"\n", 1)
+        assert head == b'{"digest":"%s",' % format.digest(rest).hex().encode()
+        assert opened(data) == plain()
+        assert data.split(b"\n", lines)[lines] == encoded().split(b"\n", 1)[1]
+
+
+@pytest.mark.parametrize("by", ["nobody", "signer"])
+@pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF])
+def test_no_byte_of_a_manifest_can_be_changed(notaries: dict[str, Notary], by: str, flip: int) -> None:
+    """Not a space, nor a letter of the digest that would mean the same in upper case; asked for a signature or not."""
+    data = format.encode_manifest(manifest(), notaries[by])
+    for at in range(len(data)):
+        changed = data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :]
+        assert refusal(changed, NOBODY) == "corrupt"
+        assert refusal(changed, notaries["reader"]) == "corrupt"
+
+
+@pytest.mark.parametrize("by", ["nobody", "signer"])
+def test_nothing_can_be_cut_off_or_added(notaries: dict[str, Notary], by: str) -> None:
+    data = format.encode_manifest(manifest(), notaries[by])
+    for size in range(len(data)):
+        assert refusal(data[:size], NOBODY) == "corrupt"
+    for changed in (data + b"\n", data + b"\0", b"\n" + data, b" " + data, b"\xef\xbb\xbf" + data, data + data):
+        assert refusal(changed, NOBODY) == "corrupt"
+
+
+def test_who_computes_the_digest_anew_cannot_sign_it(notaries: dict[str, Notary]) -> None:
+    data = format.encode_manifest(manifest(), notaries["signer"])
+    _, rest = data.split(b"\n", 1)
+    line, body = rest.split(b"\n", 1)
+    reader, other = notaries["reader"], manifest().model_copy(update={"node": "m"})
+    assert refusal(sealed(body), reader) == "unsigned"
+    assert refusal(sealed(line + b"\n" + format.encode_manifest(other, NOBODY).split(b"\n", 1)[1]), reader) == "signature"
+    assert refusal(format.encode_manifest(other, notaries["stranger"]), reader) == "signer"
+    assert format.decode_manifest(sealed(rest), ID, reader) == manifest()
+    for at in range(len(rest)):
+        changed = rest[:at] + bytes([rest[at] ^ 1]) + rest[at + 1 :]
+        assert refusal(sealed(changed), reader) in ("unsigned", "signer", "signature"), f"byte {at}"
+
+
+def test_a_signature_is_of_one_checkpoint(notaries: dict[str, Notary]) -> None:
+    """Else an old checkpoint could be put in the place of a newer one, by who can write to the store but has no key."""
+    other = ID.replace("0", "f")
+    signed, plain_one = format.encode_manifest(manifest(), notaries["signer"]), encoded()
+    assert refusal(signed, notaries["reader"], other) == "signature"
+    assert refusal(plain_one, NOBODY, other) == "corrupt"
+    assert refusal(signed, NOBODY, other) == "corrupt"
+
+
+def test_an_envelope_inside_is_no_manifest(notaries: dict[str, Notary]) -> None:
+    """A second digest or signature would be the one that other readers of JSON see."""
+    data = format.encode_manifest(manifest(), notaries["signer"])
+    _, rest = data.split(b"\n", 1)
+    line, body = rest.split(b"\n", 1)
+    for inner in (
+        rest + b"",
+        b'"digest":"%s",\n' % (b"0" * 64) + body,
+        line + b"\n" + rest,
+        b" " + rest,
+        body[:-3] + b',"signature":1}\n',
+    ):
+        if inner != rest:
+            assert refusal(sealed(inner), NOBODY) == "corrupt"
+
+
+def test_nothing_is_parsed_of_what_nobody_believes(notaries: dict[str, Notary]) -> None:
+    assert refusal(seal({"format_version": 99}), NOBODY) == "format_version"
+    assert refusal(seal({"format_version": 99}), notaries["reader"]) == "unsigned"
+    assert refusal(sealed(b"no JSON"), notaries["reader"]) == "unsigned"
+    assert refusal(b'{"digest":"%s",\nno JSON' % (b"0" * 64), notaries["reader"]) == "corrupt"
 
 
 @pytest.mark.parametrize(

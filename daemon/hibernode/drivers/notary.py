@@ -107,14 +107,16 @@ def _read(prop: str, path: Path, *, forbidden: int, hint: str) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a FIFO would wait for a writer
     except OSError as e:
         raise _bad(prop, path, (e.strerror or str(e)).lower(), "a file that can be read") from e
-    with open(fd, "rb") as file:
+    try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or facts.st_size > _LIMIT:
             raise _bad(prop, path, "something else, or too large", "a plain file in PEM")
         if facts.st_mode & forbidden or facts.st_uid not in (0, os.geteuid()):
             found = f"mode {stat.S_IMODE(facts.st_mode):04o} of user {facts.st_uid}"
             raise _bad(prop, path, found, f"its owner's alone: no mode bit of {forbidden:04o}", hint)
-        return file.read(_LIMIT)
+        return os.read(fd, _LIMIT)
+    finally:
+        os.close(fd)
 
 
 def _bad(prop: str, path: Path, found: str, wanted: str, hint: str = "") -> Refused:
