@@ -89,6 +89,14 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove; a key that is not there is no error."""
 
+    def open_uploads(self, prefix: str = "") -> Iterator[OpenUpload]:
+        """Uploads, of this node or of any other, that are neither committed nor aborted and whose key starts with `prefix`, in no
+        order. One that has written less than a part may be missing. The end of a very long key may be cut off."""
+
+    def abort_upload(self, upload: OpenUpload) -> None:
+        """Throw away what `open_uploads` has found, with the parts it has sent; it cannot be committed any more. One that has ended
+        meanwhile is no error, and the object that it has become stays."""
+
 
 # --- keys -------------------------------------------------------------------------------------------------------------------
 

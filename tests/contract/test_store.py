@@ -6,17 +6,16 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 
 from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.s3 import S3
 from hibernode.errors import BadCommand, Corrupt, HibernodeError, Internal, NotFound, Refused
-from hibernode.ports import OpenUpload, Store
+from hibernode.ports import Store
 from tests.fakes.script import Script
 from tests.fakes.store import MemoryStore
 from tests.servers import S3Server
@@ -25,14 +24,8 @@ MIB = 1 << 20
 PART = 5 * MIB  # the smallest that S3 allows
 
 
-class StoreWithUploads(Store, Protocol):
-    def open_uploads(self, prefix: str = "") -> Iterator[OpenUpload]: ...
-
-    def abort_upload(self, upload: OpenUpload) -> None: ...
-
-
 @pytest.fixture(params=["memory", "localdir", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> StoreWithUploads:
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "memory":
         return MemoryStore()
     if request.param == "localdir":
@@ -98,7 +91,7 @@ def test_nothing_is_visible_before_the_commit(store: Store) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 10, 2 * PART + 1], ids=str)
-def test_abort_leaves_nothing(store: StoreWithUploads, size: int) -> None:
+def test_abort_leaves_nothing(store: Store, size: int) -> None:
     upload = store.upload("c1/a")
     upload.write(pattern(size))
     upload.abort()
@@ -107,7 +100,7 @@ def test_abort_leaves_nothing(store: StoreWithUploads, size: int) -> None:
     assert list(store.open_uploads()) == []
 
 
-def test_abort_after_commit_is_harmless(store: StoreWithUploads) -> None:
+def test_abort_after_commit_is_harmless(store: Store) -> None:
     upload = store.upload("c1/a")
     upload.write(b"x" * (PART + 5))
     upload.commit()
@@ -140,7 +133,7 @@ def test_memory_is_the_callers_again_when_write_returns(store: Store) -> None:
     assert read(store, "a", 0, len(total)) == total
 
 
-def test_uploads_in_parallel(store: StoreWithUploads) -> None:
+def test_uploads_in_parallel(store: Store) -> None:
     def one(n: int) -> None:
         data = pattern(PART + n * 1000, seed=n)
         written(store, f"c{n % 2}/pages-{n}.zst", data, step=MIB)
@@ -154,7 +147,7 @@ def test_uploads_in_parallel(store: StoreWithUploads) -> None:
 
 @pytest.mark.parametrize("first", ["put", "upload"])
 @pytest.mark.parametrize("size", [0, 9, 2 * PART + 1], ids=str)
-def test_a_commit_never_replaces(store: StoreWithUploads, size: int, first: str) -> None:
+def test_a_commit_never_replaces(store: Store, size: int, first: str) -> None:
     """Nor does the abort after it remove what is there."""
     if first == "put":
         store.put("c1/a", b"first")
@@ -175,7 +168,7 @@ def test_a_commit_never_replaces(store: StoreWithUploads, size: int, first: str)
 
 
 @pytest.mark.parametrize("size", [9, PART + 1], ids=str)
-def test_of_two_uploads_of_one_key_the_first_to_commit_wins(store: StoreWithUploads, size: int) -> None:
+def test_of_two_uploads_of_one_key_the_first_to_commit_wins(store: Store, size: int) -> None:
     one, two = store.upload("c1/a"), store.upload("c1/a")
     one.write(pattern(size, seed=1))
     two.write(pattern(size, seed=2))
@@ -194,7 +187,7 @@ def test_a_key_that_was_deleted_is_free_again(store: Store) -> None:
     assert store.get("c1/a", limit=100) == b"newer"
 
 
-def test_an_upload_left_open_is_found_and_removed(store: StoreWithUploads) -> None:
+def test_an_upload_left_open_is_found_and_removed(store: Store) -> None:
     upload = store.upload("c1/pages-0.zst")
     upload.write(pattern(PART + 1))
     left = list(store.open_uploads("c1/"))
@@ -205,6 +198,37 @@ def test_an_upload_left_open_is_found_and_removed(store: StoreWithUploads) -> No
     store.abort_upload(left[0])
     assert list(store.open_uploads()) == []
     upload.abort()
+
+
+def test_an_upload_that_was_removed_cannot_be_committed(store: Store) -> None:
+    upload = store.upload("c1/pages-0.zst")
+    upload.write(pattern(PART + 1))
+    (left,) = store.open_uploads("c1/pages-0.zst")
+    store.abort_upload(left)
+    with pytest.raises(HibernodeError):
+        upload.commit()
+    upload.abort()
+    assert keys(store) == []
+    assert list(store.open_uploads()) == []
+
+
+def test_an_upload_that_was_committed_is_not_removed_any_more(store: Store) -> None:
+    upload = store.upload("c1/pages-0.zst")
+    upload.write(pattern(PART + 1))
+    (left,) = store.open_uploads("c1/")
+    upload.commit()
+    store.abort_upload(left)
+    assert store.get("c1/pages-0.zst", limit=2 * PART) == pattern(PART + 1)
+
+
+def test_what_others_have_put_there_is_no_upload(store: Store) -> None:
+    for key in ("c1/a", "c10/a"):
+        store.upload(key).write(pattern(PART + 1, len(key)))
+    assert sorted(u.key for u in store.open_uploads("c1")) == ["c1/a", "c10/a"]
+    assert [u.key for u in store.open_uploads("c1/")] == ["c1/a"]
+    for left in list(store.open_uploads()):
+        store.abort_upload(left)
+    assert list(store.open_uploads()) == []
 
 
 # --- put and get ---
@@ -218,7 +242,7 @@ def test_put_then_get(store: Store) -> None:
 
 
 @pytest.mark.parametrize("again", [b"first", b"other"])
-def test_put_never_replaces(store: StoreWithUploads, again: bytes) -> None:
+def test_put_never_replaces(store: Store, again: bytes) -> None:
     store.put("c1/manifest.json", b"first")
     with pytest.raises(Refused) as refused:
         store.put("c1/manifest.json", again)
@@ -336,7 +360,7 @@ def test_put_and_delete_beside_each_other(store: Store) -> None:
 # --- the rest ---
 
 
-def test_check_leaves_nothing(store: StoreWithUploads) -> None:
+def test_check_leaves_nothing(store: Store) -> None:
     store.check()
     assert keys(store) == []
     assert list(store.open_uploads()) == []

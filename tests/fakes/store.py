@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from hibernode.errors import Corrupt, Internal, NotFound, Refused
+from hibernode.errors import Corrupt, Internal, NotFound, Refused, StoreUnavailable
 from hibernode.model import checked_key, checked_prefix
 from hibernode.ports import Buffer, ObjectFacts, OpenUpload
 from tests.fakes.script import Script
@@ -109,8 +109,10 @@ class MemoryStore:
         self._script.step(f"store.{verb} {key.rpartition('/')[2]}".rstrip())
 
     def finish(self, upload: MemoryUpload, data: bytes | None) -> ObjectFacts | None:
-        """No longer open; visible if there is `data`, and if that may be."""
+        """No longer open; visible if there is `data`, if that may be, and if nobody has aborted it."""
         with self._lock:
+            if data is not None and not any(u is upload for u in self.uploads):
+                raise StoreUnavailable(f"the upload of {upload.key} is gone")
             facts = None if data is None else self._keep(upload.key, data)
             self.uploads = [u for u in self.uploads if u is not upload]
             return facts
