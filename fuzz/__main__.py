@@ -181,7 +181,9 @@ def _table(results: list[Result]) -> str:
         f"| {r.target} | {r.seconds:.0f} | {r.executions:,} | {r.per_second:,.0f} | {r.edges} | {r.features} | {r.corpus} | {r.findings} |"
         for r in results
     ]
-    return "\n".join(["| target | seconds | executions | per second | edges | features | corpus | findings |", "|---" * 8 + "|", *rows])
+    return "\n".join(
+        ["| target | seconds | executions | per second | edges | features | corpus | findings |", "|---" * 8 + "|", *rows]
+    )
 
 
 def _replay(name: str, path: Path) -> int:
@@ -197,8 +199,12 @@ def main() -> int:
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="all of them if none is named")
     parser.add_argument("--seconds", type=int, default=3600, help="how long each target runs (default: an hour)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many run at a time (default: one per processor)")
-    parser.add_argument("--every", type=float, default=60, metavar="SECONDS", help="how often each says how far it is (default: 60)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="how many run at a time (default: one per processor)"
+    )
+    parser.add_argument(
+        "--every", type=float, default=60, metavar="SECONDS", help="how often each says how far it is (default: 60)"
+    )
     parser.add_argument("--directory", type=Path, default=Path(".fuzz"), help="corpus, logs and findings (default: .fuzz)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
     parser.add_argument("--replay", type=Path, metavar="INPUT", help="run this one input on one target, and nothing else")
@@ -218,7 +224,9 @@ def main() -> int:
     if asked.json:
         told = {"began": began.isoformat(timespec="seconds"), "seconds": asked.seconds, "jobs": asked.jobs}
         findings = sum(result.findings for result in results)
-        asked.json.write_text(json.dumps({**told, "findings": findings, "targets": [asdict(r) for r in results]}, indent=1) + "\n")
+        asked.json.write_text(
+            json.dumps({**told, "findings": findings, "targets": [asdict(r) for r in results]}, indent=1) + "\n"
+        )
     return 1 if any(result.findings for result in results) else 0
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from fuzz.feed import EDGES, Feed
 
 _TEXTS = (
-    "", "..", "../../etc/passwd", "/etc/passwd", "a/../b", "a/b", ".hidden", "a\0b", "\ud800", "ä" * 40, "x" * 300, "-1", "1e3", "NaN", "0x10",
-    "a\n", "main/index.zst", "0" * 64, "00000000-0000-0000-0000-000000000000", "9" * 400, "%n", "pages-0.zst", "zstd:3", "{}",
+    "", "..", "../../etc/passwd", "/etc/passwd", "a/../b", "a/b", ".hidden", "a\0b", "\ud800", "ä" * 40, "x" * 300, "-1", "1e3", "NaN",
+    "0x10", "a\n", "main/index.zst", "0" * 64, "00000000-0000-0000-0000-000000000000", "9" * 400, "%n", "pages-0.zst", "zstd:3", "{}",
 )  # fmt: skip
 _NUMBERS = (-1, -(1 << 31) - 1, -(1 << 63) - 1, 1 << 64, 10**30, 1.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"))
 _NEST = re.compile(r'"@nest:(\d+)@"')

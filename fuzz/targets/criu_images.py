@@ -65,7 +65,9 @@ def _built(feed: Feed) -> dict[str, bytes]:
     trees, made = [], {}
     for _ in range(feed.below(8)):
         pid = feed.pick(_PIDS)
-        threads = [feed.number() % (1 << 32) for _ in range(feed.below(6))] * (1 + feed.below(1 << 12) if feed.byte() > 200 else 1)
+        threads = [feed.number() % (1 << 32) for _ in range(feed.below(6))] * (
+            1 + feed.below(1 << 12) if feed.byte() > 200 else 1
+        )
         tree = pstree_pb2.pstree_entry(pid=pid, ppid=feed.pick(_PIDS), pgid=1, sid=1, threads=threads)
         trees.append(tree.SerializeToString())
         core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
@@ -74,9 +76,8 @@ def _built(feed: Feed) -> dict[str, bytes]:
         if feed.byte() % 8:
             made[f"core-{pid}.img"] = _image("CORE", core.SerializePartialToString())
     stats = stats_pb2.stats_entry()
-    for name in ("freezing_time", "frozen_time", "memdump_time", "memwrite_time", "pages_scanned", "pages_skipped_parent", "pages_written", "irmap_resolve"):  # fmt: skip
-        field = stats.dump.DESCRIPTOR.fields_by_name[name]
-        setattr(stats.dump, name, feed.number() % (1 << (32 if "uint32" in str(field.cpp_type) or field.cpp_type == 3 else 64)))
+    for field in stats.dump.DESCRIPTOR.fields:
+        setattr(stats.dump, field.name, feed.number() % (1 << (32 if field.cpp_type == field.CPPTYPE_UINT32 else 64)))
     return made | {"pstree.img": _image("PSTREE", *trees), "stats-dump": _image("STATS", stats.SerializePartialToString())}
 
 
@@ -92,7 +93,7 @@ def seeds() -> dict[str, bytes]:
     log = b"(00.001) Error (criu/x.c:1): it failed\n(00.002) Warn  (criu/y.c:2): so so\n"
     return {
         "raw": bytes([_RAW]) + cuts + pstree + core + stats + log,
-        "entries": bytes([_ENTRIES, 1, len(pstree) - 12]) + pstree[12:] + bytes([1, len(core) - 12]) + core[12:] + bytes([1, len(stats) - 12]) + stats[12:],
+        "entries": bytes([_ENTRIES]) + b"".join(bytes([1, len(file) - 12]) + file[12:] for file in (pstree, core, stats)),
         "built": bytes([_BUILT, 2, 0, 1, 2, 0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 0]),
         "built-more": bytes([_BUILT, 7]) + bytes(range(120)),
     }

@@ -37,7 +37,9 @@ def _blocks(feed: Feed, size: int) -> bytes:
     """A frame header that says what it likes, and blocks of any type and length: raw, one byte over and over, compressed, reserved."""
     said = size if feed.byte() % 4 else feed.number()
     single = feed.byte() % 2
-    header = struct.pack("<I", 0xFD2FB528) + bytes([0xC0 | single << 5 | feed.byte() % 4]) + (b"" if single else bytes([feed.byte()]))
+    header = (
+        struct.pack("<I", 0xFD2FB528) + bytes([0xC0 | single << 5 | feed.byte() % 4]) + (b"" if single else bytes([feed.byte()]))
+    )
     blocks = [header, struct.pack("<Q", said)]
     left = size
     for n in range(1 + feed.below(40)):

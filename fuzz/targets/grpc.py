@@ -38,29 +38,37 @@ _RAW, _EDITED = 0, 1
 _ID, _OTHER = "0b1f7a52-3c44-4f0e-8a6b-5d9e1c2f3a40", "6f0c2a1e-58d1-4c5e-9d4f-0a4b6c2d7e10"
 _OVERRIDES = {"compression": "zstd:3", "streams": 4, "criu_opts": '{"tcp": "close"}', "directory": "file:///x", "pod_name": "p"}
 _HEADERS = 7500  # bytes of all headers of an answer: a client takes 8 KiB
+_COMMAND = {"action_id": _ID, "checkpoint_id": _OTHER, "overrides": _OVERRIDES, "reason": "manual", "expires_at": 1764000000.5}
+_JOB = {"name": "trainer", "namespace": "default"}
 _CALLS: tuple[tuple[str, type[Message], dict[str, Any]], ...] = (
-    ("Checkpoint", pb.CheckpointCommand, {"action_id": _ID, "checkpoint_id": _OTHER, "target": {"pod_name": "trainer", "namespace": "default"}, "kind": "simple", "reason": "manual", "overrides": _OVERRIDES}),
-    ("Restore", pb.RestoreCommand, {"action_id": _ID, "checkpoint_id": _OTHER, "overrides": _OVERRIDES, "expires_at": 1764000000.5}),
+    (
+        "Checkpoint",
+        pb.CheckpointCommand,
+        {**_COMMAND, "kind": "simple", "target": {"pod_name": "trainer", "namespace": "default"}},
+    ),
+    ("Restore", pb.RestoreCommand, _COMMAND),
     ("Cancel", pb.ActionId, {"action_id": _ID}),
     ("GetAction", pb.ActionId, {"action_id": _ID}),
     ("WatchActions", pb.ActionId, {"action_id": _ID}),
     ("FindWorkloads", pb.Target, {"pod_name": "trainer"}),
-    ("RunJob", pb.RunRequest, {"name": "trainer", "namespace": "default", "argv": ["python", "train.py"], "cwd": "/srv", "env": {"A": "b"}}),
-    ("StopJob", pb.StopRequest, {"name": "trainer", "namespace": "default", "signal": "TERM"}),
+    ("RunJob", pb.RunRequest, {**_JOB, "argv": ["python", "train.py"], "cwd": "/srv", "env": {"A": "b"}}),
+    ("StopJob", pb.StopRequest, {**_JOB, "signal": "TERM"}),
     ("Inspect", pb.CheckpointId, {"checkpoint_id": _OTHER}),
     ("Verify", pb.CheckpointId, {"checkpoint_id": _OTHER}),
     ("DeleteCheckpoint", pb.CheckpointId, {"checkpoint_id": _OTHER}),
-)  # fmt: skip
+)
 
 
 class _Played(Desk):
     """The real desk, but for the actions: one that is submitted is over at once."""
 
+    submitted: ActionCommand | None = None
+
     async def submit(self, command: ActionCommand) -> None:
         self.submitted = command
 
     def watch(self, action_id: str) -> AsyncIterator[Event | Progress]:
-        command = getattr(self, "submitted", None)
+        command = self.submitted
         if command is not None and command.action_id == action_id:
             self.submitted = None
             return self._over(command)
@@ -111,7 +119,7 @@ class _Call:
         size = 0
         for key, value in metadata:
             size += len(key) + (len(value) * 4 // 3 if isinstance(value, bytes) else len(value.encode()))
-            printable = key in ("grpc-message",) or isinstance(value, bytes) or (value.isascii() and value.isprintable())
+            printable = key == "grpc-message" or isinstance(value, bytes) or (value.isascii() and value.isprintable())
             require(printable, f"header {key} is {value!r}")
             require(isinstance(value, str) or key.endswith("-bin"), f"header {key} is no text")
         require(size <= _HEADERS, f"headers of {size} bytes")

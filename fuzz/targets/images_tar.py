@@ -28,7 +28,9 @@ _SIZES = (
     b"00000000000\0", b"00000001000\0", b"00000000001\0", b"77777777777\0", b"-0000001000\0", b"\x80" + bytes(10) + b"\x05",
     b"\x80" + b"\x7f" * 11, b"\xff" * 12, b"          1\0", b"garbage    \0", b"00004000000\0",
 )  # fmt: skip
-_EXTENDED = (b"30 mtime=1764000000.123456789\n", b"20 path=../../escape\n", b"30 size=99999999999999999999\n", b"22 linkpath=/etc/passwd\n", b"")  # fmt: skip
+_EXTENDED = (
+    b"30 mtime=1764000000.123456789\n", b"20 path=../../escape\n", b"30 size=99999999999999999999\n", b"22 linkpath=/etc/passwd\n", b"",
+)  # fmt: skip
 
 
 def one(data: bytes) -> None:

@@ -97,7 +97,9 @@ def _built(feed: Feed) -> None:
     table = np.array(frames, format.FRAME)
     _spoil(segments, feed)
     _spoil(table, feed)
-    raw = _HEADER.pack(b"HNINDEX1", len(segments), len(table), len(keeps)) + segments.tobytes() + table.tobytes() + b"".join(keeps)
+    raw = (
+        _HEADER.pack(b"HNINDEX1", len(segments), len(table), len(keeps)) + segments.tobytes() + table.tobytes() + b"".join(keeps)
+    )
     image = _agreeing(raw, {f"main/pages-{n}.zst": length for n, length in enumerate(lengths)})
     with guarded(Corrupt) as place:
         _restore(shelf, image, raw, place)
@@ -116,11 +118,13 @@ def _content(feed: Feed, kept: int) -> bytes:
     """A frame of so many pages; one time in eight of another length, or of none."""
     pages = kept if feed.below(8) else feed.below(FRAME_PAGES)
     if feed.byte() % 2:
-        return b"".join(bytes(piece) for piece in codec.Packer(1 if feed.byte() % 2 else None).pack(memoryview(bytes(pages * PAGE))))
+        return b"".join(
+            bytes(piece) for piece in codec.Packer(1 if feed.byte() % 2 else None).pack(memoryview(bytes(pages * PAGE)))
+        )
     return codec.deflate(feed.take(16) * (pages * PAGE // 16)) if pages else feed.take(8)
 
 
-def _spoil(table: np.ndarray, feed: Feed) -> None:  # type: ignore[type-arg]
+def _spoil(table: np.ndarray, feed: Feed) -> None:
     """Write any number into any field of any row, a few times."""
     for _ in range(feed.below(4) if len(table) else 0):
         row, name = feed.below(len(table)), feed.pick([n for n in table.dtype.names or () if n != "digest"])
@@ -130,7 +134,7 @@ def _spoil(table: np.ndarray, feed: Feed) -> None:  # type: ignore[type-arg]
 
 def _agreeing(raw: bytes, lengths: dict[str, int]) -> ImageRef:
     """What a manifest would say that agrees with these tables as far as any can."""
-    magic, n_segments, n_frames, _ = _HEADER.unpack(raw[: _HEADER.size].ljust(_HEADER.size, b"\0"))
+    _, n_segments, n_frames, _ = _HEADER.unpack(raw[: _HEADER.size].ljust(_HEADER.size, b"\0"))
     at = _HEADER.size
     segments = _rows(raw, format.SEGMENT, n_segments, at)
     frames = _rows(raw, format.FRAME, n_frames, at + segments.nbytes)
@@ -154,7 +158,7 @@ def _agreeing(raw: bytes, lengths: dict[str, int]) -> ImageRef:
         )  # fmt: skip
 
 
-def _rows(raw: bytes, dtype: np.dtype, count: int, at: int) -> np.ndarray:  # type: ignore[type-arg]
+def _rows(raw: bytes, dtype: np.dtype, count: int, at: int) -> np.ndarray:
     return np.frombuffer(raw, dtype, max(0, min(count, (len(raw) - at) // dtype.itemsize)), min(at, len(raw)))
 
 

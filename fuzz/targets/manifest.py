@@ -42,7 +42,9 @@ def one(data: bytes) -> None:
         raw = sealed(edited(json.loads(_BODY), feed))
     else:
         key, mark = feed.take(32).ljust(32, b"\0").hex(), feed.take(64).ljust(64, b"\0").hex()
-        raw = sealed(b'{"signature":{"key":"%s","ed25519":"%s"},\n' % (key.encode(), mark.encode()) + edited(json.loads(_BODY), feed)[1:])
+        raw = sealed(
+            b'{"signature":{"key":"%s","ed25519":"%s"},\n' % (key.encode(), mark.encode()) + edited(json.loads(_BODY), feed)[1:]
+        )
     with guarded(Corrupt, Refused):
         _check(raw)
 

@@ -1,4 +1,4 @@
-"""The page socket, read by a `Collector`: it ends, closes its socket and gives every chunk back, whatever is sent, and Corrupt is all it says."""
+"""The page socket, read by a `Collector`: whatever is sent, it ends, closes its socket, gives every chunk back, and says Corrupt."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ MAX_LENGTH = 4096
 _RAW, _BUILT = 0, 1
 _ARENA = Arena(8 << 20)  # two chunks: whoever takes them away is waited for
 _MOST_PAGES = 2100  # that one run sends: a little more than the arena holds
+_COMMANDS = (
+    pageproto.ADD_F, pageproto.ADD_F, pageproto.ADD_F, pageproto.OPEN2, pageproto.PARENT, pageproto.CLOSE, pageproto.FORCE_CLOSE,
+    pageproto.GET,
+)  # fmt: skip
+_LENGTHS = (1, 2, FRAME_PAGES, FRAME_PAGES + 1, 3, 500)  # pages of a segment
 _PATIENCE = 10.0  # seconds in which a collector ends once its peer has said all
 
 
@@ -95,8 +100,9 @@ def _built(feed: Feed, wire: Wire) -> list[bytes]:
     """Headers that can be, mostly, with the pages that they announce, mostly."""
     sent, left = [], _MOST_PAGES
     for _ in range(feed.below(24)):
-        command = feed.pick((pageproto.ADD_F, pageproto.ADD_F, pageproto.ADD_F, pageproto.OPEN2, pageproto.PARENT, pageproto.CLOSE, pageproto.FORCE_CLOSE, pageproto.GET, feed.byte()))  # fmt: skip
-        pages = feed.pick((1, 2, FRAME_PAGES, FRAME_PAGES + 1, 3, 500)) if feed.byte() % 8 else feed.number() % (1 << (64 if wire.size == 32 else 32))
+        command = feed.pick((*_COMMANDS, feed.byte()))
+        any_pages = feed.byte() % 8 == 0
+        pages = feed.number() % (1 << (64 if wire.size == 32 else 32)) if any_pages else feed.pick(_LENGTHS)
         flags = feed.pick((PRESENT, 0, PRESENT, 2, 6, 1, 0xFFFF))
         vaddr = feed.below(1 << 16) * PAGE if feed.byte() % 8 else feed.number()
         sent.append(wire.encode(Header(command, flags, pages, vaddr, feed.byte() << 8 | feed.below(3))))
@@ -122,6 +128,8 @@ def seeds() -> dict[str, bytes]:
     return {
         "raw": bytes([_RAW, 1]) + dump,
         "raw-older": bytes([_RAW, 0]) + dump,
-        "built": bytes([_BUILT, 1, 3, 3, 1, 0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 2, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 3, 0, 1, 0, 0, 1, 1]),
+        "built": bytes(
+            [_BUILT, 1, 3, 3, 1, 0, 0, 1, 0, 0, 1, 1, 0, 0, 1, 1, 2, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 3, 0, 1, 0, 0, 1, 1]
+        ),
         "built-more": bytes([_BUILT, 1, 9]) + bytes(range(1, 120)),
     }
