@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,7 @@ from hibernode.node import Node
 from hibernode.outbox import Outbox
 from hibernode.ports import Store
 from hibernode.rpc import RpcServer
+from hibernode.systemd import notify, ping_interval
 from hibernode.transfer.arena import Arena
 
 _DRAIN = 30.0  # seconds running actions get after the first SIGTERM; the unit's TimeoutStopSec is longer
@@ -183,18 +183,11 @@ def _signals(cancel_all: Callable[[str], None]) -> asyncio.Event:
 
 async def _beat_until(stop: asyncio.Event) -> None:
     """Answer systemd's watchdog from the loop that does the work, so that a stuck loop is noticed."""
-    interval = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
+    interval = ping_interval()
     while not stop.is_set():
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(stop.wait(), interval)
         notify("WATCHDOG=1")
-
-
-def notify(state: str) -> None:
-    """sd_notify(3). Nothing happens where systemd did not start us."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
 
 
 def build(settings: Config) -> Node:
