@@ -342,9 +342,9 @@ def _read(message: type[Message], data: bytes, limit: int) -> dict[str, object]:
         _too_long(len(data), limit)
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_not_finite)
+        return _table_of(cast(Descriptor, message.DESCRIPTOR), value, "")  # which may have to show a value that is nested as deep
     except (ValueError, RecursionError) as e:
         raise BadCommand(f"the message is not JSON: {e}", property="message", found=_start(data), wanted="JSON") from e
-    return _table_of(cast(Descriptor, message.DESCRIPTOR), value, "")
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
