@@ -1,7 +1,9 @@
-"""Everything that comes from the broker, and the protobufs' way into the same gate: BadCommand, or a value that comes back as it was."""
+"""Everything that comes from the broker, and the protobufs' way into the same gate: BadCommand, or a value that comes back as it was.
+Of a command also what is read before anything is frozen: its options and its store, which may be Refused."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ from google.protobuf.message import DecodeError, Message
 
 from fuzz.edits import edited
 from fuzz.feed import Feed
-from fuzz.guard import guarded, require
-from hibernode import wire
+from fuzz.guard import guarded, require, root
+from hibernode import preflight, wire
 from hibernode._pb import hibernode_pb2 as pb
-from hibernode.errors import BadCommand
+from hibernode.config import Config
+from hibernode.errors import BadCommand, Refused
 from hibernode.model import (
+    MAX_STREAMS,
     CancelCommand,
     CheckpointCommand,
     Event,
@@ -29,6 +33,8 @@ from hibernode.model import (
     Target,
     WorkloadView,
 )
+from hibernode.ports import Store
+from hibernode.service import store_opener
 
 MAX_LENGTH = 16384
 _ID, _OTHER = "0b1f7a52-3c44-4f0e-8a6b-5d9e1c2f3a40", "6f0c2a1e-58d1-4c5e-9d4f-0a4b6c2d7e10"
@@ -93,9 +99,27 @@ def one(data: bytes) -> None:
         _binary(door.message, door.from_pb, feed.rest())
         return
     raw = feed.rest() if how == _RAW else _many(feed) if how == _MANY else edited(json.loads(door.good), feed)
-    with guarded(BadCommand):
+    with guarded(BadCommand, Refused):
         value = door.read(raw)
         require(door.read(door.write(value)) == value, f"{value!r} does not come back")
+        if isinstance(value, CheckpointCommand | RestoreCommand):
+            _begin(value.overrides)
+
+
+def _begin(overrides: Overrides) -> None:
+    config, opener = _node()
+    made = preflight.options(overrides, config, 2)
+    require(1 <= made.streams <= MAX_STREAMS and made.criu.ghost_limit <= 1 << 30, f"options {made}")
+    store = opener(overrides.directory)
+    require(
+        store.location == config.store.url or store.location.startswith(f"{config.store.url}/"), f"the store {store.location}"
+    )
+
+
+@functools.cache
+def _node() -> tuple[Config, Callable[[str], Store]]:
+    config = Config.model_validate({"store": {"url": f"file://{root()}/store"}})
+    return config, store_opener(config)
 
 
 def _binary(message: type[Message], from_pb: Callable[[Any], Any], raw: bytes) -> None:
@@ -109,7 +133,7 @@ def _binary(message: type[Message], from_pb: Callable[[Any], Any], raw: bytes) -
 
 def _many(feed: Feed) -> bytes:
     """An object of very many keys, as long as a message can be and a little longer."""
-    width, count = 1 + feed.below(8), feed.below(1 << 16)
+    width, count = 1 + feed.below(8), feed.below(1 << 16) if feed.byte() > 250 else feed.below(1 << 8)
     keys = [f'"{n:0{width}}":0' for n in range(count)]
     last = keys[feed.below(count)] if count and feed.byte() % 2 else '"x":0'
     return ("{" + ",".join([*keys, last]) + "}").encode()
