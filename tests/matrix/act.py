@@ -1,0 +1,564 @@
+"""One case, played on a bench: arrange the workload, give the command, let go wrong what is meant to, wait for the end, look at all of it.
+
+The outcome of a case is free: an action may succeed or fail, with any code. What is not free is in `checks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from hibernode._pb import hibernode_pb2 as pb
+from hibernode.model import CancelCommand, CheckpointCommand, Event, Overrides, RestoreCommand, Status, Target
+from tests import keeper as processes
+from tests.matrix import checks
+from tests.matrix.bench import ASK, Bench, Daemon, Subject
+from tests.matrix.cases import DIRECTIONS, SUBJECTS, Case
+from tests.matrix.checks import Census, Finding, Findings
+from tests.matrix.script import Plan
+
+SETTLE = 45.0  # seconds until an action must have ended, daemons restarted and redeliveries waited for
+LATE = 0.4  # seconds for a point that is only reached after the end
+STALL = 0.7  # seconds
+LIVES = 6  # of the daemon in one case
+RESTORED = 8  # of so many checkpoints whose workload runs on, one is restored all the same
+
+Command = CheckpointCommand | RestoreCommand
+
+
+@dataclass
+class Row:
+    """What a case came to."""
+
+    case: str
+    fired: bool = False  # what was to go wrong did
+    status: str = ""
+    code: str = ""
+    message: str = ""
+    seconds: float = 0.0
+    restarts: int = 0
+    restored: bool = False  # its checkpoint was restored afterwards
+    killed_by_criu: bool = False  # a process of the workload died with CRIU; see docs/crashes.md
+    action: str = ""
+    findings: Findings = field(default_factory=list)
+    log: str = ""  # of the daemon, where there are findings
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Player:
+    """Plays cases on one bench, one after the other, with the same workloads for as long as they live."""
+
+    def __init__(self, bench: Bench, seed: int) -> None:
+        self._bench, self._seed = bench, seed
+        self._kept = 0
+        self.baseline: Census | None = None
+
+    def survey(self) -> dict[tuple[str, str], dict[str, int]]:
+        """One run of each direction and workload without a fault: the points it passes. What the daemon has after that is its measure."""
+        found = {}
+        for subject in SUBJECTS:
+            for direction in DIRECTIONS:
+                row = self.play(Case(direction, subject, "none"))
+                if row.status != Status.READY or row.findings:
+                    raise RuntimeError(f"without any fault: {row}")
+                found[direction, subject] = self._hits
+                seen = checks.census(self._bench)
+                self.baseline = seen | self.baseline if self.baseline else seen
+        return found
+
+    def play(self, case: Case) -> Row:
+        """What became of it. Whatever the harness itself trips over is a finding too, and the bench is set up again."""
+        row, began = Row(case.id), time.monotonic()
+        subject = self._bench.subjects[case.subject]
+        log_at = self._bench.log.stat().st_size
+        try:
+            self._bench.insist_running()
+            self._arrange(case.direction, subject)
+            self._play(case, subject, row)
+        except Exception as e:
+            row.findings.append(Finding("harness", f"{type(e).__name__}: {e}"))
+            self._start_over(subject)
+        row.seconds = round(time.monotonic() - began, 3)
+        if row.findings:
+            with self._bench.log.open("rb") as log:
+                log.seek(log_at)
+                row.log = log.read().decode(errors="replace")[-20000:]
+        return row
+
+    # --- before -------------------------------------------------------------------------------------------------------------
+
+    def _arrange(self, direction: str, subject: Subject) -> None:
+        """It runs, for a checkpoint; it is dead, and there is a checkpoint of it, for a restore."""
+        if direction == "restore":
+            if not subject.base:
+                self._arrange("keep", subject)
+                self._end_with_base(subject)
+            return
+        if subject.base:
+            if wrong := self._bring_back(subject, subject.base):
+                raise RuntimeError(f"a checkpoint that was restored before: {wrong}")
+            self._delete(subject.base)
+            subject.base = ""
+        elif not subject.born or len(subject.living()) < len(subject.born):
+            subject.start()
+
+    def _end_with_base(self, subject: Subject) -> None:
+        command = self._checkpoint(subject, random.Random(), kill=True)
+        event = self._without_fault(command)
+        if event.status != Status.READY:
+            raise RuntimeError(f"a checkpoint without any fault: {event.code} {event.message}")
+        self._note_base(subject, command.checkpoint_id)
+
+    def _note_base(self, subject: Subject, checkpoint_id: str) -> None:
+        """It has just been killed: how far it had counted is what a restore begins with."""
+        subject.base, subject.born = checkpoint_id, subject.beats.read()
+        subject.end()
+
+    def _bring_back(self, subject: Subject, checkpoint_id: str, *, whole: bool = True) -> Findings:
+        """Restore it where nothing of it is left: the old processes go on, or it is a finding."""
+        before = subject.born
+        event = self._without_fault(RestoreCommand(action_id=str(uuid.uuid4()), checkpoint_id=checkpoint_id))
+        if event.status != Status.READY:
+            return [Finding("wrong_ready", f"{checkpoint_id} does not restore: {event.code} {event.message}")]
+        if whole:
+            found = checks.goes_on(subject, before) or checks.same(before, subject.beats.read())
+        else:
+            found = self._none_held(subject)
+        return [Finding("wrong_ready", f"restored: {each.text}") for each in found]
+
+    def _without_fault(self, command: Command) -> Event:
+        daemon = self._bench.insist_running()
+        daemon.plan(Plan())
+        self._bench.bus.send(command)
+        waiting = _Action(self._bench, command, Row(""), SETTLE)
+        waiting.settle()
+        if waiting.row.findings:
+            raise RuntimeError(f"without any fault: {waiting.row.findings}")
+        return self._bench.bus.events(command.action_id)[-1]
+
+    def _checkpoint(self, subject: Subject, rng: random.Random, *, kill: bool) -> CheckpointCommand:
+        options = Overrides(asynchronous=rng.random() < 0.5, criu_opts=json.dumps({"leave_running": not kill}))
+        ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(2)]
+        return CheckpointCommand(action_id=ids[0], checkpoint_id=ids[1], target=Target(**subject.target), overrides=options)
+
+    def _delete(self, checkpoint_id: str) -> None:
+        self._bench.insist_running()
+        with contextlib.suppress(grpc.RpcError):  # what is left of it is found where the store is looked at
+            self._bench.stub.DeleteCheckpoint(pb.CheckpointId(checkpoint_id=checkpoint_id), timeout=ASK)
+
+    def _start_over(self, subject: Subject) -> None:
+        """After a case that nobody can go on from: another daemon, another workload."""
+        with contextlib.suppress(Exception):
+            self._bench.stop(signal.SIGKILL)
+        self._bench.bus.revive()
+        self._bench.criu_fault(None)
+        for pid in self._bench.stray_criu():
+            with contextlib.suppress(Exception):
+                processes.kill_all([pid])
+        subject.end()
+        subject.base, subject.born = "", ()
+
+    # --- the case itself ----------------------------------------------------------------------------------------------------
+
+    def _play(self, case: Case, subject: Subject, row: Row) -> None:
+        rng = random.Random(f"{self._seed}/{case.id}")
+        command: Command
+        if case.direction == "restore":
+            command = RestoreCommand(action_id=str(uuid.UUID(int=rng.getrandbits(128), version=4)), checkpoint_id=subject.base)
+        else:
+            command = self._checkpoint(subject, rng, kill=case.direction == "kill")
+            subject.born = subject.beats.wait()
+        row.action = command.action_id
+        fault = _Fault(case, self._bench, subject, command, rng)
+        action = _Action(self._bench, command, row, SETTLE)
+        fault.begin()
+        try:
+            self._bench.bus.send(command)
+            fault.given()
+            action.settle(fault.fire, fault.next_plan, fault.dead)
+            fault.settled()
+            action.settle(fault.fire, fault.next_plan, fault.dead)
+        finally:
+            fault.over()
+        row.fired = row.fired or case.fault in ("none", "die_at_random") or fault.done
+        if fault.stopping:
+            action.wait_for_end()
+        action.linger(0 if fault.done or case.fault == "none" else LATE, fault.fire)
+        row.restarts = action.restarts
+        self._hits = self._bench.insist_running().plan(Plan())
+        if (
+            action.restarts
+            and action.known_before
+            and self._hits.get("criu.dump.before", 0) + self._hits.get("criu.restore.before", 0)
+        ):
+            row.findings.append(Finding("ran_twice", "CRIU was called again for an action that a crash had ended"))
+        self._judge(case, subject, command, row)
+
+    def _judge(self, case: Case, subject: Subject, command: Command, row: Row) -> None:
+        events = self._bench.bus.events(command.action_id)
+        row.findings += checks.statuses(events)
+        last = events[-1] if events else None
+        row.status, row.code, row.message = (last.status.value, last.code, last.message) if last else ("", "", "")
+        if isinstance(command, RestoreCommand):
+            self._judge_restore(subject, row)
+        else:
+            self._judge_checkpoint(case, subject, command, row)
+        row.findings += checks.nothing_left(self._bench, self.baseline)
+        if any(
+            found.counter in ("left_frozen", "lost_workloads", "half_restores", "not_killed", "no_terminal")
+            for found in row.findings
+        ):
+            self._start_over(subject)
+
+    def _judge_restore(self, subject: Subject, row: Row) -> None:
+        if row.status == Status.READY:
+            row.restored = True
+            row.findings += checks.goes_on(subject, subject.born)
+            row.findings += checks.same(subject.born, subject.beats.read() or subject.born)[:1] if not row.findings else []
+        elif row.code != "outcome_unknown":
+            row.findings += checks.nothing_lives(subject, "half_restores")
+        subject.end()
+
+    def _judge_checkpoint(self, case: Case, subject: Subject, command: CheckpointCommand, row: Row) -> None:
+        ready, kill, dies = row.status == Status.READY, case.direction == "kill", "dies" in case.fault
+        if not ready:
+            row.findings += checks.no_checkpoint(self._bench, command.checkpoint_id, unknown=row.code == "outcome_unknown")
+        if not (ready and kill):
+            row.findings += self._runs_on(case, subject, row) if not dies else self._none_held(subject)
+        if ready:
+            row.findings += checks.verifies(self._bench, command.checkpoint_id)
+            self._kept += 1
+            if kill or dies or self._kept % RESTORED == 0:
+                row.findings += self._judge_ready(subject, command.checkpoint_id, row, killed=kill and not dies, whole=not dies)
+        elif dies:
+            subject.end()
+            subject.born = ()
+        self._delete(command.checkpoint_id)
+        self._sweep(command.checkpoint_id)
+
+    def _runs_on(self, case: Case, subject: Subject, row: Row) -> Findings:
+        found = checks.goes_on(subject, subject.born)
+        if case.fault in ("criu_killed", "criu_and_daemon_killed") and {each.counter for each in found} == {"lost_workloads"}:
+            row.killed_by_criu = True
+            subject.end()
+            subject.born = ()
+            return []
+        return found
+
+    def _none_held(self, subject: Subject) -> Findings:
+        """Of a workload that has died, in part or as a whole: what lives is of it, and not held."""
+        alive = {pid: subject.beats.slot(pid) for pid in subject.living()}
+        for pid, before in alive.items():
+            after = subject.beats.slot(pid, later_than=before)
+            if after is None:
+                if pid in subject.living():
+                    return [Finding("left_frozen", processes.describe(pid))]
+            elif after.wrong or after.token not in {beat.token for beat in subject.born}:
+                return [Finding("lost_workloads", f"{subject.born} has become {after}")]
+        return []
+
+    def _judge_ready(self, subject: Subject, checkpoint_id: str, row: Row, *, killed: bool, whole: bool) -> Findings:
+        """It was killed, or is now: and comes back. Not `whole`: a part of it may have died before it was dumped."""
+        found = checks.nothing_lives(subject, "not_killed") if killed else []
+        if killed:
+            subject.born = subject.beats.read() or subject.born
+        subject.end()
+        row.restored = True
+        found += self._bring_back(subject, checkpoint_id, whole=whole)
+        if found or not whole:
+            subject.end()
+            subject.born = ()
+        return found
+
+    def _sweep(self, checkpoint_id: str) -> None:
+        """What it left in the store is counted; the next case does not see it."""
+        for key in checks.in_store(self._bench, checkpoint_id):
+            self._bench.store.delete(key)
+        for upload in list(self._bench.store.open_uploads()):
+            self._bench.leaked_uploads += 1
+            self._bench.store.abort_upload(upload)
+
+
+class _Action:
+    """One command, until it has ended: its terminal event told, its page of the journal closed, a daemon running."""
+
+    def __init__(self, bench: Bench, command: Command, row: Row, limit: float) -> None:
+        self._bench, self._command, self.row = bench, command, row
+        self._deadline = time.monotonic() + limit
+        self.restarts = 0
+        self.known_before = False  # the journal knew it when a daemon died
+
+    def settle(
+        self,
+        fire: Callable[[dict[str, Any]], None] = lambda _: None,
+        plan: Callable[[], Plan] = Plan,
+        dead: Callable[[], None] = lambda: None,
+    ) -> None:
+        while not self._ended():
+            daemon = self._bench.daemon
+            if daemon is None or daemon.ended:
+                self._next_life(plan(), dead)
+            elif (said := daemon.hear(0.01)) is not None and said["say"] == "fired":
+                self.row.fired = True
+                fire(said)
+            if time.monotonic() > self._deadline:
+                record = self._bench.record(self._command.action_id)
+                self.row.findings.append(
+                    Finding("no_terminal", f"the journal says {record and (record['phase'], record['status'])}")
+                )
+                return
+
+    def linger(self, seconds: float, fire: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+        """What is to happen after the end may happen yet; then a daemon runs."""
+        until = time.monotonic() + seconds
+        while True:
+            daemon = self._bench.daemon
+            if daemon is None or daemon.ended:
+                self._next_life(Plan(), lambda: None)
+                return
+            if (said := daemon.hear(0.01)) is not None and said["say"] == "fired":
+                self.row.fired = True
+                fire(said)
+                until = time.monotonic() + 0.1
+            elif said is None and time.monotonic() > until:
+                return
+
+    def wait_for_end(self) -> None:
+        """Of the daemon, which was asked to stop: it drains."""
+        deadline = time.monotonic() + SETTLE
+        while self._bench.daemon is not None and not self._bench.daemon.ended:
+            self._bench.daemon.hear(0.02)
+            if time.monotonic() > deadline:
+                self.row.findings.append(
+                    Finding("daemon_failed", f"it does not end after SIGTERM: {_stacks(self._bench.daemon.pid)}")
+                )
+                self._bench.daemon.signal(signal.SIGKILL)
+                deadline += SETTLE
+
+    def _ended(self) -> bool:
+        events = self._bench.bus.events(self._command.action_id)
+        if not any(event.status.terminal for event in events):
+            return False
+        record = self._bench.record(self._command.action_id)
+        if record is None or not (record["phase"] == "done" or events[-1].code == "left_suspended"):
+            return False
+        daemon = self._bench.daemon
+        return daemon is not None and not daemon.ended
+
+    def _next_life(self, plan: Plan, dead: Callable[[], None]) -> None:
+        """Bury the daemon that has ended, and start another."""
+        daemon = self._bench.daemon
+        if daemon is not None:
+            code = self._bench.keeper.exit_code(daemon.pid, ASK)
+            if code not in (0, -signal.SIGKILL):
+                self.row.findings.append(Finding("daemon_failed", f"its exit code was {code}"))
+        self.known_before = self.known_before or self._bench.record(self._command.action_id) is not None
+        dead()
+        self.restarts += 1
+        if self.restarts > LIVES:
+            raise RuntimeError("the daemon ends again and again")
+        self._bench.start(plan)
+
+
+class _Fault:
+    """What goes wrong in one case, as far as it does not go wrong inside the daemon."""
+
+    def __init__(self, case: Case, bench: Bench, subject: Subject, command: Command, rng: random.Random) -> None:
+        self._case, self._bench, self._subject, self._command, self._rng = case, bench, subject, command, rng
+        self.done = False
+        self.stopping = False  # the daemon was asked to stop
+        self._lives = 0
+
+    @property
+    def _daemon(self) -> Daemon:
+        assert self._bench.daemon is not None
+        return self._bench.daemon
+
+    def _plan(self) -> Plan:
+        case = self._case
+        match case.fault:
+            case "die" | "die_twice" | "die_redelivered" | "criu_fault_and_die":
+                return Plan(case.point, case.nth, "die")
+            case "raise":
+                return Plan(case.point, case.nth, "raise", case.argument, times=case.times)
+            case "stall":
+                return Plan(case.point, case.nth, "stall", seconds=STALL)
+            case "none" | "die_at_random":
+                return Plan()
+            case fault if fault.endswith("_at_random") or fault.startswith(("criu_", "pause_criu")):
+                return Plan(case.point, 1, "tell")
+        return Plan(case.point, case.nth, "hold")
+
+    def begin(self) -> None:
+        """Before the command is given."""
+        if self._case.fault.startswith("criu_fault"):
+            self._bench.criu_fault(int(self._case.argument))
+        self._daemon.plan(self._plan())
+
+    def given(self) -> None:
+        """The command is given."""
+        if self._case.fault == "die_at_random":
+            time.sleep(self._rng.uniform(0, 0.35))
+            self._daemon.signal(signal.SIGKILL)
+            self.done = True
+
+    def fire(self, _: dict[str, Any]) -> None:
+        """The point is reached; a thread of the daemon may wait there."""
+        if not self.done:
+            self.done = True
+            getattr(self, f"_{self._case.fault}", lambda: None)()
+        if not self._daemon.ended:
+            self._daemon.go_on()
+
+    def dead(self) -> None:
+        """The daemon is dead, and the next one not yet there."""
+        if self._case.fault == "die_redelivered":
+            self._bench.bus.send_again(self._command)
+
+    def next_plan(self) -> Plan:
+        """For the daemon that comes after one that died."""
+        self._lives += 1
+        return Plan(self._case.argument, 1, "die") if self._case.fault == "die_twice" and self._lives == 1 else Plan()
+
+    def settled(self) -> None:
+        if self._case.fault in ("redeliver", "die_redelivered"):
+            self._bench.bus.send_again(self._command)
+
+    def over(self) -> None:
+        """Nothing more goes wrong."""
+        self._bench.criu_fault(None)
+
+    # --- what outsiders do: one method for each fault of that name -----------------------------------------------------------
+
+    def _sigterm(self) -> None:
+        self.stopping = True
+        self._daemon.signal(signal.SIGTERM)
+
+    def _sigterm_twice(self) -> None:
+        self._sigterm()
+        time.sleep(self._rng.uniform(0, 0.05))
+        self._daemon.signal(signal.SIGTERM)
+
+    def _sigterm_at_random(self) -> None:
+        time.sleep(self._rng.uniform(0, 0.2))
+        self._sigterm_twice() if self._rng.random() < 0.5 else self._sigterm()
+
+    def _pause_daemon(self) -> None:
+        self._daemon.signal(signal.SIGSTOP)
+        time.sleep(self._rng.uniform(0.2, 1.0))
+        self._daemon.signal(signal.SIGCONT)
+
+    def _cancel(self) -> None:
+        self._bench.bus.send(CancelCommand(action_id=self._command.action_id))
+        time.sleep(0.03)
+
+    def _cancel_by_call(self) -> None:
+        """The loop may be what waits at the point: the answer comes later."""
+        self._bench.stub.Cancel.future(pb.ActionId(action_id=self._command.action_id), timeout=ASK)
+        time.sleep(0.02)
+
+    def _cancel_at_random(self) -> None:
+        time.sleep(self._rng.uniform(0, 0.15))
+        self._cancel_by_call() if self._rng.random() < 0.5 else self._cancel()
+
+    def _redeliver(self) -> None:
+        self._bench.bus.send_again(self._command)
+        self._bench.bus.send_again(self._command)
+        time.sleep(0.02)
+
+    def _bus_stopped(self) -> None:
+        """Until the action has ended, or cannot."""
+        self._bench.bus.server.stop(kill=self._rng.random() < 0.5)
+        self._daemon.go_on()
+        self._wait_while_away()
+        self._bench.bus.server.start()
+
+    def _bus_silent(self) -> None:
+        self._bench.bus.server.pause()
+        self._daemon.go_on()
+        self._wait_while_away()
+        self._bench.bus.server.resume()
+
+    def _wait_while_away(self) -> None:
+        deadline = time.monotonic() + self._rng.uniform(0.3, 1.5)
+        while time.monotonic() < deadline:
+            record = self._bench.record(self._command.action_id)
+            if record is not None and record["phase"] == "done":
+                return
+            time.sleep(0.02)
+
+    def _workload_dies(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            processes.kill_all([beat.pid for beat in self._subject.born])
+
+    def _child_dies(self) -> None:
+        processes.kill_all([self._subject.born[1].pid])
+
+    def _workload_dies_at_random(self) -> None:
+        time.sleep(self._rng.uniform(0, 0.15))
+        self._child_dies() if self._rng.random() < 0.5 else processes.kill_all([self._subject.born[0].pid])
+
+    def _criu_killed(self) -> None:
+        self.done = self._signal_criu(signal.SIGKILL)
+
+    def _criu_and_daemon_killed(self) -> None:
+        self.done = self._signal_criu(signal.SIGKILL)
+        self._daemon.signal(signal.SIGKILL)
+
+    def _pause_criu(self) -> None:
+        if self._signal_criu(signal.SIGSTOP):
+            time.sleep(self._rng.uniform(0.2, 1.0))
+            for pid in self._found:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pid, signal.SIGCONT)
+            self._close_found()
+
+    def _signal_criu(self, number: signal.Signals) -> bool:
+        """At a random moment of its work: whether there was one."""
+        deadline = time.monotonic() + 1.0
+        while not self._daemon.criu() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(self._rng.uniform(0, 0.09))
+        self._found = _open(self._daemon.criu())
+        for pidfd in self._found:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+        found = bool(self._found)
+        if number == signal.SIGKILL:
+            self._close_found()
+        return found
+
+    def _close_found(self) -> None:
+        for pidfd in self._found:
+            os.close(pidfd)
+        self._found = []
+
+
+def _stacks(pid: int) -> str:
+    """Where its threads wait, as far as the kernel knows."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            found.append((task / "wchan").read_text())
+    return " ".join(found)
+
+
+def _open(pids: list[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            found.append(os.pidfd_open(pid))
+    return found

@@ -1,0 +1,284 @@
+"""One bench: a node of its own (directories, broker, store, daemon) and the programs on it. Benches do not know each other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from hibernode._pb import hibernode_pb2 as pb
+from hibernode._pb import hibernode_pb2_grpc as pb_grpc
+from hibernode.drivers.localdir import LocalDir
+from tests import keeper as processes
+from tests.keeper import wait_until
+from tests.matrix import programs
+from tests.matrix.bus import CLUSTER, Bus
+from tests.matrix.keeper import Keeper
+from tests.matrix.programs import BeatFile, Beats
+from tests.matrix.script import MESSAGE, Plan, encode_plan
+
+START = 20.0  # seconds until a daemon takes calls
+ASK = 20.0  # seconds for an answer of the script, or of gRPC
+SETTINGS = """
+node = "{node}"
+cluster = "{cluster}"
+state_dir = "{home}/state"
+work_dir = "{work}"
+socket = "{home}/d.sock"
+bus = {{ url = "{bus}", ack_wait = 1.0 }}
+store = {{ url = "file://{home}/store" }}
+arena = {{ size = "16MiB" }}
+transfer = {{ streams = 2 }}
+criu = {{ path = "{home}/bin/criu" }}
+metrics = {{ listen = "" }}
+log = {{ format = "json" }}
+limits = {{ attempts = 2, retry_delay = 0.05, progress_interval = 0.05, node_interval = 2.0 }}
+"""
+# CRIU's own fault injection is switched by its environment; a file beside it says which, so that a daemon need not be started for it.
+CRIU = """#!/bin/sh
+if [ -s "$0.fault" ] && [ "$1" = swrk ]; then CRIU_FAULT=$(cat "$0.fault"); export CRIU_FAULT; fi
+exec {real} "$@"
+"""
+
+
+class Subject:
+    """One workload: a process, or a managed job. `beats` is what it says."""
+
+    def __init__(self, bench: Bench, kind: str) -> None:
+        self.kind, self._bench = kind, bench
+        self.beats = BeatFile(bench.home / f"{kind}.beats")
+        self.born: Beats = ()  # who it is
+        self.base = ""  # a checkpoint of it that is ready, while it is dead
+
+    @property
+    def target(self) -> dict[str, Any]:
+        return {"pid": self.born[0].pid} if self.kind == "process" else {"namespace": "default", "pod_name": "job"}
+
+    def start(self) -> None:
+        """A new one, in place of what may be left of the old."""
+        self.end()
+        argv = programs.command_line(self._bench.binary, self.beats)
+        if self.kind == "process":
+            self._bench.keeper.start_program(argv, self._bench.home)
+        else:
+            self._bench.stub.RunJob(pb.RunRequest(name="job", argv=argv, cwd=str(self._bench.home)), timeout=ASK)
+        self.born = self.beats.wait()
+        self.base = ""
+        if not self.born:
+            raise RuntimeError(f"the {self.kind} does not start")
+
+    def end(self) -> None:
+        """SIGKILL what there is of it; its pids are free afterwards, and what it said is forgotten."""
+        pids = sorted({*self.living(), *(beat.pid for beat in self.born)})
+        processes.kill_all([pid for pid in pids if pid in self.living()])
+        wait_until(lambda: not any(processes.fields(pid) for pid in pids), ASK, f"free pids {pids}")
+        self.beats.blank()
+
+    def living(self) -> list[int]:
+        return programs.living(self._bench.binary, self.beats)
+
+
+class Daemon:
+    """One life of the daemon, seen through the channel of its script."""
+
+    def __init__(self, pid: int, channel: socket.socket) -> None:
+        self.pid, self._channel = pid, channel
+        self.ended = False
+        self._said: deque[dict[str, Any]] = deque()
+
+    def hear(self, timeout: float) -> dict[str, Any] | None:
+        """The next thing it says of itself; None if it says nothing or has ended."""
+        if not self._said:
+            self._receive(timeout)
+        return self._said.popleft() if self._said else None
+
+    def _receive(self, timeout: float) -> None:
+        self._channel.settimeout(max(timeout, 0.001))
+        try:
+            data = self._channel.recv(MESSAGE)
+        except TimeoutError:
+            return
+        except ConnectionResetError:
+            data = b""
+        if data:
+            self._said.append(json.loads(data))
+        else:
+            self.ended = True
+
+    def plan(self, plan: Plan) -> dict[str, int]:
+        """From now on this is what goes wrong; the points that were hit since the plan before."""
+        return dict((self._ask("planned", say="plan", plan=encode_plan(plan)) or {}).get("hits", {}))
+
+    def go_on(self) -> None:
+        self._tell(say="go")
+
+    def threads(self) -> list[str]:
+        return list((self._ask("census", say="census") or {}).get("threads", []))
+
+    def _ask(self, answer: str, **question: object) -> dict[str, Any] | None:
+        self._tell(**question)
+        deadline, kept = time.monotonic() + ASK, []
+        try:
+            while not self.ended and time.monotonic() < deadline:
+                self._receive(0.1)
+                while self._said:
+                    said = self._said.popleft()
+                    if said["say"] == answer:
+                        return said
+                    kept.append(said)
+            return None
+        finally:
+            self._said.extend(kept)
+
+    def _tell(self, **message: object) -> None:
+        try:
+            self._channel.send(json.dumps(message).encode())
+        except OSError:
+            self.ended = True
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def criu(self) -> list[int]:
+        """CRIU's worker and what it has forked and not yet restored."""
+        return [pid for pid in processes.descendants(self.pid) if is_criu(pid)]
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class Bench:
+    """`with Bench(...) as bench:` has a daemon running. One thread."""
+
+    def __init__(self, home: Path, work: Path, binary: Path, criu: str) -> None:
+        self.home, self.work, self.binary = home, work, binary
+        self.home.mkdir(parents=True)
+        self.node = home.name
+        self.keeper = Keeper()  # first: it must not be forked from a process with threads
+        self.bus = Bus(home / "nats", self.node)
+        self.store = LocalDir(home / "store")
+        (home / "bin").mkdir()
+        self._criu = home / "bin" / "criu"
+        self._criu.write_text(CRIU.format(real=criu))
+        self._criu.chmod(0o755)
+        self.settings, self.log = home / "hibernode.toml", home / "daemon.log"
+        self.settings.write_text(SETTINGS.format(node=self.node, cluster=CLUSTER, home=home, work=work, bus=self.bus.url))
+        self.subjects = {kind: Subject(self, kind) for kind in ("process", "job")}
+        self._channel: grpc.Channel | None = None
+        self.daemon: Daemon | None = None
+        self.starts = 0
+        self.leaked_uploads = 0  # swept after the cases that left them
+
+    def start(self, plan: Plan | None = None) -> bool:
+        """A daemon, which takes calls when this returns; False if it has ended before it did."""
+        self._forget_daemon()
+        self.starts += 1
+        pid, channel = self.keeper.start_daemon(self.settings, self.log, encode_plan(plan or Plan()))
+        self.daemon = Daemon(pid, channel)
+        deadline = time.monotonic() + START
+        while not self._answers():
+            self.daemon._receive(0.003)
+            if self.daemon.ended:
+                return False
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the daemon does not start: {self.log_tail()}")
+        self._channel = grpc.insecure_channel(f"unix:{self.home}/d.sock", options=[("grpc.enable_retries", 0)])
+        return True
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(self.home / "d.sock"))
+            except OSError:
+                return False
+        return True
+
+    def insist_running(self) -> Daemon:
+        """The daemon that runs; a new one where it has ended."""
+        if self.daemon is None or self.daemon.ended or not processes.alive(self.daemon.pid):
+            if not self.start():
+                raise RuntimeError(f"the daemon does not start: {self.log_tail()}")
+            assert self.daemon is not None
+        return self.daemon
+
+    def _forget_daemon(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self.daemon is not None:
+            self.daemon.close()
+            self.daemon = None
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, limit: float = 45.0) -> int | None:
+        """End it; how it ended, None if it does not."""
+        if self.daemon is None:
+            return 0
+        pid = self.daemon.pid
+        self.daemon.signal(number)
+        code = self.keeper.exit_code(pid, limit)
+        self._forget_daemon()
+        return code
+
+    @property
+    def stub(self) -> pb_grpc.NodeStub:
+        assert self._channel is not None
+        return pb_grpc.NodeStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def record(self, action_id: str) -> dict[str, Any] | None:
+        """What the journal has of an action."""
+        try:
+            found: dict[str, Any] = json.loads((self.home / "state" / "journal" / f"{action_id}.json").read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
+    def at_work(self) -> list[str]:
+        """What is in the work directory, beside the lock."""
+        return [name for name in os.listdir(self.work) if name != ".lock"] if self.work.exists() else []
+
+    def criu_fault(self, number: int | None) -> None:
+        """CRIU's own fault injection for its next runs."""
+        fault = self._criu.with_name("criu.fault")
+        if number is None:
+            fault.unlink(missing_ok=True)
+        else:
+            fault.write_text(str(number))
+
+    def stray_criu(self) -> list[int]:
+        """CRIU's processes anywhere below the keeper."""
+        return [pid for pid in processes.descendants(self.keeper.pid) if is_criu(pid)]
+
+    def log_tail(self, size: int = 3000) -> str:
+        return self.log.read_bytes()[-size:].decode(errors="replace") if self.log.exists() else ""
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # best effort: the keeper ends what is left
+            self.stop()
+        self.keeper.close()
+        self.bus.close()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        if not self.start():
+            raise RuntimeError(f"the daemon does not start: {self.log_tail()}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_criu(pid: int) -> bool:
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("criu")
+    except OSError:
+        return False

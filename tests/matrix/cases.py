@@ -1,0 +1,181 @@
+"""Which cases there are: a fault, a point or a moment, a workload, a direction. One line of text names a case, and is enough to run it.
+
+    <direction>/<subject>/<fault>@<point>#<nth>
+
+`keep` and `kill` are checkpoints after which the workload runs on or is killed, `restore` brings it back. The points are not listed here:
+one run of each direction without a fault says which there are (`Survey`), so that a new step of the product is in the matrix by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DIRECTIONS = ("keep", "kill", "restore")
+SUBJECTS = ("process", "job")
+Survey = Mapping[tuple[str, str], Mapping[str, int]]  # (direction, subject) -> point -> hits of one run without a fault
+
+# The moments at which somebody from outside acts: what they do is the fault. Each is a phase that is about to be, or is, written down.
+_MOMENTS = {
+    "keep": ("begin", "preflight", "dumping", "shipping", "committing", "done"),
+    "kill": ("begin", "preflight", "dumping", "shipping", "committing", "killing", "done"),
+    "restore": ("begin", "preflight", "fetching", "restoring", "probing", "done"),
+}
+_CRIU = {"keep": "criu.dump", "kill": "criu.dump", "restore": "criu.restore"}
+# Of CRIU's own fault injection (criu/include/fault-injection.h): what fails, or takes another way, in a dump and in a restore.
+_CRIU_FAULTS = {"keep": (1, 3, 5, 136, 127, 129, 135, 137), "kill": (1, 3, 5, 136, 129, 135), "restore": (2, 6, 7, 8, 127, 133)}
+_WEIGHTS = {
+    "die": 8,
+    "raise": 8,
+    "criu_fault": 3,
+    "die_twice": 2,
+    "die_at_random": 2,
+}  # in a quick run; of the others there is one
+_NOT_FATAL = 127  # from here on CRIU's faults are detours, most of them
+_TRIES = 12  # of what comes at random
+_Fault = tuple[Any, ...]  # (fault, point[, argument[, times[, nth]]])
+_FOREVER = 1000  # times: until the plan is over
+
+_ID = re.compile(
+    r"(?P<direction>\w+)/(?P<subject>\w+)/(?P<fault>[a-z0-9_]+)(:(?P<argument>[\w.]+))?(\*(?P<times>\d+))?"
+    r"@(?P<point>[\w.+-]*)#(?P<nth>\d+)"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    direction: str
+    subject: str
+    fault: str
+    point: str = ""
+    argument: str = ""  # which error, which number of CRIU's, which point of recovery
+    times: int = 1
+    nth: int = 1  # hit of the point; for what comes at a random moment, the number of the try
+
+    @property
+    def id(self) -> str:
+        argument = f":{self.argument}" if self.argument else ""
+        times = f"*{self.times}" if self.times > 1 else ""
+        return f"{self.direction}/{self.subject}/{self.fault}{argument}{times}@{self.point}#{self.nth}"
+
+
+def parse(text: str) -> Case:
+    """ValueError if it names no case."""
+    found = _ID.fullmatch(text)
+    if found is None or found["direction"] not in DIRECTIONS or found["subject"] not in SUBJECTS:
+        raise ValueError(f"no case: {text!r}")
+    return Case(
+        found["direction"], found["subject"], found["fault"], found["point"], found["argument"] or "",
+        int(found["times"] or 1), int(found["nth"]),
+    )  # fmt: skip
+
+
+def full(survey: Survey, seed: int) -> list[Case]:
+    """All of them, in an order that the seed decides."""
+    cases = [case for where in survey for case in _of(*where, survey[where])]
+    random.Random(seed).shuffle(cases)
+    return cases
+
+
+def quick(survey: Survey, seed: int, count: int) -> list[Case]:
+    """A part: of every fault some, and of every point some, as evenly as `count` allows."""
+    groups: dict[tuple[str, str], list[Case]] = {}
+    for case in full(survey, seed):
+        groups.setdefault((case.direction, case.fault), []).append(case)
+    chosen: list[Case] = []
+    while len(chosen) < count and any(groups.values()):
+        for (_, fault), group in groups.items():
+            for _ in range(min(_WEIGHTS.get(fault, 1), len(group), count - len(chosen))):
+                chosen.append(_freshest(group, chosen))
+    return chosen
+
+
+def _freshest(group: list[Case], chosen: list[Case]) -> Case:
+    """The first of the group whose point and workload were chosen least; taken out of it."""
+    seen = [case.point for case in chosen]
+    subjects = [case.subject for case in chosen if case.fault == group[0].fault]
+    best = min(group, key=lambda case: (seen.count(case.point), subjects.count(case.subject)))
+    group.remove(best)
+    return best
+
+
+def _of(direction: str, subject: str, points: Mapping[str, int]) -> Iterator[Case]:
+    """Of one direction and workload."""
+    for fault, point, *more in (*_inside(points), *_outside(direction), *_at_random(direction), *_with_criu(direction)):
+        yield Case(direction, subject, fault, point, *more)
+
+
+def _inside(points: Mapping[str, int]) -> Iterator[_Fault]:
+    """The daemon dies at every point, at its first hit, one in the middle and its last; and what a port can raise, it raises."""
+    for point, hits in points.items():
+        for nth in sorted({1, (hits + 1) // 2, hits}):
+            yield "die", point, "", 1, nth
+        yield from _raised(point)
+
+
+def _outside(direction: str) -> Iterator[_Fault]:
+    """What others do while a phase is written down."""
+    faults = ["sigterm", "sigterm_twice", "pause_daemon", "cancel", "cancel_by_call", "redeliver", "die_redelivered"]
+    faults += ["bus_stopped", "bus_silent"]
+    if direction != "restore":
+        faults += ["workload_dies", "child_dies"]
+    for moment in _MOMENTS[direction]:
+        for side, fault in itertools.product(("before", "after"), faults):
+            yield fault, f"journal.{moment}.{side}"
+        for second in _recovery_points(direction):
+            yield "die_twice", f"journal.{moment}.after", second
+
+
+def _at_random(direction: str) -> Iterator[_Fault]:
+    """What comes at a moment that nobody has chosen, again and again."""
+    point = f"{_CRIU[direction]}.before"
+    faults = ["criu_killed", "criu_and_daemon_killed", "pause_criu", "cancel_at_random", "sigterm_at_random"]
+    if direction != "restore":
+        faults.append("workload_dies_at_random")
+    for nth in range(1, _TRIES + 1):
+        yield "die_at_random", "", "", 1, nth
+        yield from ((fault, point, "", 1, nth) for fault in faults)
+
+
+def _with_criu(direction: str) -> Iterator[_Fault]:
+    """CRIU's own faults; and the daemon dies while it undoes what they have done."""
+    undo = "place.kill.before" if direction == "restore" else "workload.thaw.before"
+    for number in _CRIU_FAULTS[direction]:
+        yield "criu_fault", f"{_CRIU[direction]}.before", str(number)
+        if number < _NOT_FATAL:
+            yield "criu_fault_and_die", undo, str(number)
+
+
+def _raised(point: str) -> Iterator[tuple[str, str, str, int]]:
+    """What can come out of this point: (fault, point, error, times)."""
+    port, method, *_ = point.split(".")
+    before = point.endswith(".before")
+    if port == "store" and method not in ("abort", "free_bytes"):
+        writes = method in ("upload", "write", "commit", "put", "check")
+        errors = ["store_unavailable", "no_room" if writes else "corrupt"]
+        for error in errors:
+            yield "raise", point, error, 1
+        yield "raise", point, errors[0], _FOREVER
+        if before:
+            yield "stall", point, "", 1
+    elif port in ("journal", "event") and before:
+        yield "raise", point, "enospc", 1
+        yield "raise", point, "enospc", 4
+    elif point.startswith(("criu.dump", "criu.restore")):
+        yield "raise", point, "dump_failed" if "dump" in point else "restore_failed", 1
+        yield "raise", point, "eio", 1
+    elif point.startswith(
+        ("workload.thaw", "workload.kill", "place.adopt", "workloads.prepare", "workload.processes", "criu.tasks")
+    ):
+        yield "raise", point, "eio", 1
+        yield "raise", point, "enospc", 2
+
+
+def _recovery_points(direction: str) -> tuple[str, ...]:
+    """Where the next daemon dies in turn, while it recovers."""
+    undo = "workloads.kill" if direction == "restore" else "workloads.thaw"
+    return (f"{undo}.before", f"{undo}.after", "event.error.before", "event.error.after", "journal.done.before")

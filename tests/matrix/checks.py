@@ -1,0 +1,184 @@
+"""What must be true after a case, however it ended. Each function says what is not, as findings; none is good."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from hibernode._pb import hibernode_pb2 as pb
+from hibernode.model import Event, Status
+from tests import keeper as processes
+from tests.matrix.bench import Bench, Subject
+from tests.matrix.programs import Beats, held
+
+# What the issue counts, and what else may be wrong. All of them must be 0.
+COUNTERS = ("left_frozen", "half_checkpoints", "wrong_ready", "duplicate_terminals", "leaks")
+MORE = (
+    "lost_workloads",
+    "half_restores",
+    "illegal_statuses",
+    "no_terminal",
+    "not_killed",
+    "ran_twice",
+    "daemon_failed",
+    "harness",
+)
+PATIENCE = 3.0  # seconds something may take to go away by itself
+_RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}
+
+
+@dataclass(frozen=True)
+class Finding:
+    counter: str
+    text: str
+
+
+Findings = list[Finding]
+
+
+def statuses(events: Sequence[Event]) -> Findings:
+    """Forward only, numbered upwards, one end."""
+    found: Findings = []
+    told = [(event.seq, event.status.value) for event in events]
+    terminals = [event for event in events if event.status.terminal]
+    if len(terminals) > 1:
+        found.append(Finding("duplicate_terminals", f"{told}"))
+    ranks, seqs = [_RANK[event.status] for event in events], [event.seq for event in events]
+    if any(a >= b for each in (ranks, seqs) for a, b in itertools.pairwise(each)):
+        found.append(Finding("illegal_statuses", f"{told}"))
+    return found
+
+
+def goes_on(subject: Subject, before: Beats) -> Findings:
+    """The same processes, with their memory, and they run."""
+    start = subject.beats.read()
+    now = subject.beats.a_pass_after(start) if start else subject.beats.wait()
+    if not now:
+        alive = subject.living()
+        states = {pid: processes.describe(pid) for pid in alive}
+        if len(alive) == len(before):
+            return [Finding("left_frozen", f"no beats: {states}")]
+        return [Finding("lost_workloads", f"of {[beat.pid for beat in before]} there are only {states}")]
+    return [*same(before, now), *(Finding("left_frozen", f"{beat.pid}: {why}") for beat in now if (why := held(beat.pid)))]
+
+
+def same(before: Beats, now: Beats) -> Findings:
+    """`now` is `before`, further on: token, counter, memory."""
+    found: Findings = []
+    for old, new in zip(before, now, strict=True):
+        if (old.token, old.pid) != (new.token, new.pid):
+            found.append(Finding("lost_workloads", f"{old} has become {new}"))
+        elif new.counter <= old.counter:
+            found.append(Finding("lost_workloads", f"it counts backwards: {old}, {new}"))
+        if new.wrong:
+            found.append(Finding("lost_workloads", f"its memory has changed: {new}"))
+    return found
+
+
+def nothing_lives(subject: Subject, counter: str) -> Findings:
+    """Nothing of it, or nothing any more."""
+    return _gone(lambda: [processes.describe(pid) for pid in subject.living()], counter, "alive")
+
+
+def in_store(bench: Bench, checkpoint_id: str) -> list[str]:
+    return [facts.key for facts in bench.store.list(f"{checkpoint_id}/")]
+
+
+def no_checkpoint(bench: Bench, checkpoint_id: str, *, unknown: bool) -> Findings:
+    """Nothing of it in the store. Where the outcome is unknown, there may be a whole one."""
+    keys = in_store(bench, checkpoint_id)
+    if not keys or (unknown and any(key.endswith("/manifest.json") for key in keys)):
+        return []
+    if any(key.endswith("/manifest.json") for key in keys):
+        return [Finding("half_checkpoints", f"not ready, and there is a manifest: {keys}")]
+    return [Finding("leaks", f"objects without a manifest: {keys}")]
+
+
+def verifies(bench: Bench, checkpoint_id: str) -> Findings:
+    """Every byte of it is there."""
+    try:
+        *_, last = bench.stub.Verify(pb.CheckpointId(checkpoint_id=checkpoint_id), timeout=30)
+    except (grpc.RpcError, ValueError) as e:
+        return [Finding("wrong_ready", f"it does not verify: {e.details() if isinstance(e, grpc.RpcError) else e}")]
+    return [] if last.ok else [Finding("wrong_ready", f"it does not verify: {last.message}")]
+
+
+def nothing_left(bench: Bench, baseline: Census | None) -> Findings:
+    """No upload, no file at work, no helper, and the daemon is as it was."""
+    found = [
+        *_gone(lambda: [upload.key for upload in bench.store.open_uploads()], "leaks", "open uploads"),
+        *_gone(bench.at_work, "leaks", "in the work directory"),
+        *_gone(lambda: [processes.describe(pid) for pid in bench.stray_criu()], "leaks", "CRIU's processes"),
+    ]
+    if baseline is not None:
+        found += _gone(lambda: census(bench).beyond(baseline), "leaks", "in the daemon")
+    return found
+
+
+def _gone(look: Callable[[], Sequence[str]], counter: str, what: str) -> Findings:
+    """Until nothing is seen, or patience ends."""
+    deadline = time.monotonic() + PATIENCE
+    while seen := look():
+        if time.monotonic() > deadline:
+            return [Finding(counter, f"{what}: {list(seen)[:8]}")]
+        time.sleep(0.02)
+    return []
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a daemon has of this machine."""
+
+    descriptors: Counter[str]
+    threads: Counter[str]
+    mounts: int
+
+    def beyond(self, baseline: Census) -> list[str]:
+        """What there is more of than there was."""
+        more = [f"{count} x {what}" for what, count in (self.descriptors - baseline.descriptors).items()]
+        more += [f"thread {name}" for name in (self.threads - baseline.threads).elements()]
+        return more + ([f"{self.mounts - baseline.mounts} mounts"] if self.mounts > baseline.mounts else [])
+
+    def __or__(self, other: Census) -> Census:
+        """The larger of each."""
+        return Census(self.descriptors | other.descriptors, self.threads | other.threads, max(self.mounts, other.mounts))
+
+
+def census(bench: Bench) -> Census:
+    """Of the running daemon. Pool threads and sockets of calls come and go: they are counted apart, by the bench's end."""
+    daemon = bench.insist_running()
+    threads = Counter(name for name in daemon.threads() if not name.startswith("hibernode_"))
+    return Census(Counter(_descriptors(daemon.pid)), threads, len(Path(f"/proc/{daemon.pid}/mountinfo").read_text().splitlines()))
+
+
+def _descriptors(pid: int) -> list[str]:
+    """What they point at, without numbers that are new each time. Calls of the bench are left out: it is the one that holds them."""
+    found, sockets = [], _sockets(pid)
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            at = os.readlink(f"/proc/{pid}/fd/{name}")
+        except FileNotFoundError:
+            continue
+        what = sockets.get(at, "socket") if at.startswith("socket:") else at.partition("[")[0].partition(":[")[0]
+        if not what.endswith("/d.sock"):
+            found.append(what)
+    return found
+
+
+def _sockets(pid: int) -> dict[str, str]:
+    """`socket:[inode]` -> what it is, as far as /proc says."""
+    found = {}
+    for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
+        words = line.split()
+        found[f"socket:[{words[6]}]"] = f"unix socket {words[7] if len(words) > 7 else ''}".rstrip()
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        words = line.split()
+        found[f"socket:[{words[9]}]"] = f"tcp socket, state {words[3]}"
+    return found
