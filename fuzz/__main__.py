@@ -127,7 +127,9 @@ class _Run:
         if new or (self.ended and self._process.returncode not in (0, -signal.SIGTERM, 72)):  # 72: libFuzzer was told to stop
             found.findings, found.input = max(1, len(new)), str(new[0]) if new else ""
             what = _WHAT.search(said)
-            found.what = next((part for part in what.groups() if part), "") if what else f"exit status {self._process.returncode}"
+            found.what = (
+                next((part for part in what.groups() if part), "")[:200] if what else f"exit status {self._process.returncode}"
+            )
         return found
 
 

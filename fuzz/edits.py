@@ -14,6 +14,7 @@ _TEXTS = (
     "0x10", "a\n", "main/index.zst", "0" * 64, "00000000-0000-0000-0000-000000000000", "9" * 400, "%n", "pages-0.zst", "zstd:3", "{}",
 )  # fmt: skip
 _NUMBERS = (-1, -(1 << 31) - 1, -(1 << 63) - 1, 1 << 64, 10**30, 1.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"))
+_MANY = 300  # places of a document
 _NEST = re.compile(r'"@nest:(\d+)@"')
 
 
@@ -38,7 +39,7 @@ def _edit(whole: dict[str, Any], feed: Feed) -> None:
         other, there = slots[feed.below(len(slots))]
         if there in other if isinstance(other, dict) else there < len(other):
             holder[key] = copy.deepcopy(other[there])
-    elif deed == 5 and isinstance(holder[key], list) and holder[key]:
+    elif deed == 5 and isinstance(holder[key], list) and len(slots) < _MANY:  # else a few of them fill the memory
         holder[key] = holder[key] * (1 + feed.below(300))
     elif deed == 6 and isinstance(holder[key], dict):
         name = feed.pick(list(holder[key]) or [""]) if feed.byte() % 2 else feed.text()

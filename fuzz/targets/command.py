@@ -101,7 +101,11 @@ def one(data: bytes) -> None:
     raw = feed.rest() if how == _RAW else _many(feed) if how == _MANY else edited(json.loads(door.good), feed)
     with guarded(BadCommand, Refused):
         value = door.read(raw)
-        require(door.read(door.write(value)) == value, f"{value!r} does not come back")
+        again = door.read(door.write(value))
+        if isinstance(value, Event) and "dropped" in again.details:  # that one would have been too long for the broker
+            require(len(door.write(value)) <= wire.EVENT_LIMIT, "an event that no broker takes")
+        else:
+            require(again == value, f"{repr(value)[:300]} does not come back")
         if isinstance(value, CheckpointCommand | RestoreCommand):
             _begin(value.overrides)
 
@@ -133,10 +137,15 @@ def _binary(message: type[Message], from_pb: Callable[[Any], Any], raw: bytes) -
 
 def _many(feed: Feed) -> bytes:
     """An object of very many keys, as long as a message can be and a little longer."""
-    width, count = 1 + feed.below(8), feed.below(1 << 16) if feed.byte() > 250 else feed.below(1 << 8)
-    keys = [f'"{n:0{width}}":0' for n in range(count)]
+    keys = _keys(1 + feed.below(8))
+    count = feed.below(1 << 16) if feed.byte() == 255 else feed.below(1 << 8)
     last = keys[feed.below(count)] if count and feed.byte() % 2 else '"x":0'
-    return ("{" + ",".join([*keys, last]) + "}").encode()
+    return ("{" + ",".join([*keys[:count], last]) + "}").encode()
+
+
+@functools.cache
+def _keys(width: int) -> list[str]:
+    return [f'"{n:0{width}}":0' for n in range(1 << 16)]
 
 
 def seeds() -> dict[str, bytes]:
