@@ -17,7 +17,7 @@ from hibernode.transfer.receive import Receiver
 _MANIFEST = "manifest.json"
 
 
-def _key(checkpoint_id: str) -> str:
+def manifest_key(checkpoint_id: str) -> str:
     return f"{checkpoint_id}/{_MANIFEST}"
 
 
@@ -26,7 +26,7 @@ def insist_new(store: Store, checkpoint_id: str) -> None:
     there = [facts.key for facts in store.list(f"{checkpoint_id}/")]
     if not there:
         return
-    whole = _key(checkpoint_id) in there
+    whole = manifest_key(checkpoint_id) in there
     raise Refused(
         "exists",
         f"checkpoint {checkpoint_id} exists already" if whole else f"parts of a checkpoint {checkpoint_id} are in the store",
@@ -67,7 +67,7 @@ def commit(store: Store, manifest: Manifest, notary: Notary) -> None:
     check_sizes(store, manifest)
     data = format.encode_manifest(manifest, notary)
     format.decode_manifest(data, manifest.checkpoint_id, notary)  # what we could not read we do not write
-    key = _key(manifest.checkpoint_id)
+    key = manifest_key(manifest.checkpoint_id)
     try:
         store.put(key, data)
         if store.get(key, limit=format.MAX_MANIFEST) != data:
@@ -81,7 +81,7 @@ def commit(store: Store, manifest: Manifest, notary: Notary) -> None:
 
 def _withdraw(store: Store, manifest: Manifest, notary: Notary, cause: BaseException) -> None:
     """Remove it, unless it is somebody else's, who has written it meanwhile."""
-    key = _key(manifest.checkpoint_id)
+    key = manifest_key(manifest.checkpoint_id)
 
     def remove() -> None:
         if _may_be_of(store, manifest, notary):
@@ -122,7 +122,7 @@ def check_sizes(store: Store, manifest: Manifest) -> None:
 def read(store: Store, checkpoint_id: str, notary: Notary) -> Manifest:
     """The manifest, checked. NotFound, Corrupt, or Refused: what `notary` does not believe, or "format_version"."""
     try:
-        data = store.get(_key(checkpoint_id), limit=format.MAX_MANIFEST)
+        data = store.get(manifest_key(checkpoint_id), limit=format.MAX_MANIFEST)
     except NotFound:
         raise NotFound(
             f"no checkpoint {checkpoint_id} in {store.location}",
@@ -167,8 +167,8 @@ def _verify_image(store: Store, prefix: str, image: ImageRef, threads: int, canc
 
 def delete(store: Store, checkpoint_id: str) -> None:
     """The manifest first: what is half deleted is no checkpoint any more."""
-    manifest_key = _key(checkpoint_id)
-    store.stat(manifest_key)
-    store.delete(manifest_key)
+    key = manifest_key(checkpoint_id)
+    store.stat(key)
+    store.delete(key)
     for facts in list(store.list(f"{checkpoint_id}/")):
         store.delete(facts.key)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TypeVar
 
-from hibernode import catalog, doctor
+from hibernode import catalog, doctor, gc
 from hibernode.courier import Courier
 from hibernode.dispatch import Dispatcher
 from hibernode.loop import in_thread
@@ -17,6 +18,8 @@ from hibernode.model import (
     Cancel,
     Check,
     Event,
+    Garbage,
+    GarbageRequest,
     JobSpec,
     Manifest,
     NodeRecord,
@@ -26,6 +29,8 @@ from hibernode.model import (
     WorkloadView,
 )
 from hibernode.node import Node
+
+T = TypeVar("T")
 
 
 class Desk:
@@ -62,26 +67,23 @@ class Desk:
         store = self._node.open_store("")
         return await in_thread(catalog.read, store, checkpoint_id, self._node.notary), f"{store.location}/{checkpoint_id}"
 
-    async def verify(self, checkpoint_id: str) -> AsyncIterator[Verdict]:
-        queue: asyncio.Queue[Verdict] = asyncio.Queue()
-        cancel, store, loop = Cancel(), self._node.open_store(""), asyncio.get_running_loop()
+    def verify(self, checkpoint_id: str) -> AsyncIterator[Verdict]:
+        store, threads, notary = self._node.open_store(""), self._node.host.load().cpus, self._node.notary
 
-        def tell(verdict: Verdict) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, verdict)
+        def work(tell: Callable[[Verdict], None], cancel: Cancel) -> None:
+            tell(catalog.verify(store, checkpoint_id, notary, threads, cancel, tell))
 
-        threads, notary = self._node.host.load().cpus, self._node.notary
-        work = asyncio.ensure_future(in_thread(catalog.verify, store, checkpoint_id, notary, threads, cancel, tell))
-        try:
-            while not work.done():
-                getting = asyncio.ensure_future(queue.get())
-                await asyncio.wait([work, getting], return_when=asyncio.FIRST_COMPLETED)
-                if getting.done():
-                    yield getting.result()
-                getting.cancel()
-            yield work.result()
-        finally:
-            cancel.set("nobody waits for it any more")
-            await asyncio.wait([work])
+        return _told_by(work)
+
+    def collect_garbage(self, request: GarbageRequest) -> AsyncIterator[Garbage]:
+        """What goes, or, with `apply`, how it went; then what stays and should be looked at. One at a time is told, none is kept back.
+        Whoever stops listening stops it, after the removal at hand."""
+        store, policy = self._node.open_store(request.directory), gc.policy(self._node.config.gc, request)
+
+        def work(tell: Callable[[Garbage], None], cancel: Cancel) -> None:
+            gc.collect(self._node, store, policy, tell, cancel, apply=request.apply)
+
+        return _told_by(work)
 
     async def checkpoints(self) -> list[Manifest]:
         return await in_thread(lambda: list(catalog.manifests(self._node.open_store(""), self._node.notary)))
@@ -97,3 +99,27 @@ class Desk:
 
     async def nodes(self) -> list[NodeRecord]:
         return await self._courier.nodes() if self._courier else [self._dispatcher.record()]
+
+
+async def _told_by(work: Callable[[Callable[[T], None], Cancel], None]) -> AsyncGenerator[T]:
+    """What `work`, in a thread of its own, tells. It is cancelled, and waited for, if nobody listens to its end."""
+    queue: asyncio.Queue[T] = asyncio.Queue()
+    cancel, loop = Cancel(), asyncio.get_running_loop()
+
+    def tell(told: T) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, told)
+
+    working = asyncio.ensure_future(in_thread(work, tell, cancel))
+    try:
+        while not working.done():
+            getting = asyncio.ensure_future(queue.get())
+            await asyncio.wait([working, getting], return_when=asyncio.FIRST_COMPLETED)
+            if getting.done():
+                yield getting.result()
+            getting.cancel()
+        while not queue.empty():
+            yield queue.get_nowait()
+        working.result()
+    finally:
+        cancel.set("nobody waits for it any more")
+        await asyncio.wait([working])

@@ -14,18 +14,304 @@ None of them makes a checkpoint, and none is missed by one.
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Literal
 
 from hibernode import catalog
-from hibernode.errors import Busy, Corrupt, NoRoom, NotFound, OutcomeUnknown, Refused, StoreUnavailable
-from hibernode.node import calmly
-from hibernode.ports import Store
+from hibernode.config import Retention
+from hibernode.errors import Busy, Corrupt, HibernodeError, NoRoom, NotFound, OutcomeUnknown, Refused, StoreUnavailable
+from hibernode.model import Cancel, Garbage, GarbageRequest, Manifest
+from hibernode.node import Node, calmly
+from hibernode.ports import Notary, ObjectFacts, OpenUpload, Store
 
+_USE = 86400.0  # seconds a use counts: an older one is of a node that does not come back for it
 _REMOVAL = 3600.0  # seconds a mark of a removal counts
+_REMOVAL_BEGINS = 600.0  # seconds after its mark within which the manifest goes: while every restore still sees the mark
+_DAY = 86400.0  # seconds
+
+_UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_IMAGE = r"[A-Za-z0-9][A-Za-z0-9._-]*/(?:pages-[0-9]+\.zst|index\.zst|images\.tar\.zst|rootfs\.tar\.zst)"
+_OURS = re.compile(rf"{_UUID}/(?:manifest\.json|attempt|removing|uses/{_UUID}|{_IMAGE})")
+_UNDER_AN_ID = re.compile(rf"({_UUID})/.*", re.DOTALL)
 
 _log = logging.getLogger("hibernode.gc")
+
+
+# --- what is there ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """All that is in a store under one checkpoint id."""
+
+    checkpoint_id: str
+    objects: tuple[ObjectFacts, ...] = ()
+    uploads: tuple[OpenUpload, ...] = ()
+    manifest: Manifest | None = None  # None, and no trouble: there is none
+    trouble: HibernodeError | None = None  # why it cannot be read or is not believed
+
+    @property
+    def whole(self) -> bool:
+        """Is it a checkpoint, whether we can read it or not?"""
+        return self.manifest is not None or self.trouble is not None
+
+    @property
+    def foreign(self) -> str:
+        """A key that none of us has written: then nothing here is ours to remove."""
+        keys = (*(facts.key for facts in self.objects), *(upload.key for upload in self.uploads))
+        return next((key for key in keys if not _OURS.fullmatch(key)), "")
+
+    @property
+    def bytes(self) -> int:
+        return sum(facts.size for facts in self.objects)
+
+    @property
+    def newest(self) -> float:
+        """When anything was last written here."""
+        return max((*(facts.modified for facts in self.objects), *(upload.began for upload in self.uploads)))
+
+    @property
+    def created(self) -> float:
+        """When it was made, by the clock of its node."""
+        return self.manifest.created_at if self.manifest else 0.0
+
+    @property
+    def committed(self) -> float:
+        """When it became a checkpoint, by the clock of the store."""
+        key = catalog.manifest_key(self.checkpoint_id)
+        return next((facts.modified for facts in self.objects if facts.key == key), 0.0)
+
+    def used(self, now: float) -> bool:
+        uses = (facts.modified for facts in self.objects if facts.key.startswith(f"{self.checkpoint_id}/uses/"))
+        return any(now - modified < _USE for modified in uses)
+
+
+def look(store: Store, notary: Notary) -> list[Place]:
+    """Everything in the store that lies under a checkpoint id, in order of the ids."""
+    objects: dict[str, list[ObjectFacts]] = defaultdict(list)
+    uploads: dict[str, list[OpenUpload]] = defaultdict(list)
+    for facts in store.list():
+        if under := _UNDER_AN_ID.fullmatch(facts.key):
+            objects[under[1]].append(facts)
+    for upload in store.open_uploads():
+        if under := _UNDER_AN_ID.fullmatch(upload.key):
+            uploads[under[1]].append(upload)
+    return [_place(store, notary, each, objects[each], uploads[each]) for each in sorted({*objects, *uploads})]
+
+
+def _place(store: Store, notary: Notary, checkpoint_id: str, objects: list[ObjectFacts], uploads: list[OpenUpload]) -> Place:
+    manifest: Manifest | None = None
+    trouble: HibernodeError | None = None
+    if any(facts.key == catalog.manifest_key(checkpoint_id) for facts in objects):
+        try:
+            manifest = catalog.read(store, checkpoint_id, notary)
+        except HibernodeError as e:
+            trouble = e
+    return Place(checkpoint_id, tuple(objects), tuple(uploads), manifest, trouble)
+
+
+# --- what goes ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One thing that goes, and why."""
+
+    what: Literal["upload", "attempt", "checkpoint"]
+    place: Place
+    age: float  # seconds
+    reason: Literal["orphaned_upload", "no_manifest", "beyond_last", "too_old"]
+    upload: OpenUpload | None = None
+
+
+def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collection[str]) -> list[Removal]:
+    """What goes, in order of the ids, the uploads of one before its objects. Pure.
+
+    Nothing that is younger than `policy.grace`, that somebody uses, that is not ours, or whose manifest cannot be read or believed.
+    What either rule of the retention keeps stays; a checkpoint that is not believed does not count for one that is kept."""
+    places = sorted(found, key=lambda place: place.checkpoint_id)
+    last = _last(places, policy.keep_last)
+    return [
+        removal
+        for place in places
+        if not (place.checkpoint_id in in_use or place.trouble or place.foreign or place.used(now))
+        for removal in (_checkpoint(place, now, policy, last) if place.manifest else _attempt(place, now))
+        if removal.age >= policy.grace
+    ]
+
+
+def _attempt(place: Place, now: float) -> list[Removal]:
+    """As old as its newest part: one that is at work is young."""
+    age = now - place.newest
+    uploads = [Removal("upload", place, age, "orphaned_upload", upload) for upload in place.uploads]
+    return [*uploads, *([Removal("attempt", place, age, "no_manifest")] if place.objects else [])]
+
+
+def _checkpoint(place: Place, now: float, policy: Retention, last: Collection[str]) -> list[Removal]:
+    uploads = [Removal("upload", place, now - upload.began, "orphaned_upload", upload) for upload in place.uploads]
+    age, days = now - max(place.created, place.committed), policy.keep_days * _DAY
+    if not (policy.keep_last or days) or place.checkpoint_id in last or age < days:
+        return uploads
+    return [*uploads, Removal("checkpoint", place, age, "too_old" if days else "beyond_last")]
+
+
+def _last(places: Iterable[Place], count: int) -> set[str]:
+    """The ids of each workload's `count` last checkpoints. A clock may be wrong, its node's or the store's (or a bucket was copied):
+    who is among the last by either of them is."""
+    groups: dict[object, list[Place]] = defaultdict(list)
+    for place in places:
+        if place.manifest is not None:
+            groups[_workload(place.manifest)].append(place)
+    kept: set[str] = set()
+    for group in groups.values() if count else ():
+        by_node = sorted(group, key=lambda place: (place.created, place.checkpoint_id))
+        by_store = sorted(group, key=lambda place: (place.committed, place.checkpoint_id))
+        kept |= {place.checkpoint_id for place in (*by_node[-count:], *by_store[-count:])}
+    return kept
+
+
+def _workload(manifest: Manifest) -> object:
+    """What counts as one workload: a pod by its UID, for many clusters may have a pod of that name, and share this store. A process
+    has no such name: then all that tells it from others."""
+    facts, (root, *_) = manifest.workload, manifest.images[0].tasks
+    return facts.uid or (manifest.node, root.pid, facts.name, tuple(facts.argv), facts.cwd)
+
+
+# --- going --------------------------------------------------------------------------------------------------------------------
+
+
+def policy(configured: Retention, request: GarbageRequest) -> Retention:
+    """What was asked for, and where nothing was, what is configured."""
+    asked = {name: value for name in ("grace", "keep_last", "keep_days") if (value := getattr(request, name)) is not None}
+    return configured.model_copy(update=asked)
+
+
+def collect(
+    node: Node, store: Store, policy: Retention, tell: Callable[[Garbage], None], cancel: Cancel, *, apply: bool = False
+) -> None:
+    """Tell what would go, or remove it and tell how that went: one that cannot be removed keeps no other. Then what stays and should
+    be looked at. In a thread; ends after the removal at hand when cancelled."""
+    places, now = look(store, node.notary), time.time()
+    for removal in plan(places, now, policy, _at_work(node)):
+        cancel.check()
+        tell(_remove(node, store, removal) if apply else _told(removal, "found"))
+    for place in places:
+        for garbage in _staying(place, now):
+            tell(garbage)
+
+
+def _at_work(node: Node) -> set[str]:
+    """The checkpoints that this node's actions write or read; their claims are asked when something is removed."""
+    return {entry.record.checkpoint_id for entry in node.journal.all() if not entry.record.done}
+
+
+def _remove(node: Node, store: Store, removal: Removal) -> Garbage:
+    checkpoint_id = removal.place.checkpoint_id
+    try:
+        with node.claims.claim(f"checkpoint {checkpoint_id}", f"gc {uuid.uuid4()}"):
+            if checkpoint_id in _at_work(node):
+                raise Busy(f"an action of this node is at work on {checkpoint_id}")
+            if removal.upload is not None:
+                store.abort_upload(removal.upload)
+            elif removal.what == "attempt":
+                _remove_attempt(store, removal.place)
+            else:
+                with _removing_alone(store, checkpoint_id):
+                    catalog.delete(store, checkpoint_id)
+    except Busy as e:
+        return _told(removal, "in_use", e)
+    except HibernodeError as e:
+        _log.warning("%s %s could not be removed: %s", removal.what, checkpoint_id, e)
+        return _told(removal, "failed", e)
+    _log.info("%s %s is removed: %s", removal.what, checkpoint_id, removal.reason)
+    return _told(removal, "removed")
+
+
+def _remove_attempt(store: Store, place: Place) -> None:
+    """All its objects, its mark last, if it is as it was when it was looked at."""
+    there = list(store.list(f"{place.checkpoint_id}/"))
+    if set(there) - set(place.objects):
+        raise Busy(f"something was written under {place.checkpoint_id} meanwhile")
+    for facts in sorted(there, key=lambda facts: facts.key == _mark(place.checkpoint_id)):
+        store.delete(facts.key)
+
+
+@contextmanager
+def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
+    """Inside it is removed, manifest first; Busy if somebody uses it. No mark stays on what stays."""
+    began = time.monotonic()
+    _put_removing(store, checkpoint_id)
+    try:
+        there = tuple(store.list(f"{checkpoint_id}/"))
+        if Place(checkpoint_id, there).used(time.time()):
+            raise Busy(f"a restore uses {checkpoint_id}")
+        if time.monotonic() - began > _REMOVAL_BEGINS:
+            raise StoreUnavailable(f"the store is too slow to remove {checkpoint_id} safely", hint="try again")
+        yield
+    except BaseException:
+        calmly("removing the mark of the removal", lambda: store.delete(_removing(checkpoint_id)))()
+        raise
+
+
+def _put_removing(store: Store, checkpoint_id: str) -> None:
+    key = _removing(checkpoint_id)
+    try:
+        store.put(key, b"")
+    except Refused:
+        with suppress(NotFound):
+            if time.time() - store.stat(key).modified < _REMOVAL:
+                raise Busy(f"somebody removes {checkpoint_id} already") from None
+        store.delete(key)  # of one who died
+        store.put(key, b"")
+
+
+def _told(
+    removal: Removal, state: Literal["found", "removed", "in_use", "failed"], error: HibernodeError | None = None
+) -> Garbage:
+    place, upload = removal.place, removal.upload
+    return Garbage(
+        what=removal.what,
+        checkpoint_id=place.checkpoint_id,
+        key=upload.key if upload else "",
+        bytes=0 if upload else place.bytes,
+        age=removal.age,
+        reason=removal.reason,
+        workload=_name(place),
+        state=state,
+        code=error.code if error else "",
+        message=error.message if error else "",
+    )
+
+
+def _staying(place: Place, now: float) -> Iterator[Garbage]:
+    """What stays though it may be garbage: only a person can tell."""
+    trouble = None if isinstance(place.trouble, NotFound) else place.trouble  # removed since we listed it
+    if place.foreign or trouble:
+        yield Garbage(
+            what="checkpoint" if place.whole else "attempt",
+            checkpoint_id=place.checkpoint_id,
+            key=place.foreign,
+            bytes=place.bytes,
+            age=now - place.newest,
+            reason="foreign" if place.foreign else "unreadable",
+            workload=_name(place),
+            state="kept",
+            code=trouble.code if trouble else "",
+            message=trouble.message if trouble else "",
+        )
+
+
+def _name(place: Place) -> str:
+    if place.manifest is None:
+        return ""
+    workload = place.manifest.workload
+    return f"{workload.namespace}/{workload.name}" if workload.kind == "job" else workload.name
 
 
 # --- what an action puts beside its objects -----------------------------------------------------------------------------------
@@ -74,7 +360,7 @@ def sweep(store: Store, checkpoint_id: str, action_id: str) -> None:
     if not _is_of(store, checkpoint_id, action_id):
         return
     there = [facts.key for facts in store.list(f"{checkpoint_id}/")]
-    if _manifest(checkpoint_id) not in there:
+    if catalog.manifest_key(checkpoint_id) not in there:
         for upload in list(store.open_uploads(f"{checkpoint_id}/")):
             store.abort_upload(upload)
         for key in there:
@@ -127,12 +413,8 @@ def _insist_stays(store: Store, checkpoint_id: str) -> None:
     removing = there.get(_removing(checkpoint_id))
     if removing is not None and time.time() - removing.modified < _REMOVAL:
         raise Busy(f"checkpoint {checkpoint_id} is being removed", hint="`hibernode list` shows those that stay")
-    if _manifest(checkpoint_id) not in there:
+    if catalog.manifest_key(checkpoint_id) not in there:
         raise NotFound(f"checkpoint {checkpoint_id} was removed", hint="`hibernode list` shows those that are", id=checkpoint_id)
-
-
-def _manifest(checkpoint_id: str) -> str:
-    return f"{checkpoint_id}/manifest.json"
 
 
 def _mark(checkpoint_id: str) -> str:

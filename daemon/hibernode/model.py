@@ -386,6 +386,31 @@ class Verdict(Value):
     message: str = ""
 
 
+class GarbageRequest(Value):
+    """A `gc`: of which store, by which rules (None: as this node is configured), and whether anything is removed."""
+
+    apply: bool = False
+    directory: str = ""
+    grace: Annotated[float, Field(ge=0)] | None = None  # seconds
+    keep_last: Annotated[int, Field(ge=0)] | None = None
+    keep_days: Annotated[float, Field(ge=0)] | None = None
+
+
+class Garbage(Value):
+    """Something that `gc` has found: to be removed, or worth telling that it stays."""
+
+    what: Literal["upload", "attempt", "checkpoint"]
+    checkpoint_id: str
+    key: str = ""  # of an upload
+    bytes: int = 0  # an upload's are not known
+    age: float  # seconds
+    reason: Literal["orphaned_upload", "no_manifest", "beyond_last", "too_old", "unreadable", "foreign"]
+    workload: str = ""  # namespace/name, or the process's name
+    state: Literal["found", "removed", "in_use", "failed", "kept"]
+    code: str = ""  # why it failed, or cannot be read
+    message: str = ""
+
+
 class NodeRecord(Value):
     """What a node tells the others about itself."""
 

@@ -42,6 +42,8 @@ from hibernode.model import (
     Check,
     CheckpointCommand,
     Event,
+    Garbage,
+    GarbageRequest,
     JobSpec,
     Manifest,
     NodeRecord,
@@ -99,6 +101,9 @@ class Desk(Protocol):
     async def checkpoints(self) -> list[Manifest]: ...
 
     async def delete(self, checkpoint_id: str) -> None: ...
+
+    def collect_garbage(self, request: GarbageRequest) -> AsyncIterator[Garbage]:
+        """What would be removed, or, if asked so, how each removal went; then what stays and should be looked at."""
 
     async def doctor(self) -> list[Check]: ...
 
@@ -439,6 +444,12 @@ class _Node(pb_grpc.NodeServicer):
     async def DeleteCheckpoint(self, request: pb.CheckpointId, context: Context) -> pb.Empty:
         await self._desk.delete(request.checkpoint_id)
         return pb.Empty()
+
+    @_stream
+    async def CollectGarbage(self, request: pb.GarbageRequest, context: Context) -> AsyncGenerator[pb.Garbage]:
+        async with _closing(self._desk.collect_garbage(wire.garbage_request_from_pb(request))) as found:
+            async for each in found:
+                yield wire.garbage_to_pb(each)
 
     @_unary
     async def Doctor(self, request: pb.Empty, context: Context) -> pb.DoctorReply:

@@ -35,6 +35,8 @@ from hibernode.model import (
     CheckpointCommand,
     Command,
     Event,
+    Garbage,
+    GarbageRequest,
     JobSpec,
     NodeRecord,
     Progress,
@@ -268,6 +270,22 @@ def verdict_from_pb(message: pb.VerifyReply) -> Verdict:
     return _build(Verdict, _plain(message))
 
 
+def garbage_request_to_pb(request: GarbageRequest) -> pb.GarbageRequest:
+    return _fill(pb.GarbageRequest(), request)
+
+
+def garbage_request_from_pb(message: pb.GarbageRequest) -> GarbageRequest:
+    return _build(GarbageRequest, _plain(message))
+
+
+def garbage_to_pb(garbage: Garbage) -> pb.Garbage:
+    return _fill(pb.Garbage(), garbage)
+
+
+def garbage_from_pb(message: pb.Garbage) -> Garbage:
+    return _build(Garbage, _plain(message))
+
+
 def job_to_pb(job: JobSpec) -> pb.RunRequest:
     return _fill(pb.RunRequest(), job)
 
@@ -377,8 +395,8 @@ def _table_of(descriptor: Descriptor, value: object, path: str) -> dict[str, obj
 
 
 def _zeros(descriptor: Descriptor) -> dict[str, object]:
-    """What an absent scalar means."""
-    scalars = (field for field in descriptor.fields if field.message_type is None and not field.is_repeated)
+    """What an absent scalar means, where its absence means nothing else (`optional`)."""
+    scalars = (f for f in descriptor.fields if f.message_type is None and not f.is_repeated and not f.has_presence)
     return {field.name: field.default_value for field in scalars}
 
 

@@ -17,6 +17,8 @@ from hibernode.model import (
     CheckpointCommand,
     CriuOpts,
     Event,
+    Garbage,
+    GarbageRequest,
     HostFacts,
     ImageRef,
     JobSpec,
@@ -214,6 +216,26 @@ NODE = NodeRecord(
     time=time.time(),
     arena_bytes=512 * MIB,
 )
+GARBAGE = [
+    Garbage(
+        what="upload",
+        checkpoint_id=ACTION,
+        key=f"{ACTION}/main/pages-0.zst",
+        age=90_000,
+        reason="orphaned_upload",
+        state="found",
+    ),
+    Garbage(what="attempt", checkpoint_id=ACTION, bytes=300 * MIB, age=90_000, reason="no_manifest", state="found"),
+    Garbage(
+        what="checkpoint",
+        checkpoint_id=CHECKPOINT,
+        bytes=2 * GIB,
+        age=30 * 86400,
+        reason="beyond_last",
+        workload="default/trainer",
+        state="found",
+    ),
+]
 
 
 class FakeDesk:
@@ -224,6 +246,8 @@ class FakeDesk:
         self.commands: list[ActionCommand] = []
         self.cancelled: list[str] = []
         self.deleted: list[str] = []
+        self.collected: list[GarbageRequest] = []
+        self.garbage = list(GARBAGE)
         self.stopped: list[tuple[str, str, str]] = []
         self.jobs: list[JobSpec] = []
         self.targets: list[Target | None] = []
@@ -343,6 +367,13 @@ class FakeDesk:
     async def delete(self, checkpoint_id: str) -> None:
         self._fault("delete")
         self.deleted.append(checkpoint_id)
+
+    async def collect_garbage(self, request: GarbageRequest) -> AsyncGenerator[Garbage]:
+        self._fault("collect_garbage")
+        self.collected.append(request)
+        for each in self.garbage:
+            done = each.state == "found" and request.apply
+            yield each.model_copy(update={"state": "removed"}) if done else each
 
     async def doctor(self) -> list[Check]:
         self._fault("doctor")

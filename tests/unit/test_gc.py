@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hibernode import catalog, gc
+from hibernode.config import Retention
 from hibernode.drivers.localdir import LocalDir
-from hibernode.errors import Busy, Internal, NotFound, OutcomeUnknown, Refused, StoreUnavailable
+from hibernode.errors import (
+    Busy,
+    Cancelled,
+    Corrupt,
+    HibernodeError,
+    Internal,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    StoreUnavailable,
+)
+from hibernode.gc import Place, Removal, plan
+from hibernode.model import Cancel, Garbage, GarbageRequest, Manifest, RestoreCommand
+from hibernode.ports import ObjectFacts, OpenUpload
+from tests.fakes.desk import manifest
 from tests.fakes.script import Script
 from tests.fakes.store import MemoryStore
+from tests.flow.rig import Rig
 
 MINE, OTHER = str(uuid.uuid4()), str(uuid.uuid4())
 CHECKPOINT = str(uuid.uuid4())
@@ -247,3 +266,422 @@ def test_marks_and_uses_make_no_checkpoint_and_go_with_one(store: MemoryStore) -
     assert {key.partition("/")[0] for key in keys(store)} == {OTHER}
     with pytest.raises(Refused):
         catalog.insist_new(store, OTHER)
+
+
+# --- what goes: the rule ------------------------------------------------------------------------------------------------------
+
+NOW = 2_000_000_000.0
+DAY = 86400.0
+HOUR = 3600.0
+IDS = [str(uuid.UUID(int=n)) for n in range(40)]
+UNREADABLE = (
+    Corrupt("manifest: it is damaged"),
+    Refused("format_version", "newer", prop="format_version", found=9, wanted=1),
+    Refused("unsigned", "not signed", prop="signature", found="none", wanted="one"),
+    StoreUnavailable("the store does not answer"),
+)
+
+
+def made(uid: str, created: float, checkpoint_id: str = CHECKPOINT) -> Manifest:
+    old = manifest(checkpoint_id)
+    return old.model_copy(update={"created_at": created, "workload": old.workload.model_copy(update={"uid": uid})})
+
+
+def whole(checkpoint_id: str, age: float, *, uid: str = "u", clock: float = 0.0) -> Place:
+    """A checkpoint; `clock`: how far its node's clock is ahead of the store's."""
+    objects = [ObjectFacts(f"{checkpoint_id}/{key}", 10, NOW - age) for key in ("main/index.zst", "manifest.json")]
+    return Place(checkpoint_id, tuple(objects), (), made(uid, NOW - age + clock, checkpoint_id))
+
+
+def attempt(checkpoint_id: str, *ages: float, uploads: tuple[float, ...] = ()) -> Place:
+    objects = (ObjectFacts(f"{checkpoint_id}/main/pages-{n}.zst", 10, NOW - age) for n, age in enumerate(ages))
+    opened = (OpenUpload(f"{checkpoint_id}/main/pages-{n}.zst", f"id{n}", NOW - age) for n, age in enumerate(uploads))
+    return Place(checkpoint_id, tuple(objects), tuple(opened))
+
+
+def gone(removals: list[Removal]) -> list[tuple[str, str, str]]:
+    return [(each.what, each.place.checkpoint_id, each.reason) for each in removals]
+
+
+def by(policy: str, *found: Place, in_use: tuple[str, ...] = ()) -> list[tuple[str, str, str]]:
+    rules = {
+        "last 2": Retention(keep_last=2),
+        "10 days": Retention(keep_days=10),
+        "both": Retention(keep_last=2, keep_days=10),
+        "none": Retention(),
+        "at once": Retention(grace=0),
+    }
+    return gone(plan(found, NOW, rules[policy], in_use))
+
+
+def test_without_rules_checkpoints_stay_and_the_rest_goes() -> None:
+    found = [whole(IDS[0], 999 * DAY), attempt(IDS[1], 2 * DAY), attempt(IDS[2], uploads=(2 * DAY, 3 * DAY))]
+    assert by("none", *found) == [
+        ("attempt", IDS[1], "no_manifest"),
+        ("upload", IDS[2], "orphaned_upload"),
+        ("upload", IDS[2], "orphaned_upload"),
+    ]
+
+
+def test_the_last_of_each_workload_stay() -> None:
+    mine = [whole(IDS[n], (n + 2) * DAY) for n in range(4)]
+    others = [whole(IDS[n], (n + 2) * DAY, uid="v") for n in (10, 11)]
+    assert by("last 2", *mine, *others) == [("checkpoint", IDS[n], "beyond_last") for n in (2, 3)]
+
+
+def test_the_young_stay_and_the_old_go() -> None:
+    assert by("10 days", whole(IDS[0], 9.9 * DAY), whole(IDS[1], 10.1 * DAY)) == [("checkpoint", IDS[1], "too_old")]
+
+
+def test_what_one_rule_keeps_the_other_does_not_remove() -> None:
+    found = [whole(IDS[n], age * DAY) for n, age in enumerate([2, 3, 4, 11, 12])]
+    assert by("both", *found) == [("checkpoint", IDS[n], "too_old") for n in (3, 4)]
+    old = [whole(IDS[n], age * DAY) for n, age in enumerate([20, 21, 22])]
+    assert by("both", *old) == [("checkpoint", IDS[2], "too_old")]
+
+
+def test_nothing_younger_than_the_grace_time_goes() -> None:
+    found = [whole(IDS[n], (n + 1) * HOUR) for n in range(5)]
+    assert by("last 2", *found, attempt(IDS[6], HOUR), attempt(IDS[7], uploads=(HOUR,))) == []
+
+
+def test_an_attempt_is_as_young_as_the_newest_of_its_parts() -> None:
+    """On another node it may be at work: streams are committed one after the other, and opened long before."""
+    assert by("none", attempt(IDS[0], 9 * DAY, HOUR)) == []
+    assert by("none", attempt(IDS[0], 9 * DAY, uploads=(HOUR,))) == []
+    assert by("none", attempt(IDS[0], HOUR, uploads=(9 * DAY,))) == []
+
+
+def test_an_upload_beside_a_checkpoint_goes_and_the_checkpoint_stays() -> None:
+    place = whole(IDS[0], HOUR)
+    upload = OpenUpload(f"{IDS[0]}/main/pages-0.zst", "id", NOW - 9 * DAY)
+    assert by("none", Place(IDS[0], place.objects, (upload,), place.manifest)) == [("upload", IDS[0], "orphaned_upload")]
+
+
+def test_what_is_in_use_stays() -> None:
+    found = [whole(IDS[n], (n + 2) * DAY) for n in range(4)]
+    assert by("last 2", *found, in_use=(IDS[3],)) == [("checkpoint", IDS[2], "beyond_last")]
+    assert by("none", attempt(IDS[5], 9 * DAY, uploads=(9 * DAY,)), in_use=(IDS[5],)) == []
+
+
+@pytest.mark.parametrize(("age", "goes"), [(HOUR, False), (23 * HOUR, False), (25 * HOUR, True), (-HOUR, False)])
+def test_a_use_by_another_node_counts_for_a_day(age: float, goes: bool) -> None:
+    place = whole(IDS[0], 99 * DAY)
+    use = ObjectFacts(f"{IDS[0]}/uses/{OTHER}", 0, NOW - age)
+    used = Place(IDS[0], (*place.objects, use), (), place.manifest)
+    assert bool(by("10 days", used)) is goes
+
+
+@pytest.mark.parametrize("trouble", UNREADABLE, ids=lambda e: e.code)
+def test_what_cannot_be_read_stays_whatever_the_rules(trouble: HibernodeError) -> None:
+    place = whole(IDS[0], 999 * DAY)
+    upload = OpenUpload(f"{IDS[0]}/main/pages-0.zst", "id", NOW - 999 * DAY)
+    for policy in ("last 2", "10 days", "both", "none", "at once"):
+        assert by(policy, Place(IDS[0], place.objects, (upload,), None, trouble)) == []
+
+
+def test_what_is_not_believed_pushes_nothing_out() -> None:
+    """Anybody who may write to the store can write manifests: three forged ones, and the two last that are believed stay."""
+    forged = [Place(IDS[n], whole(IDS[n], DAY).objects, (), None, UNREADABLE[2]) for n in range(3)]
+    assert by("last 2", *forged, whole(IDS[10], 30 * DAY), whole(IDS[11], 31 * DAY)) == []
+
+
+@pytest.mark.parametrize("key", ["data.bin", "main/notes.txt", "main/pages-x.zst", "uses/somebody", "a/b/c/index.zst"])
+def test_what_somebody_else_has_put_there_protects_all_of_it(key: str) -> None:
+    """Others name directories by UUIDs, too."""
+    strange = ObjectFacts(f"{IDS[0]}/{key}", 10, NOW - 999 * DAY)
+    upload = OpenUpload(f"{IDS[0]}/main/pages-0.zst", "id", NOW - 999 * DAY)
+    assert by("at once", Place(IDS[0], (*attempt(IDS[0], 999 * DAY).objects, strange), (upload,))) == []
+    assert by("at once", Place(IDS[0], (), (OpenUpload(f"{IDS[0]}/{key}", "id", 0.0),))) == []
+
+
+@pytest.mark.parametrize("clock", [-30 * DAY, 30 * DAY])
+def test_a_node_whose_clock_is_wrong_loses_nothing(clock: float) -> None:
+    """Its newest checkpoints look old, or those it made before the clock was put right look new."""
+    right = [whole(IDS[n], (20 + n) * DAY) for n in range(2)]
+    wrong = [whole(IDS[n], (8 + n) * DAY, clock=clock) for n in (2, 3)]
+    stays = {*IDS[:4]} - {checkpoint_id for _, checkpoint_id, _ in by("last 2", *right, *wrong)}
+    assert {IDS[2], IDS[3]} <= stays
+
+
+def test_in_a_store_that_was_copied_the_last_are_still_the_last() -> None:
+    """The copy was made in some order; what is newest by its node's clock came first."""
+    found = [whole(IDS[n], 30 * DAY - n * HOUR, clock=-n * DAY) for n in range(5)]
+    assert by("last 2", *found) == [("checkpoint", IDS[2], "beyond_last")]
+
+
+def test_processes_of_one_name_are_not_one_workload() -> None:
+    def process(n: int, node: str, pid: int) -> Place:
+        place = whole(IDS[n], (n + 2) * DAY, uid="")
+        assert place.manifest is not None
+        (image,) = place.manifest.images
+        root, *rest = image.tasks
+        images = [image.model_copy(update={"tasks": [root.model_copy(update={"pid": pid}), *rest]})]
+        return Place(IDS[n], place.objects, (), place.manifest.model_copy(update={"node": node, "images": images}))
+
+    assert by("last 2", *(process(n, "a", pid) for n, pid in enumerate([1, 2, 3]))) == []
+    assert by("last 2", *(process(n, node, 1) for n, node in enumerate("abc"))) == []
+    assert by("last 2", *(process(n, "a", 1) for n in range(3))) == [("checkpoint", IDS[2], "beyond_last")]
+
+
+ages = st.one_of(st.floats(-2 * DAY, 60 * DAY), st.sampled_from([0.0, DAY, 10 * DAY]))
+policies = st.builds(
+    Retention,
+    grace=st.one_of(st.just(0.0), st.floats(0, 20 * DAY)),
+    keep_last=st.integers(0, 4),
+    keep_days=st.one_of(st.just(0.0), st.floats(0, 40)),
+)
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> list[Place]:
+    found = []
+    for checkpoint_id in draw(st.lists(st.sampled_from(IDS), unique=True, max_size=14)):
+        base = whole(checkpoint_id, draw(ages), uid=draw(st.sampled_from("ab")), clock=draw(ages) * draw(st.sampled_from([0, 1])))
+        rest = attempt(
+            checkpoint_id, *draw(st.lists(ages, max_size=2)), uploads=tuple(draw(st.lists(ages, min_size=1, max_size=2)))
+        )
+        uses = tuple(ObjectFacts(f"{checkpoint_id}/uses/{MINE}", 0, NOW - age) for age in draw(st.lists(ages, max_size=1)))
+        strange = (ObjectFacts(f"{checkpoint_id}/theirs", 1, NOW - 60 * DAY),) if draw(st.integers(0, 9)) == 0 else ()
+        kind = draw(st.sampled_from(["whole", "whole", "attempt", "unreadable"]))
+        objects = (rest.objects if kind == "attempt" else base.objects) + uses + strange
+        found.append(
+            Place(
+                checkpoint_id,
+                objects,
+                rest.uploads if draw(st.booleans()) or not objects else (),
+                base.manifest if kind == "whole" else None,
+                UNREADABLE[0] if kind == "unreadable" else None,
+            )
+        )
+    return found
+
+
+@given(stores(), policies, st.sets(st.sampled_from(IDS), max_size=3), st.randoms(use_true_random=False))
+def test_the_rule_holds_for_any_store(found: list[Place], policy: Retention, in_use: set[str], order: random.Random) -> None:
+    removals = plan(found, NOW, policy, in_use)
+    believed = [place for place in found if place.manifest is not None]
+    for removal in removals:
+        place, manifest = removal.place, removal.place.manifest
+        assert removal.age >= policy.grace
+        assert place.checkpoint_id not in in_use
+        assert not any(f.key.startswith(f"{place.checkpoint_id}/uses/") and NOW - f.modified < DAY for f in place.objects)
+        assert place.trouble is None
+        assert not any(facts.key.endswith("theirs") for facts in place.objects)
+        if manifest is None:
+            assert max((*(f.modified for f in place.objects), *(u.began for u in place.uploads))) <= NOW - policy.grace
+        if removal.what == "checkpoint":
+            assert manifest is not None
+            assert policy.keep_last or policy.keep_days
+            assert min(NOW - manifest.created_at, NOW - place.committed) >= max(policy.grace, policy.keep_days * DAY)
+            newer = [each for each in believed if each.manifest and each.manifest.workload.uid == manifest.workload.uid]
+            assert sum(each.committed >= place.committed for each in newer) > policy.keep_last
+            assert sum(each.created >= place.created for each in newer) > policy.keep_last
+    told = [(each.what, each.place.checkpoint_id, each.upload.id if each.upload else "") for each in removals]
+    assert len(set(told)) == len(told)
+    shuffled = order.sample(found, len(found))
+    assert plan(shuffled, NOW, policy, in_use) == removals
+
+
+# --- what goes: in a store ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
+
+
+def finished(rig: Rig) -> str:
+    """A checkpoint whose action has come to its end; its id."""
+    checkpoint_id = rig.checkpoint()
+    for entry in rig.node.journal.all():
+        entry.update(phase="done")
+    return checkpoint_id
+
+
+def collected(rig: Rig, *, apply: bool = True, **rules: float) -> list[Garbage]:
+    told: list[Garbage] = []
+    gc.collect(rig.node, rig.store, Retention.model_validate({"grace": 0, **rules}), told.append, Cancel(), apply=apply)
+    return told
+
+
+def said(told: list[Garbage]) -> list[tuple[str, str, str]]:
+    return [(each.what, each.checkpoint_id, each.state) for each in told]
+
+
+def test_a_dry_run_removes_nothing_and_tells_what_apply_removes(rig: Rig) -> None:
+    for _ in range(3):
+        finished(rig)
+    shipped(rig.store, OTHER)
+    before = dict(rig.store.objects)
+    dry = collected(rig, apply=False, keep_last=1)
+    assert (rig.store.objects, len(rig.store.uploads)) == (before, 1)
+    assert {each.state for each in dry} == {"found"}
+    done = collected(rig, keep_last=1)
+    assert [(each.what, each.checkpoint_id, each.key) for each in done] == [(e.what, e.checkpoint_id, e.key) for e in dry]
+    assert {each.state for each in done} == {"removed"}
+    assert len(list(catalog.manifests(rig.store, rig.node.notary))) == 1
+    assert (len(rig.store.objects), rig.store.uploads) == (len(before) - 2 - 2 * (len(before) - 2) // 3, [])
+    assert collected(rig, keep_last=1) == []
+
+
+def test_sizes_and_names_are_told(rig: Rig) -> None:
+    finished(rig)
+    size = sum(map(len, rig.store.objects.values()))
+    (told,) = collected(rig, apply=False, keep_days=1e-9)
+    assert (told.what, told.bytes, told.reason, bool(told.workload)) == ("checkpoint", size, "too_old", True)
+    assert 0 <= told.age < 60
+
+
+def test_what_this_node_works_on_stays(rig: Rig) -> None:
+    """By its claim, which is held while something is removed; the claim of one says nothing of others."""
+    first, second = finished(rig), finished(rig)
+    with rig.node.claims.claim(f"checkpoint {first}", MINE):
+        told = collected(rig, keep_days=1e-9)
+    assert sorted(said(told)) == sorted([("checkpoint", first, "in_use"), ("checkpoint", second, "removed")])
+    assert "claim" not in "".join(rig.leftovers(second))
+
+
+def test_what_an_open_entry_of_the_journal_names_is_not_even_planned(rig: Rig) -> None:
+    checkpoint_id = finished(rig)
+    shipped(rig.store, OTHER)
+    rig.node.journal.all()[0].update(checkpoint_id=OTHER, phase="shipping")
+    assert said(collected(rig, keep_days=1e-9)) == [("checkpoint", checkpoint_id, "removed")]
+    assert len(rig.store.uploads) == 1
+
+
+def test_an_action_that_begins_meanwhile_keeps_what_it_names(rig: Rig) -> None:
+    """Its entry is written long before it claims anything: a restore reads the manifest first."""
+    ids = sorted(finished(rig) for _ in range(2))
+    told: list[Garbage] = []
+
+    def tell(garbage: Garbage) -> None:
+        told.append(garbage)
+        rig.node.journal.begin(RestoreCommand(action_id=OTHER, checkpoint_id=ids[1]))
+
+    gc.collect(rig.node, rig.store, Retention(grace=0, keep_days=1e-9), tell, Cancel(), apply=True)
+    assert said(told) == [("checkpoint", ids[0], "removed"), ("checkpoint", ids[1], "in_use")]
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(rig: Rig) -> None:
+    ids = sorted(finished(rig) for _ in range(3))
+    rig.rescript(Script())
+    collected(rig, apply=False, keep_days=1e-9)
+    asked = len(rig.script.calls)
+    rig.rescript(Script(fail_at=asked + 1))
+    told = collected(rig, keep_days=1e-9)
+    assert said(told) == [("checkpoint", ids[0], "failed"), *[("checkpoint", each, "removed") for each in ids[1:]]]
+    assert (told[0].code, "scripted failure" in told[0].message) == ("store_unavailable", True)
+    assert said(collected(rig, keep_days=1e-9)) == [("checkpoint", ids[0], "removed")]
+    assert rig.store.objects == {}
+
+
+def test_a_removal_that_fails_anywhere_leaves_a_checkpoint_or_none(rig: Rig) -> None:
+    """Never a manifest that names what is gone; and the next run takes the rest."""
+    steps = 0
+    while True:
+        checkpoint_id = finished(rig)
+        rig.rescript(Script())
+        collected(rig, apply=False, keep_days=1e-9)
+        rig.rescript(Script(fail_at=len(rig.script.calls) + 1 + steps))
+        told = collected(rig, keep_days=1e-9)
+        failed, script = bool(rig.script.failed), Script()
+        rig.rescript(script)
+        if f"{checkpoint_id}/manifest.json" in rig.store.objects:
+            assert rig.whole(checkpoint_id)
+        collected(rig, keep_days=1e-9)
+        assert rig.store.objects == {}
+        if not failed:
+            assert [each.state for each in told] == ["removed"]
+            break
+        steps += 1
+    assert steps >= 6
+
+
+def test_a_restore_that_begins_while_it_is_removed_is_seen_or_sees_it(rig: Rig) -> None:
+    """At each step of a removal another node begins to use the checkpoint: one of the two gives way."""
+
+    class Meeting(Script):
+        def __init__(self, at: int) -> None:
+            super().__init__()
+            self.at, self.restore, self.lease = at, "nobody", ExitStack()
+
+        def step(self, name: str) -> None:
+            super().step(name)
+            if len(self.calls) == self.at:
+                self.at = 0
+                try:
+                    self.lease.enter_context(gc.using(rig.store, checkpoint_id, OTHER))
+                    self.restore = "used"
+                except (Busy, NotFound) as e:
+                    self.restore = e.code
+
+    seen = set()
+    for at in range(1, 30):
+        checkpoint_id = finished(rig)
+        meeting = Meeting(at)
+        rig.rescript(meeting)
+        told = collected(rig, keep_days=1e-9)
+        there = rig.store.objects.keys() >= {f"{checkpoint_id}/manifest.json"}
+        seen.add((meeting.restore, told[0].state if told else "not found", there))
+        meeting.lease.close()
+        rig.rescript(Script())
+        rig.store.objects.clear()
+    assert seen == {
+        ("used", "not found", True),
+        ("used", "in_use", True),
+        ("busy", "removed", False),
+        ("nobody", "removed", False),
+    }
+
+
+def test_an_attempt_that_goes_on_meanwhile_stays(rig: Rig) -> None:
+    shipped(rig.store, OTHER)
+    place = gc.look(rig.store, rig.node.notary)[0]
+    rig.store.put(f"{OTHER}/manifest.json", b"{}")
+    removal = Removal("attempt", place, 1.0, "no_manifest")
+    assert gc._remove(rig.node, rig.store, removal).state == "in_use"
+    assert len(rig.store.objects) == 3
+
+
+def test_what_cannot_be_read_is_told(rig: Rig) -> None:
+    good, bad = finished(rig), finished(rig)
+    key = f"{bad}/manifest.json"
+    rig.store.objects[key] = rig.store.objects[key][:-9] + b"damaged!}"
+    before = dict(rig.store.objects)
+    (told,) = collected(rig, keep_last=1)
+    assert (told.checkpoint_id, told.state, told.reason, told.code) == (bad, "kept", "unreadable", "corrupt")
+    assert rig.store.objects == before
+    assert good in {key.partition("/")[0] for key in before}
+
+
+def test_other_keys_are_never_touched(rig: Rig) -> None:
+    others = ["readme", "check-0123", "data/file", f"{MINE[:-1]}/main/index.zst", f"{MINE.upper()}/main/index.zst", f"x{MINE}/a"]
+    for key in [*others, f"{OTHER}/theirs", f"{OTHER}/main/index.zst"]:
+        rig.store.put(key, b"data")
+    rig.store.upload("data/upload").write(b"data")
+    before = dict(rig.store.objects)
+    (told,) = collected(rig, keep_last=1, keep_days=1e-9)
+    assert (rig.store.objects, len(rig.store.uploads)) == (before, 1)
+    assert (told.checkpoint_id, told.key, told.reason, told.state) == (OTHER, f"{OTHER}/theirs", "foreign", "kept")
+
+
+def test_whoever_stops_listening_stops_it(rig: Rig) -> None:
+    for _ in range(3):
+        finished(rig)
+    cancel, told = Cancel(), list[Garbage]()
+
+    def tell(garbage: Garbage) -> None:
+        told.append(garbage)
+        cancel.set("nobody waits for it any more")
+
+    with pytest.raises(Cancelled):
+        gc.collect(rig.node, rig.store, Retention(grace=0, keep_days=1e-9), tell, cancel, apply=True)
+    assert len(told) == 1
+    assert len(list(catalog.manifests(rig.store, rig.node.notary))) == 2
+
+
+def test_a_rule_that_is_asked_for_stands_for_the_configured_one() -> None:
+    configured = Retention(grace=1, keep_last=2, keep_days=3)
+    assert gc.policy(configured, GarbageRequest()) == configured
+    assert gc.policy(configured, GarbageRequest(grace=0.0, keep_last=0, keep_days=0.0)) == Retention(grace=0)

@@ -367,6 +367,44 @@ class VerifyReply(_message.Message):
     message: str
     def __init__(self, ok: _Optional[bool] = ..., bytes: _Optional[int] = ..., frames: _Optional[int] = ..., seconds: _Optional[float] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
+class GarbageRequest(_message.Message):
+    __slots__ = ("apply", "directory", "grace", "keep_last", "keep_days")
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_LAST_FIELD_NUMBER: _ClassVar[int]
+    KEEP_DAYS_FIELD_NUMBER: _ClassVar[int]
+    apply: bool
+    directory: str
+    grace: float
+    keep_last: int
+    keep_days: float
+    def __init__(self, apply: _Optional[bool] = ..., directory: _Optional[str] = ..., grace: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_days: _Optional[float] = ...) -> None: ...
+
+class Garbage(_message.Message):
+    __slots__ = ("what", "checkpoint_id", "key", "bytes", "age", "reason", "workload", "state", "code", "message")
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    AGE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    WORKLOAD_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    what: str
+    checkpoint_id: str
+    key: str
+    bytes: int
+    age: float
+    reason: str
+    workload: str
+    state: str
+    code: str
+    message: str
+    def __init__(self, what: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., key: _Optional[str] = ..., bytes: _Optional[int] = ..., age: _Optional[float] = ..., reason: _Optional[str] = ..., workload: _Optional[str] = ..., state: _Optional[str] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
 class Check(_message.Message):
     __slots__ = ("name", "ok", "found", "hint", "required")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -101,6 +101,11 @@ class NodeStub:
                 request_serializer=hibernode_dot_v1_dot_hibernode__pb2.CheckpointId.SerializeToString,
                 response_deserializer=hibernode_dot_v1_dot_hibernode__pb2.Empty.FromString,
                 _registered_method=True)
+        self.CollectGarbage = channel.unary_stream(
+                '/hibernode.v1.Node/CollectGarbage',
+                request_serializer=hibernode_dot_v1_dot_hibernode__pb2.GarbageRequest.SerializeToString,
+                response_deserializer=hibernode_dot_v1_dot_hibernode__pb2.Garbage.FromString,
+                _registered_method=True)
         self.Doctor = channel.unary_unary(
                 '/hibernode.v1.Node/Doctor',
                 request_serializer=hibernode_dot_v1_dot_hibernode__pb2.Empty.SerializeToString,
@@ -200,6 +205,13 @@ class NodeServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectGarbage(self, request, context):
+        """each as it is found, or removed
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Doctor(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -279,6 +291,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.DeleteCheckpoint,
                     request_deserializer=hibernode_dot_v1_dot_hibernode__pb2.CheckpointId.FromString,
                     response_serializer=hibernode_dot_v1_dot_hibernode__pb2.Empty.SerializeToString,
+            ),
+            'CollectGarbage': grpc.unary_stream_rpc_method_handler(
+                    servicer.CollectGarbage,
+                    request_deserializer=hibernode_dot_v1_dot_hibernode__pb2.GarbageRequest.FromString,
+                    response_serializer=hibernode_dot_v1_dot_hibernode__pb2.Garbage.SerializeToString,
             ),
             'Doctor': grpc.unary_unary_rpc_method_handler(
                     servicer.Doctor,
@@ -644,6 +661,33 @@ class Node:
             '/hibernode.v1.Node/DeleteCheckpoint',
             hibernode_dot_v1_dot_hibernode__pb2.CheckpointId.SerializeToString,
             hibernode_dot_v1_dot_hibernode__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectGarbage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hibernode.v1.Node/CollectGarbage',
+            hibernode_dot_v1_dot_hibernode__pb2.GarbageRequest.SerializeToString,
+            hibernode_dot_v1_dot_hibernode__pb2.Garbage.FromString,
             options,
             channel_credentials,
             insecure,

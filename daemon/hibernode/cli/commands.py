@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hibernode.cli import actions, checkpoints, jobs, nodes
+from hibernode.cli import actions, checkpoints, gc, jobs, nodes
 from hibernode.cli.session import COMMANDS
 
-__all__ = ["COMMANDS", "actions", "checkpoints", "jobs", "nodes"]
+__all__ = ["COMMANDS", "actions", "checkpoints", "gc", "jobs", "nodes"]

@@ -21,13 +21,14 @@ SOCKET_VARIABLES = ["HIBERNODE_SOCKET_PATH", "HIBERNODE_SOCKET"]  # the second i
 SECTIONS = {
     "Jobs": ("run", "jobs", "stop"),
     "Actions": ("checkpoint", "restore", "status", "watch", "cancel"),
-    "Checkpoints": ("list", "inspect", "verify", "delete"),
+    "Checkpoints": ("list", "inspect", "verify", "delete", "gc"),
     "Nodes": ("doctor", "nodes"),
 }
 
 
 DAEMON = {  # run by `__main__` without click; here for the help
     "node": "Run the daemon of this machine, in the foreground.",
+    "watchdog": "Give workloads back that a daemon which died or hangs has frozen.",
     "check-config": "Print its configuration, and say whether it would start.",
 }
 
@@ -119,7 +120,7 @@ Exit codes:
 
 \b
 For scripts: --json prints one document, or one per line where things happen
-over time (checkpoint, restore, watch, verify); errors are one JSON document
+over time (checkpoint, restore, watch, verify, gc); errors are one JSON document
 on stderr, with a stable `code`.
 
 \b
