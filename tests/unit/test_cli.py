@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -41,7 +42,7 @@ from hibernode.errors import (
     StoreUnavailable,
     Stuck,
 )
-from hibernode.model import CheckpointCommand, Verdict
+from hibernode.model import CheckpointCommand, GarbageRequest, Verdict
 from tests.fakes.desk import ACTION, CHECKPOINT, GIB, MIB, FakeDesk, Served, failing, holding, serving, succeeding
 
 DEADLINE = 20.0
@@ -365,6 +366,84 @@ def test_delete_on_a_terminal(served: Served, desk: FakeDesk, key: str, code: in
     assert desk.deleted == deleted
 
 
+def test_gc_shows_and_removes_nothing(served: Served, desk: FakeDesk) -> None:
+    result = hibernode(served.path, "gc")
+    assert result.code == 0
+    assert [line.split()[:2] for line in result.out.splitlines()[1:4]] == [
+        ["upload", ACTION],
+        ["attempt", ACTION],
+        ["checkpoint", CHECKPOINT],
+    ]
+    assert re.search(r"checkpoint +\S+ +trainer +30d 00h +2.00 GiB +there are newer ones", result.out)
+    assert "would go: 1 checkpoint, 1 attempt, 1 upload (2.29 GiB)\n" in result.out
+    assert result.out.endswith("nothing is removed yet; to do it: hibernode gc --apply\n")
+    assert desk.collected == [GarbageRequest()]
+
+
+def test_gc_says_how_to_do_just_that(served: Served, desk: FakeDesk) -> None:
+    rules = ["--keep-last", "3", "--keep-days", "0.5", "--grace", "2d", "--directory", "file:///a b"]
+    line = hibernode(served.path, "gc", *rules).out.splitlines()[-1].partition("hibernode gc ")[2]
+    assert line == "--keep-last 3 --keep-days 0.5 --grace 172800 --directory 'file:///a b' --apply"
+    asked = GarbageRequest(keep_last=3, keep_days=0.5, grace=172800.0, directory="file:///a b")
+    assert desk.collected == [asked]
+    assert hibernode(served.path, "gc", *shlex.split(line)).code == 0
+    assert desk.collected[1] == asked.model_copy(update={"apply": True})
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("0", 0), ("90", 90), ("1.5m", 90), ("12h", 43200), ("2d", 172800), ("1w", 604800)]
+)
+def test_gc_understands_times(served: Served, desk: FakeDesk, said: str, seconds: float) -> None:
+    assert hibernode(served.path, "gc", "--grace", said).code == 0
+    assert desk.collected == [GarbageRequest(grace=seconds)]
+
+
+def test_gc_with_apply_tells_each_and_goes_on_after_a_failure(served: Served, desk: FakeDesk) -> None:
+    done = hibernode(served.path, "gc", "--apply", "--keep-last", "0")
+    assert done.code == 0
+    assert f"✓ removed upload {ACTION}/main/pages-0.zst\n" in done.out
+    assert done.out.endswith("removed: 1 checkpoint, 1 attempt, 1 upload (2.29 GiB)\n")
+    assert desk.collected == [GarbageRequest(apply=True, keep_last=0)]
+    ends = {"state": "failed", "code": "store_unavailable", "message": "no answer\x1b[2J"}
+    desk.garbage[:2] = [desk.garbage[0].model_copy(update=ends), desk.garbage[1].model_copy(update={"state": "in_use"})]
+    partly = hibernode(served.path, "gc", "--apply")
+    assert partly.code == 1
+    assert not CONTROL.search(partly.out + partly.err)
+    assert "✗ failed: upload " in partly.out
+    assert "✗ in use: attempt " in partly.out
+    assert partly.out.endswith("removed: 1 checkpoint (2.00 GiB)\n")
+    assert partly.err.startswith("error: 1 of 3 could not be removed; the first: no answer")
+    assert "[store_unavailable]\nhint: what is left is found again: repeat the command\n" in partly.err
+
+
+def test_gc_tells_what_stays(served: Served, desk: FakeDesk) -> None:
+    stays = desk.garbage[2].model_copy(
+        update={"state": "kept", "reason": "unreadable", "code": "corrupt", "message": "it is damaged", "checkpoint_id": ACTION}
+    )
+    foreign = [stays.model_copy(update={"reason": "foreign", "code": ""}) for _ in range(2)]
+    desk.garbage = [stays, *foreign]
+    result = hibernode(served.path, "gc")
+    assert (result.code, result.err) == (0, "")
+    assert result.out == (
+        f"✗ checkpoint {ACTION} stays: it is damaged [corrupt]\n"
+        "left alone, because hibernode did not write all of it: 2 ids\n"
+        "✓ there is nothing to remove\n"
+    )
+    assert hibernode(served.path, "gc", "--apply").out.endswith("nothing was removed\n")
+
+
+def test_gc_as_json_lines(served: Served, desk: FakeDesk) -> None:
+    result = hibernode(served.path, "gc", "--json")
+    assert [(each["what"], each["state"], each["bytes"]) for each in result.records] == [
+        ("upload", "found", 0),
+        ("attempt", "found", 300 * MIB),
+        ("checkpoint", "found", 2 * GIB),
+    ]
+    desk.garbage[0] = desk.garbage[0].model_copy(update={"state": "failed", "code": "no_room", "message": "full"})
+    partly = hibernode(served.path, "gc", "--json", "--apply")
+    assert (partly.code, partly.error["code"], len(partly.records)) == (1, "no_room", 3)
+
+
 def test_doctor_says_what_to_mend(served: Served, desk: FakeDesk) -> None:
     sick = hibernode(served.path, "doctor")
     assert sick.code == 1
@@ -403,8 +482,8 @@ ERRORS: list[HibernodeError] = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.code)
 def test_each_error_of_a_call_is_one_line_a_hint_and_a_code(served: Served, desk: FakeDesk, error: HibernodeError) -> None:
-    desk.fail = {"submit": error, "actions": error, "watch": error, "verify": error}
-    for args in (["checkpoint", "trainer"], ["status"], ["watch"], ["verify", CHECKPOINT]):
+    desk.fail = {"submit": error, "actions": error, "watch": error, "verify": error, "collect_garbage": error}
+    for args in (["checkpoint", "trainer"], ["status"], ["watch"], ["verify", CHECKPOINT], ["gc"]):
         shown = hibernode(served.path, *args)
         assert shown.code == 1
         assert shown.err.splitlines()[0] == f"error: {error.message} [{error.code}]"
@@ -462,6 +541,8 @@ def test_what_comes_from_elsewhere_cannot_steer_the_terminal(served: Served, des
         (["checkpoint", "a", "--streams", "65"], "65 is not in the range"),
         (["checkpoint", "a", "--checkpoint-id", "x"], "'x' is not a valid UUID"),
         (["stop", "a", "--signal", "HUP"], "'HUP' is not one of"),
+        (["gc", "--grace", "soon"], "soon is not a time like 90, 30m, 12h or 2d"),
+        (["gc", "--keep-last", "-1"], "-1 is not in the range"),
         (["restore"], "missing argument 'CHECKPOINT_ID'"),
         (["hibernate"], "no such command 'hibernate'"),
         (["list", "--frobnicate"], "no such option '--frobnicate'"),

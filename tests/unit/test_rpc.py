@@ -38,7 +38,7 @@ from hibernode.errors import (
     StoreUnavailable,
     Stuck,
 )
-from hibernode.model import Status
+from hibernode.model import GarbageRequest, Status
 from hibernode.rpc import RpcServer
 from tests.fakes.desk import ACTION, CHECKPOINT, ActionCommand, FakeDesk, Lines, Step, failing, holding
 
@@ -326,6 +326,25 @@ async def test_the_same_action_again_watches_the_first(desk: FakeDesk, stub: Nod
         updates = [u async for u in stub.Checkpoint(command(action_id=ACTION, checkpoint_id=CHECKPOINT))]
         assert updates[-1].event.status == "ready"
     assert len(desk.commands) == 1
+
+
+async def test_garbage_is_collected_by_the_nodes_own_rules_where_none_are_given(desk: FakeDesk, stub: NodeStub) -> None:
+    """And only told, where nobody asked for more: the proto's defaults are the careful ones."""
+    told = [each async for each in stub.CollectGarbage(pb.GarbageRequest(), timeout=DEADLINE)]
+    assert [(each.what, each.state) for each in told] == [(each.what, "found") for each in desk.garbage]
+    rules = pb.GarbageRequest(apply=True, grace=0, keep_last=0, keep_days=1.5, directory="file:///x")
+    told = [each async for each in stub.CollectGarbage(rules, timeout=DEADLINE)]
+    assert {each.state for each in told} == {"removed"}
+    given = GarbageRequest(apply=True, grace=0.0, keep_last=0, keep_days=1.5, directory="file:///x")
+    assert desk.collected == [GarbageRequest(), given]
+
+
+@pytest.mark.parametrize("rules", [{"grace": -1}, {"keep_last": -1}, {"keep_days": -0.5}, {"grace": float("nan")}], ids=str)
+async def test_rules_out_of_range_collect_nothing(desk: FakeDesk, stub: NodeStub, rules: dict[str, float]) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.CollectGarbage(pb.GarbageRequest(**rules), timeout=DEADLINE).read()  # type: ignore[arg-type]
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert desk.collected == []
 
 
 async def test_a_client_that_goes_away_ends_its_watch_and_not_the_action(desk: FakeDesk, path: Path, server: RpcServer) -> None:

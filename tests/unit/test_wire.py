@@ -22,6 +22,8 @@ from hibernode.model import (
     CheckpointCommand,
     Command,
     Event,
+    Garbage,
+    GarbageRequest,
     JobSpec,
     NodeRecord,
     Overrides,
@@ -177,6 +179,16 @@ def test_finding_comes_back(target: Target, node: str, found: list[WorkloadView]
     assert wire.decode_found(wire.encode_found(node, found)) == (node, found)
 
 
+@pytest.mark.parametrize(
+    "rules", [{}, {"grace": 0.0}, {"keep_last": 0, "keep_days": 0.0}, {"keep_last": 3, "apply": True}], ids=str
+)
+def test_a_rule_that_is_absent_is_no_zero(rules: dict[str, float]) -> None:
+    request = GarbageRequest.model_validate(rules)
+    assert wire.garbage_request_from_pb(wire.garbage_request_to_pb(request)) == request
+    for name in ("grace", "keep_last", "keep_days"):
+        assert (getattr(request, name) is None) == (name not in rules)
+
+
 @given(events, texts, st.booleans(), st.lists(texts, min_size=1, max_size=3), names)
 def test_views_come_back(event: Event, text: str, flag: bool, argv: list[str], name: str) -> None:
     for last in (None, event):
@@ -195,6 +207,8 @@ def test_views_come_back(event: Event, text: str, flag: bool, argv: list[str], n
     assert wire.check_from_pb(wire.check_to_pb(check)) == check
     verdict = Verdict(ok=flag, bytes=0, frames=3, seconds=0.0, message=text)
     assert wire.verdict_from_pb(wire.verdict_to_pb(verdict)) == verdict
+    garbage = Garbage(what="upload", checkpoint_id=text, key=text, age=-1.5, reason="foreign", state="kept", message=text)
+    assert wire.garbage_from_pb(wire.garbage_to_pb(garbage)) == garbage
     job = JobSpec(name=name, argv=argv, env={text: text})
     assert wire.job_from_pb(wire.job_to_pb(job)) == job
 
