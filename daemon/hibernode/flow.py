@@ -170,5 +170,11 @@ class Threads(AbstractContextManager["Threads"]):
             self.fail(error)
         self.wait()
         self._waking.__exit__(None, None, None)
-        if self._error is not None and self._error is not error:
-            raise self._error from None
+        # Not kept: its traceback holds the frames of our threads with all their buffers, and they hold us. A failed restore would go on
+        # to hold its memory until the collector of cycles comes by.
+        first, self._error = self._error, None
+        try:
+            if first is not None and first is not error:
+                raise first from None
+        finally:
+            del first, error
