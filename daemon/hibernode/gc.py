@@ -26,7 +26,8 @@ from typing import Literal
 from hibernode import catalog
 from hibernode.config import Retention
 from hibernode.errors import Busy, Corrupt, HibernodeError, NoRoom, NotFound, OutcomeUnknown, Refused, StoreUnavailable
-from hibernode.model import Cancel, Garbage, GarbageRequest, Manifest
+from hibernode.journal import Record
+from hibernode.model import ActionCommand, Cancel, CheckpointCommand, Garbage, GarbageRequest, Manifest, RestoreCommand
 from hibernode.node import Node, calmly
 from hibernode.ports import Notary, ObjectFacts, OpenUpload, Store
 
@@ -367,6 +368,35 @@ def sweep(store: Store, checkpoint_id: str, action_id: str) -> None:
             if key != _mark(checkpoint_id):
                 store.delete(key)
     store.delete(_mark(checkpoint_id))
+
+
+def tidy(node: Node, record: Record) -> None:
+    """Recovery: take out of the store what a crash has left of this action there, its attempt or its use. To be called when its
+    workload is free and no other waits: a store may be slow. Never raises: what it cannot do is left to `collect`."""
+    calmly(f"tidying up after action {record.action_id}", lambda: _tidy(node, record))()
+
+
+def _tidy(node: Node, record: Record) -> None:
+    command = _command(record)
+    if command is None:
+        return
+    store = node.open_store(command.overrides.directory)
+    if isinstance(command, RestoreCommand):
+        release(store, command.checkpoint_id, command.action_id)
+    elif record.phase != "committing" or _is_there(store, catalog.manifest_key(command.checkpoint_id)):
+        sweep(store, command.checkpoint_id, command.action_id)
+
+
+def _command(record: Record) -> ActionCommand | None:
+    try:
+        kind = CheckpointCommand if record.type == "checkpoint" else RestoreCommand
+        return kind.model_validate_json(record.command)
+    except ValueError:  # of an entry that could not be read
+        return None
+
+
+def _is_there(store: Store, key: str) -> bool:
+    return any(facts.key == key for facts in store.list(key))
 
 
 def _is_of(store: Store, checkpoint_id: str, action_id: str) -> bool:

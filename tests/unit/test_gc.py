@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import time
@@ -29,7 +30,8 @@ from hibernode.errors import (
     StoreUnavailable,
 )
 from hibernode.gc import Place, Removal, plan
-from hibernode.model import Cancel, Garbage, GarbageRequest, Manifest, RestoreCommand
+from hibernode.journal import Record
+from hibernode.model import Cancel, CheckpointCommand, Garbage, GarbageRequest, Manifest, RestoreCommand
 from hibernode.ports import ObjectFacts, OpenUpload
 from tests.fakes.desk import manifest
 from tests.fakes.script import Script
@@ -43,6 +45,11 @@ CHECKPOINT = str(uuid.uuid4())
 @pytest.fixture
 def store() -> MemoryStore:
     return MemoryStore()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    return Rig(tmp_path)
 
 
 def keys(store: MemoryStore) -> list[str]:
@@ -192,6 +199,57 @@ def test_a_sweep_asks_little() -> None:
     script = Script()
     gc.sweep(MemoryStore(script), CHECKPOINT, MINE)
     assert script.calls == ["store.get attempt"]
+
+
+def recorded(rig: Rig, phase: str, kind: type[CheckpointCommand | RestoreCommand], **more: object) -> Record:
+    target = {"target": {"pod_name": "trainer"}} if kind is CheckpointCommand else {}
+    command = kind.model_validate({"action_id": MINE, "checkpoint_id": CHECKPOINT, **target, **more})
+    entry = rig.node.journal.begin(command)
+    entry.update(phase=phase)
+    return entry.record
+
+
+@pytest.mark.parametrize("phase", ["preflight", "dumping", "shipping"])
+def test_recovery_tidies_up_after_a_checkpoint(rig: Rig, phase: str) -> None:
+    rig.store.put(f"{CHECKPOINT}/attempt", MINE.encode())
+    shipped(rig.store)
+    gc.tidy(rig.node, recorded(rig, phase, CheckpointCommand))
+    assert (rig.store.objects, rig.store.uploads) == ({}, [])
+
+
+def test_recovery_leaves_objects_whose_manifest_may_be_on_its_way(rig: Rig) -> None:
+    """The daemon died while it put the manifest, and a store may finish what it was sent."""
+    rig.store.put(f"{CHECKPOINT}/attempt", MINE.encode())
+    shipped(rig.store)
+    record, before = recorded(rig, "committing", CheckpointCommand), dict(rig.store.objects)
+    gc.tidy(rig.node, record)
+    assert rig.store.objects == before
+    rig.store.put(f"{CHECKPOINT}/manifest.json", b"{}")
+    gc.tidy(rig.node, record)
+    assert rig.store.objects.keys() == before.keys() - {f"{CHECKPOINT}/attempt"} | {f"{CHECKPOINT}/manifest.json"}
+
+
+def test_recovery_takes_back_the_use_of_a_restore(rig: Rig) -> None:
+    for key in ("manifest.json", f"uses/{MINE}", f"uses/{OTHER}"):
+        rig.store.put(f"{CHECKPOINT}/{key}", b"")
+    gc.tidy(rig.node, recorded(rig, "fetching", RestoreCommand))
+    assert keys(rig.store) == [f"{CHECKPOINT}/manifest.json", f"{CHECKPOINT}/uses/{OTHER}"]
+
+
+def test_recovery_tidies_up_where_the_command_sent_it(tmp_path: Path) -> None:
+    """The store is in the command: a crash may come before anything else of it is written down."""
+    rig, asked = Rig(tmp_path), list[str]()
+    node = dataclasses.replace(rig.node, open_store=lambda url: asked.append(url) or rig.store)  # type: ignore[func-returns-value]
+    gc.tidy(node, recorded(rig, "dumping", CheckpointCommand, overrides={"directory": "file:///other"}))
+    assert asked == ["file:///other"]
+
+
+def test_recovery_is_not_held_up_by_a_store_that_does_not_answer(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    record = recorded(rig, "dumping", CheckpointCommand)
+    rig.rescript(Script(fail_at=1))
+    gc.tidy(rig.node, record)
+    assert "tidying up" in caplog.text
+    gc.tidy(rig.node, record.model_copy(update={"command": ""}))
 
 
 # --- in use -------------------------------------------------------------------------------------------------------------------
@@ -484,11 +542,6 @@ def test_the_rule_holds_for_any_store(found: list[Place], policy: Retention, in_
 
 
 # --- what goes: in a store ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Rig:
-    return Rig(tmp_path)
 
 
 def finished(rig: Rig) -> str:
