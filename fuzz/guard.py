@@ -1,7 +1,8 @@
 """What must not happen while hostile bytes are read, whatever they say. Each breach is a `Finding`:
 
 - an exception that is not one of those the reader documents;
-- more than `SECONDS` of processor time, or `MEMORY` more resident bytes than before;
+- more than `SECONDS` of processor time, or `MEMORY` more resident bytes than before; or much memory that is still held afterwards,
+  by an error and its frames that hold each other;
 - a file opened, made, renamed or removed outside of the temporary directory, a process started, a connection made;
 - a descriptor or a thread that is still there afterwards.
 
@@ -24,7 +25,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SECONDS = 5.0  # of processor time; the slowest honest input here takes a tenth of one
-MEMORY = 512 << 20  # bytes
+MEMORY = 128 << 20  # bytes; the inputs here are small, and so are the limits that they are read with
+_PAGE = resource.getpagesize()
+_HELD = 16 << 20  # bytes that are still there afterwards, until a cycle of objects is found
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS = {  # audit events -> how many of their first arguments are paths
     "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1,
@@ -124,19 +127,30 @@ class _Held:
         self._threads = set(threading.enumerate())
         self._descriptors = _descriptors()
         _forget_peak()
-        self._peak, self._seconds = _peak(), time.process_time()
+        self._resident, self._peak, self._seconds = _resident(), _peak(), time.process_time()
 
     def compare(self, seconds: float, memory: int) -> None:
         if (took := time.process_time() - self._seconds) > seconds:
             raise Finding(f"took {took:.1f} s of processor time")
         if (grown := _peak() - self._peak) > memory:
             raise Finding(f"took {grown >> 20} MiB of memory")
+        self._let_go()
         if left := set(threading.enumerate()) - self._threads:
             raise Finding(f"threads are left: {left}")
         if _descriptors() > self._descriptors:
             gc.collect()  # an exception's traceback may hold one a moment longer
             if _descriptors() > self._descriptors:
                 raise Finding("descriptors are left open")
+
+    def _let_go(self) -> None:
+        if (resident := _resident()) - self._resident > _HELD:
+            gc.collect()
+            if (freed := resident - _resident()) > _HELD // 2:
+                raise Finding(f"{freed >> 20} MiB were held until the collector of cycles came by")
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE
 
 
 def _descriptors() -> int:

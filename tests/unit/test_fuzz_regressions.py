@@ -82,6 +82,11 @@ def _bloat() -> None:
     assert len(bytearray(b"x") * (100 << 20))
 
 
+def _hold_in_a_cycle() -> None:
+    cycle: list[object] = [bytearray(b"x") * (40 << 20)]
+    cycle.append(cycle)
+
+
 def _keep_open() -> None:
     KEPT.append(socket.socket())
 
@@ -107,15 +112,24 @@ KEPT: list[object] = []
 
 
 @pytest.mark.parametrize(
-    "deed",
+    ("deed", "what"),
     [
-        _write_outside, _read_outside, _rename_outside, _write_through_a_link, _start_something, _burn, _bloat, _keep_open,
-        _leave_a_thread, _swallow,
+        (_write_outside, "writes"),
+        (_read_outside, "reads"),
+        (_rename_outside, "os.rename of"),
+        (_write_through_a_link, "os.symlink of|writes"),
+        (_start_something, "os.system"),
+        (_burn, "of processor time"),
+        (_bloat, "of memory"),
+        (_hold_in_a_cycle, "held until"),
+        (_keep_open, "descriptors"),
+        (_leave_a_thread, "threads"),
+        (_swallow, "writes"),
     ],
-)  # fmt: skip
-def test_what_must_not_happen_is_found(deed: Callable[[], None]) -> None:
+)
+def test_what_must_not_happen_is_found(deed: Callable[[], None], what: str) -> None:
     try:
-        with pytest.raises(Finding), guarded(Corrupt, seconds=0.3, memory=50 << 20):
+        with pytest.raises(Finding, match=what), guarded(Corrupt, seconds=0.3, memory=50 << 20):
             deed()
     finally:
         for kept in KEPT:
