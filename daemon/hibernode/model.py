@@ -22,6 +22,7 @@ from hibernode.errors import BadCommand, Cancelled, HibernodeError
 PAGE = 4096  # bytes; x86-64 and the only page size format version 1 knows
 FRAME_PAGES = 1024  # pages of one frame at most: 4 MiB, the size of one arena chunk
 MAX_STREAMS = 64
+MAX_TASKS = 100_000  # processes of one image
 FORMAT_VERSION = 1
 
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
@@ -263,7 +264,7 @@ class ImageRef(Value):
     """Everything needed to restore one process tree."""
 
     name: Name
-    tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=100_000)]
+    tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=MAX_TASKS)]
     pages: Count  # memory pages in all, zero pages included
     zero_pages: Count
     streams: Annotated[list[StreamRef], Field(max_length=MAX_STREAMS)]
