@@ -21,11 +21,12 @@ from pycriu.images import core_pb2, magic, pstree_pb2, stats_pb2
 
 from hibernode.children import Children, unprotect
 from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed
-from hibernode.model import Cancel, TaskFacts
+from hibernode.model import MAX_TASKS, Cancel, TaskFacts
 from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_version
 
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
+_MAX_FILE = 16 << 20  # bytes; 100,000 tasks of ten threads are 7 MiB of pstree.img, and a core is tens of KiB
 _TASK_DEAD = 2  # criu/include/image.h
 # Logged as an error without CAP_SYS_RESOURCE, and as a warning because the page socket is no TCP one: neither means anything.
 _HARMLESS = re.compile(r"RLIMIT_NOFILE|prlimit|Can't set RLIMIT|TCP_NODELAY")
@@ -167,7 +168,7 @@ class Criu:
 
     def tasks(self, images: Path) -> list[TaskFacts]:
         try:
-            entries = list(_entries((images / "pstree.img").read_bytes(), "PSTREE"))
+            entries = list(_entries(_content(images / "pstree.img"), "PSTREE", MAX_TASKS))
             parsed = [pstree_pb2.pstree_entry.FromString(entry) for entry in entries]
             return [_task(images, entry) for entry in parsed]
         except (OSError, struct.error, ValueError, DecodeError) as e:
@@ -198,20 +199,32 @@ def _join_cgroup(procs: str, pid: int) -> None:
 def read_stats(images: Path) -> DumpStats:
     """CRIU's statistics of the dump in `images`."""
     try:
-        (entry,) = _entries((images / "stats-dump").read_bytes(), "STATS")
+        (entry,) = _entries(_content(images / "stats-dump"), "STATS", 1)
         dump = stats_pb2.stats_entry.FromString(entry).dump
     except (OSError, struct.error, ValueError, DecodeError) as e:
         raise DumpFailed(f"CRIU said that it dumped, but left no readable statistics: {e}") from e
     return DumpStats(dump.freezing_time * 1000, dump.frozen_time * 1000, dump.pages_written + dump.shpages_written)
 
 
-def _entries(data: bytes, kind: str) -> Iterator[bytes]:
-    """The protobufs of a CRIU image file: one or two magic numbers, then length-prefixed messages."""
+def _content(path: Path) -> bytes:
+    """Of a file that may have come with somebody else's checkpoint: long ones are small in a store."""
+    with open(path, "rb") as file:
+        data = file.read(_MAX_FILE + 1)
+    if len(data) > _MAX_FILE:
+        raise ValueError(f"{path.name} has more than {_MAX_FILE} bytes")
+    return data
+
+
+def _entries(data: bytes, kind: str, most: int) -> Iterator[bytes]:
+    """The protobufs of a CRIU image file, `most` at most: one or two magic numbers, then length-prefixed messages."""
     first, second = struct.unpack_from("<II", data)
     if first not in (magic.by_name["IMG_COMMON"], magic.by_name["IMG_SERVICE"]) or second != magic.by_name[kind]:
         raise ValueError("wrong magic number")
-    at = 8
+    at, count = 8, 0
     while at < len(data):
+        count += 1
+        if count > most:
+            raise ValueError(f"more than {most} entries")
         (size,) = struct.unpack_from("<I", data, at)
         if at + 4 + size > len(data):
             raise ValueError("truncated")
@@ -222,7 +235,7 @@ def _entries(data: bytes, kind: str) -> Iterator[bytes]:
 def _task(images: Path, entry: pstree_pb2.pstree_entry) -> TaskFacts:
     path, core = images / f"core-{entry.pid}.img", core_pb2.core_entry()
     if path.exists():  # a helper task has none
-        core = core_pb2.core_entry.FromString(next(_entries(path.read_bytes(), "CORE"), b""))
+        core = core_pb2.core_entry.FromString(next(_entries(_content(path), "CORE", 1), b""))
     dead = core.tc.task_state == _TASK_DEAD
     # Of a zombie CRIU (4.2.1) writes memory that it never filled; it has no threads.
     threads = [] if dead else [thread for thread in entry.threads if thread != entry.pid]
