@@ -15,14 +15,14 @@ from hibernode.drivers import criu
 from hibernode.errors import Corrupt, DumpFailed
 
 MAX_LENGTH = 8192
-_RAW, _ENTRIES, _BUILT = 0, 1, 2
+_RAW, _ENTRIES, _BUILT, _MANY = 0, 1, 2, 3
 _PIDS = (1, 2, 7, 0, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
 
 
 def one(data: bytes) -> None:
     feed = Feed(data)
     how = feed.below(4)
-    made = _raw(feed) if how == _RAW else _entries(feed) if how == _ENTRIES else _built(feed)
+    made = {_RAW: _raw, _ENTRIES: _entries, _BUILT: _built, _MANY: _many}[how](feed)
     with guarded(Corrupt, DumpFailed) as place:
         images = place / "images"
         images.mkdir()
@@ -81,6 +81,14 @@ def _built(feed: Feed) -> dict[str, bytes]:
     return made | {"pstree.img": _image("PSTREE", *trees), "stats-dump": _image("STATS", stats.SerializePartialToString())}
 
 
+def _many(feed: Feed) -> dict[str, bytes]:
+    """Very many entries, or one very long one: what unpacks to that much is small in a store."""
+    count = (4 << 20) if feed.byte() == 255 else feed.below(1 << 8)
+    entry = struct.pack("<I", 0) if feed.byte() % 2 else struct.pack("<I", 2) + b"\x08\x01"
+    made = {name: _image(kind) + entry * count for name, kind in (("pstree.img", "PSTREE"), ("stats-dump", "STATS"))}
+    return made | {"core-1.img": _image("CORE") + struct.pack("<I", count) + bytes(count)}
+
+
 def _image(kind: str, *entries: bytes) -> bytes:
     head = struct.pack("<II", magic.by_name["IMG_SERVICE" if kind == "STATS" else "IMG_COMMON"], magic.by_name[kind])
     return head + b"".join(struct.pack("<I", len(entry)) + entry for entry in entries)
@@ -95,5 +103,6 @@ def seeds() -> dict[str, bytes]:
         "raw": bytes([_RAW]) + cuts + pstree + core + stats + log,
         "entries": bytes([_ENTRIES]) + b"".join(bytes([1, len(file) - 12]) + file[12:] for file in (pstree, core, stats)),
         "built": bytes([_BUILT, 2, 0, 1, 2, 0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 0]),
+        "many": bytes([_MANY, 0, 9, 1]),
         "built-more": bytes([_BUILT, 7]) + bytes(range(120)),
     }
