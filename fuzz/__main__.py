@@ -78,6 +78,7 @@ class _Run:
             str(self.corpus),
             f"-max_total_time={self.seconds}",
             "-timeout=60",  # of the clock, and beside others: guard.py counts processor time, and is much stricter
+            "-report_slow_units=60",
             "-rss_limit_mb=2048",
             "-use_value_profile=1",
             "-print_final_stats=1",
@@ -123,7 +124,7 @@ class _Run:
         if executed := _EXECUTED.search(said):
             found.executions = int(executed[1])
         found.per_second = round(found.executions / max(found.seconds, 0.1), 1)
-        new = sorted(set(self.found.iterdir()) - self._known)
+        new = sorted(path for path in set(self.found.iterdir()) - self._known if not path.name.startswith("slow-unit-"))
         if new or (self.ended and self._process.returncode not in (0, -signal.SIGTERM, 72)):  # 72: libFuzzer was told to stop
             found.findings, found.input = max(1, len(new)), str(new[0]) if new else ""
             what = _WHAT.search(said)
