@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import structlog
@@ -28,6 +28,15 @@ async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([future])
         raise
+
+
+async def end(tasks: Iterable[asyncio.Task[None]], patience: float = 3.0) -> None:
+    """Cancel these, and every `patience` seconds again until they have ended: once may not be enough, because `asyncio.wait_for` of Python
+    3.11, which nats-py is full of, loses a cancellation that comes together with what it waits for."""
+    while left := [task for task in tasks if not task.done()]:
+        for task in left:
+            task.cancel()
+        await asyncio.wait(left, timeout=patience)
 
 
 class Tasks:
@@ -54,7 +63,4 @@ class Tasks:
             await asyncio.wait(set(self._tasks), timeout=seconds)
 
     async def cancel(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(self._tasks)

@@ -51,6 +51,7 @@ from nats.js.errors import APIError, BadRequestError, NoStreamResponseError, Not
 from hibernode.bus import Delivery
 from hibernode.config import Bus
 from hibernode.errors import BadCommand, BusUnavailable, HibernodeError, Refused
+from hibernode.loop import end
 
 COMMANDS = "HIBERNODE_COMMANDS"
 EVENTS = "HIBERNODE_EVENTS"
@@ -318,8 +319,7 @@ class _Link:
     async def stop(self) -> None:
         self._stopped = True
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await end({self._task})
         if self._first is not None and not self._first.done():
             self._first.set_result(BusUnavailable("the bus was stopped before it was connected"))
         client, self._client = self._client, None
