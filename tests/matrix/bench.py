@@ -121,8 +121,10 @@ class Daemon:
     def go_on(self) -> None:
         self._tell(say="go")
 
-    def threads(self) -> list[str]:
-        return list((self._ask("census", say="census") or {}).get("threads", []))
+    def census(self) -> tuple[list[str], list[str]]:
+        """Its threads by name, and the tasks of its loop by where they wait."""
+        said = self._ask("census", say="census") or {}
+        return list(said.get("threads", [])), list(said.get("tasks", []))
 
     def _ask(self, answer: str, **question: object) -> dict[str, Any] | None:
         self._tell(**question)

@@ -154,7 +154,7 @@ class Census:
 def census(bench: Bench) -> Census:
     """Of the running daemon. Pool threads and sockets of calls come and go: they are counted apart, by the bench's end."""
     daemon = bench.insist_running()
-    threads = Counter(name for name in daemon.threads() if not name.startswith("hibernode_"))
+    threads = Counter(name for name in daemon.census()[0] if not name.startswith("hibernode_"))
     return Census(Counter(_descriptors(daemon.pid)), threads, len(Path(f"/proc/{daemon.pid}/mountinfo").read_text().splitlines()))
 
 

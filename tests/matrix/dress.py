@@ -5,6 +5,7 @@ Nothing is changed but time and errors: what the script lets through reaches the
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from tests.matrix.script import Script
 
 def dress(script: Script) -> Callable[[Node], Node]:
     def dressed(node: Node) -> Node:
+        script.lives_on(asyncio.get_running_loop())
         return replace(
             node,
             open_store=lambda url: _Port(node.open_store(url), "store", script),  # type: ignore[arg-type]

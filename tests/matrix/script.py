@@ -6,6 +6,7 @@ and the hit that is meant. Whoever passes a point calls `pass_by`, from whicheve
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from hibernode.errors import Corrupt, DumpFailed, NoRoom, RestoreFailed, StoreUnavailable
 
@@ -44,6 +46,7 @@ class Script:
         self._lock = threading.Lock()
         self._hits: Counter[str] = Counter()
         self._go = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         threading.Thread(target=self._listen, name="matrix", daemon=True).start()
 
     def pass_by(self, point: str) -> None:
@@ -82,10 +85,29 @@ class Script:
                 case "go":
                     self._go.set()
                 case "census":
-                    self._say("census", threads=sorted(thread.name for thread in threading.enumerate()))
+                    threads = sorted(thread.name for thread in threading.enumerate())
+                    self._say("census", threads=threads, tasks=self._tasks())
+
+    def lives_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def _tasks(self) -> list[str]:
+        """What the daemon's loop has to do: each task by its coroutine and the place where it waits."""
+        return sorted(map(_describe, asyncio.all_tasks(self._loop))) if self._loop else []
 
     def _say(self, what: str, **more: object) -> None:
         self._channel.send(json.dumps({"say": what, **more}).encode())
+
+
+def _describe(task: asyncio.Task[object]) -> str:
+    """Down to the innermost frame that a coroutine has."""
+    coroutine: Any = task.get_coro()
+    names = []
+    while coroutine is not None and len(names) < 20:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "ag_frame", None)
+        names.append(f"{getattr(coroutine, '__qualname__', type(coroutine).__name__)}:{frame.f_lineno if frame else ''}")
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "ag_await", None)
+    return " > ".join(names)
 
 
 def _error(name: str) -> Exception:
