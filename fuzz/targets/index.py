@@ -26,7 +26,7 @@ from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.receive import Receiver
 
 MAX_LENGTH = 8192
-_PACKED, _TABLES, _BUILT = 0, 1, 2
+_PACKED, _TABLES, _BUILT, _MANY = 0, 1, 2, 3
 _HEADER = struct.Struct("<8sQQQ")
 _TASKS = [TaskFacts(pid=1)]
 _MOST_PAGES = 3 * FRAME_PAGES  # that one run writes
@@ -54,6 +54,8 @@ def one(data: bytes) -> None:
         _packed(feed.rest())
     elif how == _TABLES:
         _tables(feed.rest())
+    elif how == _MANY:
+        _many(feed)
     else:
         _built(feed)
 
@@ -105,6 +107,21 @@ def _built(feed: Feed) -> None:
         _restore(shelf, image, raw, place)
 
 
+def _many(feed: Feed) -> None:
+    """Very many segments, of pages of zeros in one address space or in many: a few KiB in a store."""
+    count = 1 << 19 if feed.byte() == 255 else feed.below(1 << 9)
+    spaces = feed.pick((1, 2, 50, 4000))
+    segments = np.zeros(count, format.SEGMENT)
+    segments["dst_id"] = (np.arange(count) % spaces + 1) << 8 | 1
+    segments["vaddr"], segments["pages"], segments["flags"] = PAGE * feed.byte(), 1 + feed.byte(), feed.pick((4, 0, 6))
+    raw = _HEADER.pack(b"HNINDEX1", count, 0, 0) + segments.tobytes()
+    image = _agreeing(raw, {})
+    with guarded(Corrupt, memory=4 * segments.nbytes + (16 << 20)) as place:
+        index = format.decode_index(raw, image)
+        with PageFiles(place, index.segments):
+            _check(place, image)
+
+
 def _segments(feed: Feed) -> format.SegmentTable:
     rows = []
     for _ in range(feed.below(8)):
@@ -138,9 +155,9 @@ def _agreeing(raw: bytes, lengths: dict[str, int]) -> ImageRef:
     at = _HEADER.size
     segments = _rows(raw, format.SEGMENT, n_segments, at)
     frames = _rows(raw, format.FRAME, n_frames, at + segments.nbytes)
-    pages = sum(int(s["pages"]) for s in segments if s["flags"] & 4)
-    zero = pages - sum(int(f["kept"]) for f in frames)
-    count = min(MAX_STREAMS, max([len(lengths), *(int(f["stream"]) + 1 for f in frames)]))
+    pages = sum(segments["pages"][segments["flags"] & 4 != 0].tolist())  # as Python counts: these may overflow
+    zero = pages - sum(frames["kept"].tolist())
+    count = min(MAX_STREAMS, max([len(lengths), *(frames["stream"] + 1).tolist()]))
     try:
         return ImageRef(
             name="main",
@@ -204,5 +221,6 @@ def seeds() -> dict[str, bytes]:
         "tables": bytes([_TABLES]) + raw,
         "no-pages": bytes([_TABLES]) + _HEADER.pack(b"HNINDEX1", 0, 0, 0),
         "built": plain,
+        "many": bytes([_MANY, 0, 200, 2, 1, 0, 0]),
         "built-more": bytes([_BUILT, 5]) + bytes(range(1, 60)) + bytes(60),
     }

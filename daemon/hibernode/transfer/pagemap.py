@@ -7,17 +7,18 @@ offsets in any order; pages that no frame holds stay holes, which read as zeros 
 from __future__ import annotations
 
 import os
+import resource
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 from pycriu.images import pagemap_pb2
 
-from hibernode.errors import Corrupt
+from hibernode.errors import Corrupt, NoRoom
 from hibernode.model import PAGE
 from hibernode.transfer import pageproto
 from hibernode.transfer.format import SegmentTable
@@ -25,16 +26,10 @@ from hibernode.transfer.format import SegmentTable
 _COMMON_MAGIC, _PAGEMAP_MAGIC = 0x54564319, 0x56084025
 _WIDE = "compat_nr_pages" in pagemap_pb2.pagemap_entry.DESCRIPTOR.fields_by_name  # CRIU 4.2 and newer
 _MAX_ADDRESS_SPACES = 200_000
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Page numbers `first` to `end` lie in `descriptor` from file page `at` on."""
-
-    first: int
-    end: int
-    descriptor: int
-    at: int
+_AT_ONCE = 1 << 14  # segments that are Python objects at a time, which takes six times the room
+# Page numbers `first` to `end` lie in `descriptor` from file page `at` on.
+_PIECE = np.dtype([("first", "<i8"), ("end", "<i8"), ("at", "<i8"), ("descriptor", "<i8")])
+_Rows = npt.NDArray[np.int64]
 
 
 class PageFiles:
@@ -42,7 +37,7 @@ class PageFiles:
 
     def __init__(self, directory: Path, segments: SegmentTable) -> None:
         self._directory = directory
-        self._pieces: list[_Piece] = []
+        self._pieces = np.empty(0, _PIECE)
         self._descriptors: list[int] = []
         try:
             self._lay_out(segments)
@@ -51,37 +46,37 @@ class PageFiles:
             if isinstance(e, FileExistsError):
                 raise Corrupt(f"images.tar: a file that the index makes came with it: {e.filename}") from e
             raise
-        self._starts = np.array([p.first for p in self._pieces], np.int64)
+        self._starts = np.ascontiguousarray(self._pieces["first"])
 
     def _lay_out(self, segments: SegmentTable) -> None:
-        order = list(dict.fromkeys(segments["dst_id"].tolist()))  # as they first appear
-        if len(order) > _MAX_ADDRESS_SPACES:
-            raise Corrupt(f"index: {len(order)} address spaces")
+        spaces = _spaces(segments["dst_id"])
+        self._insist_room(len(spaces))
         present = (segments["flags"] & pageproto.PRESENT) != 0
-        sizes = np.where(present, segments["pages"], 0)
+        sizes = np.where(present, segments["pages"], 0).astype(np.int64)
         numbers = np.cumsum(sizes) - sizes  # the first page number of each segment
-        for pages_id, dst_id in enumerate(order, 1):
-            mine = segments["dst_id"] == dst_id
-            self._write_pagemap(pages_id, dst_id, segments[mine])
+        pieces = [np.empty(0, _PIECE)]
+        for pages_id, (dst_id, rows) in enumerate(spaces, 1):
+            self._write_pagemap(pages_id, dst_id, segments, rows)
             descriptor = os.open(self._directory / f"pages-{pages_id}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             self._descriptors.append(descriptor)
-            end = self._add_pieces(descriptor, numbers[mine & present], sizes[mine & present])
-            os.ftruncate(descriptor, end * PAGE)
-        self._pieces.sort(key=lambda piece: piece.first)
+            full = rows[present[rows]]
+            pieces.append(_pieces(descriptor, numbers[full], sizes[full]))
+            os.ftruncate(descriptor, int(sizes[full].sum()) * PAGE)
+        unsorted = np.concatenate(pieces)
+        self._pieces = unsorted[np.argsort(unsorted["first"])]
 
-    def _add_pieces(self, descriptor: int, numbers: SegmentTable, sizes: SegmentTable) -> int:
-        """Runs of numbers that follow each other become one piece. Returns the file's length in pages."""
-        at = 0
-        for first, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
-            last = self._pieces[-1] if self._pieces and at else None
-            if last is not None and last.end == first:
-                self._pieces[-1] = _Piece(last.first, first + size, descriptor, last.at)
-            else:
-                self._pieces.append(_Piece(first, first + size, descriptor, at))
-            at += size
-        return at
+    def _insist_room(self, spaces: int) -> None:
+        """Every address space takes a descriptor while its pages are written, and the daemon needs some for itself."""
+        if spaces > _MAX_ADDRESS_SPACES:
+            raise Corrupt(f"index: {spaces} address spaces")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        if spaces > most:
+            raise NoRoom(
+                f"the image has {spaces} address spaces, as many files may be open at a time: {most}",
+                hint="a higher LimitNOFILE in the daemon's unit; half of it may be taken by one restore",
+            )
 
-    def _write_pagemap(self, pages_id: int, dst_id: int, segments: SegmentTable) -> None:
+    def _write_pagemap(self, pages_id: int, dst_id: int, segments: SegmentTable, rows: _Rows) -> None:
         kind, ident = dst_id & 0xFF, dst_id >> 8
         if kind not in (pageproto.TASK, pageproto.SHMEM):
             raise Corrupt(f"index: an address space of unknown kind {kind}")
@@ -89,13 +84,8 @@ class PageFiles:
         with open(self._directory / name, "xb") as file:
             file.write(struct.pack("<II", _COMMON_MAGIC, _PAGEMAP_MAGIC))
             file.write(_prefixed(pagemap_pb2.pagemap_head(pages_id=pages_id)))
-            for _, vaddr, pages, flags in segments.tolist():
-                if pages >= 1 << 32 or flags >= 1 << 32:
-                    raise Corrupt("index: a segment is too long for a pagemap, or has flags that no pagemap has")
-                entry = pagemap_pb2.pagemap_entry(vaddr=vaddr, nr_pages=pages, flags=flags)
-                if _WIDE:
-                    entry.compat_nr_pages = pages
-                file.write(_prefixed(entry))
+            for at in range(0, len(rows), _AT_ONCE):
+                file.writelines(_entry(*segment) for segment in segments[rows[at : at + _AT_ONCE]].tolist())
 
     def write(self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]], content: list[memoryview]) -> None:
         """Put pages where they belong: `numbers` ascend, `content` holds one page for each, in pieces of any length."""
@@ -110,9 +100,9 @@ class PageFiles:
     def _places(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         at = int(np.searchsorted(self._starts, first, side="right")) - 1
         while first < end:
-            piece = self._pieces[at]
-            stop = min(end, piece.end)
-            yield piece.descriptor, piece.at + first - piece.first, stop - first
+            number, last, there, descriptor = self._pieces[at].item()
+            stop = min(end, last)
+            yield descriptor, there + first - number, stop - first
             first, at = stop, at + 1
 
     def __enter__(self) -> Self:
@@ -150,6 +140,35 @@ def _write_all(descriptor: int, views: list[memoryview], offset: int) -> None:
             n -= len(views.pop(0))
         if n:
             views[0] = views[0][n:]
+
+
+def _spaces(ids: npt.NDArray[np.uint64]) -> list[tuple[int, _Rows]]:
+    """Every address space as (id, rows of its segments), as they first appear. Sorted once: there may be as many as segments."""
+    if not len(ids):
+        return []
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    rows = np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+    return sorted(((int(ids[mine[0]]), mine) for mine in rows), key=lambda space: int(space[1][0]))
+
+
+def _pieces(descriptor: int, numbers: _Rows, sizes: _Rows) -> npt.NDArray[np.void]:
+    """The pieces of one file. Runs of numbers that follow each other are one piece: it is written in one call."""
+    ends, places = numbers + sizes, np.cumsum(sizes) - sizes
+    starts = np.flatnonzero(np.concatenate(([True], numbers[1:] != ends[:-1]))) if len(numbers) else np.empty(0, np.int64)
+    pieces = np.empty(len(starts), _PIECE)
+    pieces["first"], pieces["at"], pieces["descriptor"] = numbers[starts], places[starts], descriptor
+    pieces["end"] = ends[np.append(starts[1:], len(numbers)) - 1] if len(starts) else 0
+    return pieces
+
+
+def _entry(_: int, vaddr: int, pages: int, flags: int) -> bytes:
+    if pages >= 1 << 32 or flags >= 1 << 32:
+        raise Corrupt("index: a segment is too long for a pagemap, or has flags that no pagemap has")
+    entry = pagemap_pb2.pagemap_entry(vaddr=vaddr, nr_pages=pages, flags=flags)
+    if _WIDE:
+        entry.compat_nr_pages = pages
+    return _prefixed(entry)
 
 
 def _prefixed(message: pagemap_pb2.pagemap_head | pagemap_pb2.pagemap_entry) -> bytes:
