@@ -1,4 +1,5 @@
-"""`hibernode ...`: `node` is the daemon (`service.py`), `check-config` shows its configuration; everything else is `cli.py`.
+"""`hibernode ...`: `node` is the daemon (`service.py`), `watchdog` watches over it (`watchdog.py`), `check-config` shows their
+configuration; everything else is `cli.py`.
 
 Each is imported only when it is meant: click and rich would cost the daemon memory that it promises not to need, and the daemon's
 drivers would cost the command line its quick start.
@@ -17,7 +18,25 @@ from hibernode.config import Config
 from hibernode.errors import HibernodeError
 
 EXIT_CONFIG = 78  # EX_CONFIG; the unit does not start again after it, because that would not help
-EXIT_RUNNING = 75  # EX_TEMPFAIL; another daemon is at work: it may have ended when the unit tries again
+EXIT_RUNNING = 75  # EX_TEMPFAIL; another one is at work: it may have ended when the unit tries again
+_RUNNING = ("daemon_running", "watchdog_running")
+
+_WATCHDOG = """\
+Watch over the daemon of this machine, and give back every workload that it had frozen, if it or CRIU dies or hangs. Runs until SIGTERM,
+as a process of its own: under systemd hibernode-watchdog.service, in Kubernetes a second container with hostPID.
+"""
+_WATCHDOG_DOES = """\
+It looks every `watchdog.interval` seconds, and acts on what is older than `watchdog.grace`:
+  no daemon comes back      what it held goes on; what it had half restored is killed
+  a daemon hangs            what is past its deadline and still held: the daemon is killed
+  CRIU is stopped or hangs  it goes on; if it holds the tree without a daemon, it is killed
+It only reads: the daemon's lock and journal in `state_dir`, and /proc. It needs root, the daemon's
+pid namespace and its `state_dir`, and neither store nor network. Every act is a line of its log.
+
+examples:
+  hibernode watchdog          until SIGTERM
+  hibernode watchdog --once   look once, and act without grace on what no daemon answers for
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     match words[:1]:
         case ["node"]:
             sys.exit(_node(words[1:]))
+        case ["watchdog"]:
+            sys.exit(_watchdog(words[1:]))
         case ["check-config"]:
             sys.exit(_check_config(words[1:]))
         case _:
@@ -40,6 +61,20 @@ def _node(words: Sequence[str]) -> int:
 
     try:
         service.run(_load(arguments))
+    except HibernodeError as e:
+        return _complain(e)
+    return 0
+
+
+def _watchdog(words: Sequence[str]) -> int:
+    """Run the watchdog until SIGTERM, or look once."""
+    parser = _parser("watchdog", _WATCHDOG, _WATCHDOG_DOES)
+    parser.add_argument("--once", action="store_true", help="look once and end: for cron, or by hand where no watchdog runs")
+    arguments = parser.parse_args(words)
+    from hibernode import watchdog  # noqa: PLC0415 - see above
+
+    try:
+        watchdog.run(_load(arguments), once=arguments.once)
     except HibernodeError as e:
         return _complain(e)
     return 0
@@ -61,8 +96,10 @@ def _check_config(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser(name: str, what: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"hibernode {name}", description=what)
+def _parser(name: str, what: str, more: str = "") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        f"hibernode {name}", description=what, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--config", type=Path, help="TOML file; else $HIBERNODE_CONFIG, else /etc/hibernode/hibernode.toml if there"
     )
@@ -77,7 +114,7 @@ def _load(arguments: argparse.Namespace) -> Config:
 
 def _complain(error: HibernodeError) -> int:
     sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
-    return EXIT_RUNNING if error.code == "daemon_running" else EXIT_CONFIG
+    return EXIT_RUNNING if error.code in _RUNNING else EXIT_CONFIG
 
 
 if __name__ == "__main__":

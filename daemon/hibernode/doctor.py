@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hibernode import locks
 from hibernode.config import without_secrets
 from hibernode.errors import HibernodeError
 from hibernode.model import Check
@@ -24,6 +25,7 @@ def checks(node: Node, *, bus_connected: bool | None) -> list[Check]:
         _tried("store", lambda: _store(node)),
         _room(node),
         _bus(bus_connected, without_secrets(node.config.bus.url)),
+        _watchdog(node),
         *_kernel(),
     ]
 
@@ -91,6 +93,15 @@ def _bus(connected: bool | None, url: str) -> Check:
         return Check(name="event stream", ok=False, found="not configured", hint=hint, required=False)
     hint = "" if connected else "is nats-server running, with JetStream (-js)?"
     return Check(name="event stream", ok=connected, found=url if connected else f"no connection to {url}", hint=hint)
+
+
+def _watchdog(node: Node) -> Check:
+    try:
+        pid = locks.holder(node.config.state_dir / "watchdog.lock")
+    except PermissionError as e:
+        return Check(name="watchdog", ok=False, found=f"cannot be seen: {e}", hint="CAP_SYS_PTRACE", required=False)
+    hint = "systemctl enable --now hibernode-watchdog: should this daemon hang, it lets frozen workloads go"
+    return Check(name="watchdog", ok=bool(pid), found=f"pid {pid}" if pid else "none runs", hint="" if pid else hint, required=False)
 
 
 def _kernel() -> Iterator[Check]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from hibernode.model import PAGE
@@ -82,6 +82,36 @@ def thread_states(pid: int) -> set[str]:
     return states
 
 
+def tracers(pid: int) -> set[int]:
+    """Who traces a thread of it. CRIU holds a tree as its tracer while the code it put there runs, in any state."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except GONE:
+        return set()
+    found = set()
+    for thread in threads:
+        try:
+            found.add(int(_status(pid, f"/task/{thread}")["TracerPid"]))
+        except (*GONE, KeyError):
+            continue  # ended; of what ends while it is read, a part is there
+    return found - {0}
+
+
+def traced_by(tracer: int) -> list[Identity]:
+    """Every process with a thread that `tracer` traces."""
+    return [(found.pid, found.start_time) for found in everybody() if tracer in tracers(found.pid)]
+
+
+def everybody() -> Iterator[Stat]:
+    """Every process that is there."""
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            try:
+                yield stat(int(name))
+            except GONE:
+                continue
+
+
 def tree(root: int) -> list[int]:
     """`root` and all its descendants now, parents first."""
     return [root, *(pid for pid, _ in forest([(root, start_time(root))]) if pid != root)]
@@ -90,14 +120,9 @@ def tree(root: int) -> list[int]:
 def forest(roots: Iterable[Identity]) -> list[Identity]:
     """Those of `roots` that are there, and all descendants that these have now, parents first."""
     there, children = {}, defaultdict(list)
-    for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                found = stat(int(name))
-            except GONE:
-                continue
-            there[found.pid] = found.start_time
-            children[found.ppid].append(found.pid)
+    for found in everybody():
+        there[found.pid] = found.start_time
+        children[found.ppid].append(found.pid)
     pids = dict.fromkeys(pid for pid, started in roots if started and there.get(pid) == started)
     queue = list(pids)
     for pid in queue:
@@ -121,16 +146,17 @@ def facts(pid: int) -> ProcessFacts:
         tracer=int(status["TracerPid"]),
         uid=int(status["Uid"].split()[0]),
         rss=of.rss,
-        fds=() if of.state == "Z" else tuple(_descriptors(pid)),
+        fds=() if of.state == "Z" else tuple(descriptors(pid)),
     )
 
 
-def _status(pid: int) -> dict[str, str]:
-    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+def _status(pid: int, thread: str = "") -> dict[str, str]:
+    with open(f"/proc/{pid}{thread}/status", encoding="utf-8", errors="replace") as file:
         return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
 
 
-def _descriptors(pid: int) -> Iterable[tuple[int, str]]:
+def descriptors(pid: int) -> Iterator[tuple[int, str]]:
+    """(descriptor, what it is open on). Raises FileNotFoundError or ProcessLookupError when the process is gone."""
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
             yield int(name), os.readlink(f"/proc/{pid}/fd/{name}")

@@ -32,7 +32,14 @@ def thaw(processes: Iterable[Identity], leave: Collection[Identity] = ()) -> Non
     """SIGCONT to what is stopped of these and of what descends from them, except those in `leave`."""
     for process in proc.forest(processes):
         if process not in leave and "T" in proc.thread_states(process[0]):
-            _send(process, signal.SIGCONT)
+            send(process, signal.SIGCONT)
+
+
+def send(process: Identity, number: signal.Signals) -> None:
+    """To this very process, if it is there."""
+    with _pidfd(process) as pidfd, contextlib.suppress(ProcessLookupError):
+        if pidfd is not None:
+            signal.pidfd_send_signal(pidfd, number)
 
 
 def kill(processes: Iterable[Identity], children: Children, place: str = "") -> None:
@@ -45,10 +52,22 @@ def kill(processes: Iterable[Identity], children: Children, place: str = "") -> 
     while found := _held(known, place):
         # Children first: the kernel sends SIGCONT to a stopped process group that its last parent leaves.
         for process in reversed(found):
-            _send(process, signal.SIGKILL)
+            send(process, signal.SIGKILL)
         for process in found:
             _wait_dead(process, deadline)
     _wait_reaped(known, children)
+
+
+def kill_now(processes: Sequence[Identity], place: str = "") -> list[Identity]:
+    """As `kill`, for who may not wait: SIGKILL what is alive of them now; who that was. To be called again until it is nobody: that also
+    catches who was being born meanwhile."""
+    found = dict.fromkeys(_living(processes, place))
+    if place:
+        cgroup.kill(place)
+    for process in reversed(_held(dict.fromkeys([*processes, *found]), place)):
+        send(process, signal.SIGKILL)
+        found[process] = None
+    return list(found)
 
 
 def _held(known: dict[Identity, None], place: str) -> Sequence[Identity]:
@@ -64,7 +83,7 @@ def _held(known: dict[Identity, None], place: str) -> Sequence[Identity]:
         if (at_rest and not new) or time.monotonic() > limit:
             return found
         for process in new:
-            _send(process, signal.SIGSTOP)
+            send(process, signal.SIGSTOP)
         stopped.update(new)
         if not new:
             select.select([], [], [], 0.002)
@@ -96,20 +115,13 @@ def _wait_reaped(processes: Iterable[Identity], children: Children) -> None:
     limit = time.monotonic() + REAP_GRACE
     while True:
         children.reap()
-        left = [pid for pid, began in processes if proc.start_time(pid) == began]
+        left = [pid for pid, began in processes if began and proc.start_time(pid) == began]  # 0 is nobody
         if not left:
             return
         if time.monotonic() > limit:
             _log.warning("killed, and their parents do not wait for them: %s", left[:100])
             return
         select.select([], [], [], 0.005)
-
-
-def _send(process: Identity, number: signal.Signals) -> None:
-    """To this very process, if it is there."""
-    with _pidfd(process) as pidfd, contextlib.suppress(ProcessLookupError):
-        if pidfd is not None:
-            signal.pidfd_send_signal(pidfd, number)
 
 
 @contextmanager
