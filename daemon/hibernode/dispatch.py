@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
-from hibernode import __version__, preflight
+from hibernode import __version__, gc, preflight
 from hibernode.checkpoint import checkpoint
 from hibernode.errors import (
     HibernodeError,
@@ -84,9 +84,11 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Recover what a crash left; before the first command is taken."""
-        for entry in self._node.journal.all():
-            if not entry.record.done:
-                await self._recover(entry)
+        open_entries = [(entry, entry.record) for entry in self._node.journal.all() if not entry.record.done]
+        for entry, _ in open_entries:
+            await self._recover(entry)
+        for _, record in open_entries:  # when every workload is free: a store may be slow
+            await in_thread(gc.tidy, self._node, record)
         self._tasks.spawn(self._reap_forever())
 
     async def _recover(self, entry: Entry) -> None:

@@ -128,6 +128,9 @@ def test_the_store_goes_away_at_every_step_and_stays_away(tmp_path: Path, kill: 
         raised = caught(lambda: rig.checkpoint(made, streams=2, **overrides))  # noqa: B023
         if not script.failed.startswith("store."):
             continue
+        if script.failed == "store.delete attempt":  # after `ready`: a mark is left beside a whole checkpoint
+            assert raised is None
+            continue
         assert isinstance(raised, HibernodeError), script.failed
         assert rig.machine.alive
         assert not rig.machine.stopped, f"stopped after {script.failed}"
@@ -192,7 +195,7 @@ def test_a_lost_answer_to_the_manifest_leaves_no_half_checkpoint(tmp_path: Path)
 def test_a_manifest_that_comes_back_different_is_removed(tmp_path: Path) -> None:
     rig = rig_of(tmp_path)
     put = rig.store.put
-    rig.store.put = lambda key, data: put(key, data[:-2] + b" \n")  # type: ignore[method-assign]
+    rig.store.put = lambda key, data: put(key, data[:-2] + b" \n" if "manifest" in key else data)  # type: ignore[method-assign]
     made = new_id()
     raised = caught(lambda: rig.checkpoint(made))
     assert isinstance(raised, HibernodeError)
