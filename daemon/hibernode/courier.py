@@ -54,10 +54,11 @@ class Courier:
         return self._bus.connected
 
     async def nodes(self) -> list[NodeRecord]:
-        """Every node of the cluster; only this one while the broker is away."""
+        """Every node of the cluster that says who it is; only this one while the broker is away."""
         if not self._bus.connected:
             return [self._dispatcher.record()]
-        return [wire.decode_node(data) for data in (await self._bus.nodes()).values()]
+        records = ((name, _record(name, data)) for name, data in (await self._bus.nodes()).items())
+        return [record for name, record in records if record is not None and record.node == name]
 
     async def _serve(self) -> None:
         await self._connect()
@@ -174,3 +175,12 @@ class Courier:
         if self._bus.connected:
             with contextlib.suppress(BusUnavailable):
                 await self._bus.publish_progress(progress.action_id, wire.encode_progress(progress))
+
+
+def _record(name: str, data: bytes) -> NodeRecord | None:
+    """What another node has written down of itself: the others are not to be missed for one that writes nonsense."""
+    try:
+        return wire.decode_node(data)
+    except BadCommand as e:
+        _log.warning("a node's record cannot be read", node_of_record=name, error=str(e))
+        return None
