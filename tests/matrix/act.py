@@ -12,6 +12,7 @@ import random
 import signal
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,8 +23,8 @@ from hibernode._pb import hibernode_pb2 as pb
 from hibernode.model import CancelCommand, CheckpointCommand, Event, Overrides, RestoreCommand, Status, Target
 from tests import keeper as processes
 from tests.matrix import checks
-from tests.matrix.bench import ASK, Bench, Daemon, Subject
-from tests.matrix.cases import DIRECTIONS, SUBJECTS, Case
+from tests.matrix.bench import ASK, SUBJECTS, Bench, Daemon, Subject, is_pid_collision
+from tests.matrix.cases import DIRECTIONS, Case
 from tests.matrix.checks import Census, Finding, Findings
 from tests.matrix.script import Plan
 
@@ -32,6 +33,7 @@ LATE = 0.4  # seconds for a point that is only reached after the end
 STALL = 0.7  # seconds
 COLLISIONS = 10  # tries of a restore whose pids somebody else has
 LIVES = 6  # of the daemon in one case
+RETIRED = 4  # checkpoints that stay in the store after their case
 RESTORED = 8  # of so many checkpoints whose workload runs on, one is restored all the same
 
 Command = CheckpointCommand | RestoreCommand
@@ -64,6 +66,7 @@ class Player:
     def __init__(self, bench: Bench, seed: int) -> None:
         self._bench, self._seed = bench, seed
         self._kept = 0
+        self._retired: deque[str] = deque()
         self.collisions = 0  # restores that met a pid of somebody else
         self.baseline: Census | None = None
 
@@ -111,7 +114,7 @@ class Player:
         if subject.base:
             if wrong := self._bring_back(subject, subject.base):
                 raise RuntimeError(f"a checkpoint that was restored before: {wrong}")
-            self._delete(subject.base)
+            self._retire(subject.base)
             subject.base = ""
         elif not subject.born or len(subject.living()) < len(subject.born):
             subject.start()
@@ -144,7 +147,7 @@ class Player:
         """How a restore ends; again, if one of its pids belongs to somebody else for the moment: this machine is not ours alone."""
         for _ in range(COLLISIONS):
             event = self._without_fault(RestoreCommand(action_id=str(uuid.uuid4()), checkpoint_id=checkpoint_id))
-            if not _collided(event):
+            if not is_pid_collision(event.code, event.message, str(event.details)):
                 break
             self.collisions += 1
             time.sleep(0.3)
@@ -164,6 +167,12 @@ class Player:
         options = Overrides(asynchronous=rng.random() < 0.5, criu_opts=json.dumps({"leave_running": not kill}))
         ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(2)]
         return CheckpointCommand(action_id=ids[0], checkpoint_id=ids[1], target=Target(**subject.target), overrides=options)
+
+    def _retire(self, checkpoint_id: str) -> None:
+        """It stays for a while, for whoever reads the store; the oldest such one is deleted."""
+        self._retired.append(checkpoint_id)
+        if len(self._retired) > RETIRED:
+            self._delete(self._retired.popleft())
 
     def _delete(self, checkpoint_id: str) -> None:
         self._bench.insist_running()
@@ -265,8 +274,10 @@ class Player:
         elif dies:
             subject.end()
             subject.born = ()
-        self._delete(command.checkpoint_id)
-        self._sweep(command.checkpoint_id)
+        if ready:
+            self._retire(command.checkpoint_id)
+        else:
+            self._sweep(command.checkpoint_id)
 
     def _runs_on(self, case: Case, subject: Subject, row: Row) -> Findings:
         found = checks.goes_on(subject, subject.born)
@@ -292,7 +303,7 @@ class Player:
     def _judge_ready(self, subject: Subject, checkpoint_id: str, row: Row, *, killed: bool, whole: bool) -> Findings:
         """It was killed, or is now: and comes back. Not `whole`: a part of it may have died before it was dumped."""
         found = checks.nothing_lives(subject, "not_killed") if killed else []
-        if killed:
+        if killed and not found:
             subject.born = subject.beats.read() or subject.born
         subject.end()
         row.restored = True
@@ -309,12 +320,6 @@ class Player:
         for upload in list(self._bench.store.open_uploads()):
             self._bench.leaked_uploads += 1
             self._bench.store.abort_upload(upload)
-
-
-def _collided(event: Event) -> bool:
-    return event.code == "pid_taken" or (
-        event.code == "restore_failed" and ("pid_taken" in str(event.details) or ": -17" in event.message)
-    )
 
 
 class _Action:

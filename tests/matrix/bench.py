@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from tests.matrix.keeper import Keeper
 from tests.matrix.programs import BeatFile, Beats
 from tests.matrix.script import MESSAGE, Plan, encode_plan
 
+SUBJECTS = ("process", "job")
 START = 20.0  # seconds until a daemon takes calls
 ASK = 20.0  # seconds for an answer of the script, or of gRPC
 SETTINGS = """
@@ -35,7 +37,7 @@ state_dir = "{home}/state"
 work_dir = "{work}"
 socket = "{home}/d.sock"
 bus = {{ url = "{bus}", ack_wait = 1.0 }}
-store = {{ url = "file://{home}/store" }}
+store = {{ url = "file://{home}/store", allowed = [{allowed}] }}
 arena = {{ size = "16MiB" }}
 transfer = {{ streams = 2 }}
 criu = {{ path = "{home}/bin/criu" }}
@@ -162,24 +164,33 @@ class Daemon:
 class Bench:
     """`with Bench(...) as bench:` has a daemon running. One thread."""
 
-    def __init__(self, home: Path, work: Path, binary: Path, criu: str) -> None:
+    def __init__(self, home: Path, work: Path, binary: Path, criu: str, *, stores: Sequence[Path] = (), bus: bool = True) -> None:
+        """`stores`: others that it may restore from. Without `bus` it is asked over gRPC only."""
         self.home, self.work, self.binary = home, work, binary
         self.home.mkdir(parents=True)
         self.node = home.name
         self.keeper = Keeper()  # first: it must not be forked from a process with threads
-        self.bus = Bus(home / "nats", self.node)
+        self._bus = Bus(home / "nats", self.node) if bus else None
         self.store = LocalDir(home / "store")
         (home / "bin").mkdir()
         self._criu = home / "bin" / "criu"
         self._criu.write_text(CRIU.format(real=criu))
         self._criu.chmod(0o755)
         self.settings, self.log = home / "hibernode.toml", home / "daemon.log"
-        self.settings.write_text(SETTINGS.format(node=self.node, cluster=CLUSTER, home=home, work=work, bus=self.bus.url))
-        self.subjects = {kind: Subject(self, kind) for kind in ("process", "job")}
+        allowed = ", ".join(f'"file://{store}"' for store in stores)
+        url = self._bus.url if self._bus else ""
+        text = SETTINGS.format(node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed)
+        self.settings.write_text(text)
+        self.subjects = {kind: Subject(self, kind) for kind in SUBJECTS}
         self._channel: grpc.Channel | None = None
         self.daemon: Daemon | None = None
         self.starts = 0
         self.leaked_uploads = 0  # swept after the cases that left them
+
+    @property
+    def bus(self) -> Bus:
+        assert self._bus is not None
+        return self._bus
 
     def start(self, plan: Plan | None = None) -> bool:
         """A daemon, which takes calls when this returns; False if it has ended before it did."""
@@ -267,7 +278,8 @@ class Bench:
         with contextlib.suppress(Exception):  # best effort: the keeper ends what is left
             self.stop()
         self.keeper.close()
-        self.bus.close()
+        if self._bus is not None:
+            self._bus.close()
         shutil.rmtree(self.work, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -284,3 +296,8 @@ def is_criu(pid: int) -> bool:
         return os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("criu")
     except OSError:
         return False
+
+
+def is_pid_collision(code: str, message: str, details: str) -> bool:
+    """A restore that met a pid of somebody else: the image is not to blame."""
+    return code == "pid_taken" or (code == "restore_failed" and ("pid_taken" in details or ": -17" in message))

@@ -14,15 +14,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from tests.keeper import wait_until
-from tests.matrix import checks, programs, table
+from tests.matrix import checks, programs, room, table
 from tests.matrix.act import Player
 from tests.matrix.bench import Bench
 from tests.matrix.cases import Case, Survey, parse
 from tests.matrix.checks import Finding, Findings
+from tests.matrix.reader import read
 
 BLOCK = 8  # cases of one workload and one side that follow each other
 SAVE = 20.0  # seconds between two writings of the partial result
@@ -57,11 +59,12 @@ class _Run:
         self._afterwards: list[dict[str, str]] = []
         self._began = self._saved = time.monotonic()
         self._total = 0
+        self._reader: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         binary = programs.build(self._home)
-        cgroups = _cgroups()
         benches = []
+        reader = self._start_reader(binary)
         for number in range(self._settings.benches):
             ours, theirs = _fork.Pipe()
             name = f"bench{number}"
@@ -78,10 +81,30 @@ class _Run:
                 process.join(120)
                 if process.is_alive():
                     process.kill()
-        left = sorted(_cgroups() - cgroups)
-        if left:
-            self._afterwards.append({"counter": "leaks", "text": f"cgroups: {left[:8]}"})
+        self._ask_reader(reader)
+        for name in (*(f"bench{number}" for number in range(self._settings.benches)), "reader"):
+            if left := room.leave_nothing(f"{self._home.name}-{name}"):
+                self._afterwards.append({"counter": "leaks", "text": f"cgroups: {left[:8]}"})
         return self._result(done=True)
+
+    def _start_reader(self, binary: Path) -> tuple[BaseProcess, Connection]:
+        ours, theirs = _fork.Pipe()
+        benches = [self._home / f"bench{number}" for number in range(self._settings.benches)]
+        arguments = (theirs, self._home / "reader", self._work / "reader", benches, binary, self._settings.criu)
+        process = _fork.Process(target=read, args=arguments, name="reader")
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _ask_reader(self, reader: tuple[BaseProcess, Connection]) -> None:
+        """It ends, and says what it has seen."""
+        process, ours = reader
+        try:
+            ours.send("over")
+            self._reader = ours.recv()
+        except (EOFError, OSError):
+            self._reader = {"bad": 1, "why": ["the reader died"]}
+        process.join(60)
 
     def _deal(self, open_: set[Connection]) -> None:
         """Blocks to whoever is free, until there are none; a bench that is gone is a finding."""
@@ -129,6 +152,7 @@ class _Run:
             "complete": done and len(self._rows) == self._total,
             "planned": self._total,
             "seconds": round(self._seconds(), 1),
+            "reader": self._reader,
         }
         return table.summary(self._rows, self._afterwards, seed=self._settings.seed, benches=self._settings.benches, **facts)
 
@@ -146,17 +170,12 @@ def _blocks(cases: Sequence[Case]) -> list[list[Case]]:
     return blocks
 
 
-def _cgroups() -> set[str]:
-    return {str(path) for path in Path("/sys/fs/cgroup").glob("*/hibernode/*/")} | {
-        str(path) for path in Path("/sys/fs/cgroup").glob("hibernode/*/")
-    }
-
-
 # --- in the process of a bench ------------------------------------------------------------------------------------------------
 
 
 def _bench(runner: Connection, home: Path, work: Path, binary: Path, criu: str, seed: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    room.enter(f"{home.parent.name}-{home.name}", [runner.fileno()])
     ended: Findings = []
     try:
         with Bench(home, work, binary, criu) as bench:
