@@ -101,7 +101,9 @@ def _watchdog(node: Node) -> Check:
     except PermissionError as e:
         return Check(name="watchdog", ok=False, found=f"cannot be seen: {e}", hint="CAP_SYS_PTRACE", required=False)
     hint = "systemctl enable --now hibernode-watchdog: should this daemon hang, it lets frozen workloads go"
-    return Check(name="watchdog", ok=bool(pid), found=f"pid {pid}" if pid else "none runs", hint="" if pid else hint, required=False)
+    return Check(
+        name="watchdog", ok=bool(pid), found=f"pid {pid}" if pid else "none runs", hint="" if pid else hint, required=False
+    )
 
 
 def _kernel() -> Iterator[Check]:

@@ -11,30 +11,40 @@ _GONE = (FileNotFoundError, ProcessLookupError)
 
 
 def holder(path: Path) -> int:
-    """The pid of the process that has an flock on `path`; 0 if nobody of this pid namespace has. Raises PermissionError where we may
-    not look: that is not the same as nobody.
+    """The pid of the process that has an flock on `path`; 0 if nobody of this pid namespace has. Raises PermissionError where the one
+    who may have it hides: that is not the same as nobody.
 
-    /proc/locks alone does not do: the device it names is not the one that stat(2) names on btrfs, nor the inode on overlayfs. So who
-    may be the holder is asked for a descriptor of this very file with a lock: first whom the file names, then everybody with a lock.
+    /proc/locks alone does not do: the device it names is not the one that stat(2) names on btrfs, nor the inode on overlayfs. So
+    everybody who has a lock is asked for a descriptor of this very file that has it; first whom the file names.
     """
     try:
-        file = path.stat()
+        file, named = path.stat(), _named(path)
     except FileNotFoundError:
         return 0
-    for pid in dict.fromkeys(_candidates(path)):
-        with contextlib.suppress(*_GONE):
+    for pid, inode in sorted(_locked(), key=lambda each: each[0] != named):
+        try:
             if any(_has_lock(pid, fd, file) for fd in os.listdir(f"/proc/{pid}/fd")):
                 return pid
+        except _GONE:
+            continue
+        except PermissionError:
+            if pid == named or inode == file.st_ino:
+                raise
     return 0
 
 
-def _candidates(path: Path) -> Iterator[int]:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        yield int(path.read_text(errors="replace").split()[0])
+def _named(path: Path) -> int:
+    with contextlib.suppress(ValueError, IndexError):
+        return int(path.read_text(errors="replace").split()[0])
+    return 0  # on a full disk nothing could be written
+
+
+def _locked() -> Iterator[tuple[int, int]]:
+    """(pid, inode) of every flock that is held."""
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()  # 1: FLOCK ADVISORY WRITE 4711 fe:00:9979258 0 EOF; one who waits has an arrow before his
         if words[1:2] == ["FLOCK"]:
-            yield int(words[4])
+            yield int(words[4]), int(words[5].rpartition(":")[2])
 
 
 def _has_lock(pid: int, fd: str, file: os.stat_result) -> bool:

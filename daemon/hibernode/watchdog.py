@@ -25,8 +25,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-from pydantic import ValidationError
-
 from hibernode import locks
 from hibernode.config import Config
 from hibernode.drivers.workloads import cgroup, proc, trees
@@ -204,7 +202,7 @@ def _record(path: Path) -> Record | None:
         record = Record.model_validate_json(json.dumps({**_UNUSED, **known}))
     except FileNotFoundError:
         return None  # replaced or pruned while we looked
-    except (OSError, ValueError, AttributeError, TypeError, ValidationError) as e:
+    except (OSError, ValueError, AttributeError, TypeError) as e:  # pydantic's errors are ValueErrors
         _say(logging.WARNING, "cannot read a page of the journal", path=path, error=str(e)[:300])
         return None
     return record if record.boot == BOOT else None
