@@ -8,12 +8,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is there: a process with threads must not be forked
 
-from tests.matrix import table
+from tests.matrix import soak, table
+from tests.matrix.bench import SUBJECTS
 from tests.matrix.cases import Case, Survey, full, parse, quick
 from tests.matrix.run import Settings, default_benches, run
 
@@ -25,15 +26,18 @@ def main(words: Sequence[str] | None = None) -> int:
     if os.geteuid():
         sys.stderr.write("crash-matrix: it needs root, as the daemon does\n")
         return 2
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    if arguments.cycles:
+        return _soak(arguments, say)
     settings = Settings(
         seed=arguments.seed,
         benches=arguments.benches or default_benches(),
         criu=arguments.criu or _criu(),
         choose=functools.partial(_choose, arguments),
         output=arguments.output,
-        say=functools.partial(print, file=sys.stderr, flush=True),
+        say=say,
     )
-    settings.say(f"seed {settings.seed}, {settings.benches} benches")
+    say(f"seed {settings.seed}, {settings.benches} benches")
     result = run(settings)
     if arguments.output:
         table.write(result, arguments.output)
@@ -42,6 +46,14 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         print(table.render(result))
     return 0 if table.good(result) and result["complete"] else 1
+
+
+def _soak(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    result = soak.soak(arguments.cycles, arguments.subject, arguments.criu or _criu(), say)
+    if arguments.output:
+        table.write(result, arguments.output)
+    print(json.dumps(result, indent=1) if arguments.json else soak.render(result))
+    return 0 if result["good"] else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="write the JSON there, with all rows; also while the run goes on")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--rows", action="store_true", help="with --json: every row too")
+    parser.add_argument(
+        "--cycles", type=int, default=0, help="instead: so many checkpoints and restores of one workload; what grew"
+    )
+    parser.add_argument("--subject", choices=SUBJECTS, default="process", help="with --cycles: which workload (default process)")
     parser.add_argument("--list", action="store_true", help="print the ids and play nothing")
     return parser
 

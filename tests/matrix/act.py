@@ -102,6 +102,22 @@ class Player:
                 row.log = log.read().decode(errors="replace")[-20000:]
         return row
 
+    # --- without faults, for whoever only wants to see it go round ------------------------------------------------------------
+
+    def put_away(self, subject: Subject) -> Findings:
+        """Checkpoint it and have it killed."""
+        self._arrange("keep", subject)
+        subject.born = subject.beats.wait()
+        self._end_with_base(subject)
+        return []
+
+    def take_out(self, subject: Subject) -> Findings:
+        """Restore it, with its token, its memory and its counter; its checkpoint is deleted."""
+        found = self._bring_back(subject, subject.base)
+        self._retire(subject.base)
+        subject.base = ""
+        return found
+
     # --- before -------------------------------------------------------------------------------------------------------------
 
     def _arrange(self, direction: str, subject: Subject) -> None:

@@ -171,7 +171,9 @@ def _raised(point: str) -> Iterator[tuple[str, str, str, int]]:
     elif point.startswith(("criu.dump", "criu.restore")):
         yield "raise", point, "dump_failed" if "dump" in point else "restore_failed", 1
         yield "raise", point, "eio", 1
-    elif point.startswith(_BREAKING) and point != "workloads.prepare.after":  # whoever does not give a place back has to clean it up
+    elif (
+        point.startswith(_BREAKING) and point != "workloads.prepare.after"
+    ):  # whoever does not give a place back has to clean it up
         yield "raise", point, "eio", 1
         yield "raise", point, "enospc", 2
 

@@ -52,6 +52,22 @@ def run(settings: Settings) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def forked(work: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """`work` in a process of its own, with our end of a pipe; it has ended afterwards."""
+    ours, theirs = _fork.Pipe()
+    process = _fork.Process(target=work, args=(theirs, *arguments))
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+
+
 class _Run:
     def __init__(self, settings: Settings, home: Path, work: Path) -> None:
         self._settings, self._home, self._work = settings, home, work
