@@ -20,6 +20,7 @@ pytestmark = pytest.mark.node
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "systemd" / "hibernode.service"
+WATCHDOG = ROOT / "systemd" / "hibernode-watchdog.service"
 HIBERNODE = str(Path(sys.executable).parent / "hibernode")
 COUNTER = [sys.executable, str(PROGRAMS / "counter.py"), "0.01"]
 LOADED = 'metrics = { listen = "" }\narena = { size = "16MiB" }\ntransfer = { streams = 1, compression = "zstd:15" }\n'
@@ -121,10 +122,15 @@ def boot(tmp_path: Path) -> Iterator[Boot]:
     def booted(*drop_in: str, settings: str = LOADED) -> Iterator[Node]:
         (tmp_path / "hibernode.toml").write_text(settings)
         logs = f"StandardOutput=append:{tmp_path}/unit.log\nStandardError=append:{tmp_path}/unit.log"
-        start = f"ExecStart=\nExecStart={HIBERNODE} node\nEnvironment=HIBERNODE_CONFIG={tmp_path}/hibernode.toml"
+
+        def start(word: str) -> str:
+            return f"ExecStart=\nExecStart={HIBERNODE} {word}\nEnvironment=HIBERNODE_CONFIG={tmp_path}/hibernode.toml"
+
         units = {
             "hibernode.service": UNIT.read_text(),
-            "hibernode.service.d/test.conf": "\n".join(["[Service]", start, logs, *drop_in, ""]),
+            "hibernode.service.d/test.conf": "\n".join(["[Service]", start("node"), logs, *drop_in, ""]),
+            "hibernode-watchdog.service": WATCHDOG.read_text(),
+            "hibernode-watchdog.service.d/test.conf": "\n".join(["[Service]", start("watchdog"), logs, ""]),
         }
         with Machine(tmp_path, units) as machine:
             yield Node(machine, tmp_path)
@@ -296,3 +302,52 @@ def test_a_mount_namespace_of_the_unit_would_break_restores(boot: Boot, tmp_path
         node.shell(f"kill -KILL {stranger}; while [ -e /proc/{stranger} ]; do :; done")
         failed = node.machine.run(HIBERNODE, "restore", checkpoint, "--json", check=False)
         assert failed.returncode == 1
+
+
+# --- the watchdog's unit ----------------------------------------------------------------------------------------------------------
+
+HASTY = LOADED + "watchdog = { interval = 0.1, grace = 1 }\nlimits = { pause = 1 }\n"
+
+
+def test_systemd_understands_every_line_of_the_watchdogs_unit(boot: Boot) -> None:
+    with boot() as node:
+        assert node.machine.show("hibernode-watchdog", "LoadState") == {"LoadState": "loaded"}
+        said = [line for line in node.machine.story().splitlines() if re.search(r"/hibernode-watchdog\.service:\d+: ", line)]
+        assert said == []
+
+
+def test_the_watchdog_ends_a_daemon_that_hangs_and_the_next_one_finds_its_workload_running(boot: Boot) -> None:
+    """Long before systemd's own watchdog, which does not know that somebody waits. With the few rights that its unit leaves it."""
+    with boot(settings=HASTY) as node:
+        node.machine.run("systemctl", "start", "hibernode-watchdog", "hibernode")
+        pid = node.job("large", "150")
+        before, daemon = node.beat("large"), node.daemon()
+        node.freeze_in_a_dump("large", pid)
+        now = node.beat("large", after=node.beat("large", after=before))
+        assert (now.token, now.content) == (before.token, before.content)
+        node.next_daemon(after=daemon)
+        assert node.last_action() == ("error", "interrupted")
+        story = node.machine.story()
+        assert "the daemon holds a workload past its deadline: killed" in story
+        assert "Watchdog timeout" not in story
+        assert "cannot lock its memory" not in story
+        said = node.machine.run(HIBERNODE, "--json", "doctor", check=False).stdout  # other checks fail in this machine
+        assert [check["ok"] for check in json.loads(said)["checks"] if check["name"] == "watchdog"] == [True]
+
+
+def test_the_watchdog_outlives_the_daemon_and_comes_back_by_itself(boot: Boot) -> None:
+    with boot(settings=HASTY) as node:
+        node.machine.run("systemctl", "start", "hibernode-watchdog", "hibernode")
+
+        def watchdog() -> str:
+            return node.machine.show("hibernode-watchdog", "MainPID")["MainPID"]
+
+        first = watchdog()
+        node.machine.run("systemctl", "stop", "hibernode")
+        assert watchdog() == first
+        node.shell(f"kill -KILL {first}")
+        until(lambda: watchdog() not in (first, "0"), "another watchdog", why=node.machine.story)
+        began = float(node.shell("cut -d' ' -f1 /proc/uptime"))
+        node.machine.run("systemctl", "stop", "hibernode-watchdog", check=False)
+        assert float(node.shell("cut -d' ' -f1 /proc/uptime")) - began < 15
+        assert node.machine.show("hibernode-watchdog", "ActiveState")["ActiveState"] in ("inactive", "failed")
