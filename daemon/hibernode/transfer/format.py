@@ -44,6 +44,7 @@ KeepMap = npt.NDArray[np.bool_]
 # of memory per segment, which is very scattered, 7 TiB fit.
 MAX_INDEX = 4 << 30
 MAX_MANIFEST = 64 << 20  # bytes; 100,000 tasks with ten threads each are about 15 MiB
+_MAX_VALUES = 2 << 20  # in a manifest; those tasks are 1.7 million. 60 MiB of `[],` would be 3 GB of Python's objects
 _MAGIC = b"HNINDEX1"
 _HEADER = struct.Struct("<8sQQQ")  # magic, segments, frames, keep maps
 _KEEP_BYTES = FRAME_PAGES // 8
@@ -259,7 +260,7 @@ def decode_manifest(data: bytes, checkpoint_id: str, notary: Notary) -> Manifest
 
 def _opened(data: bytes, checkpoint_id: str, notary: Notary) -> bytes:
     """What is in the envelope, as JSON."""
-    if len(data) > MAX_MANIFEST:
+    if len(data) > MAX_MANIFEST or sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MAX_VALUES:
         raise Corrupt("manifest: too large")
     head = _DIGEST_LINE.match(data)
     if head is None:
