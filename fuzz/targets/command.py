@@ -138,7 +138,7 @@ def _binary(message: type[Message], from_pb: Callable[[Any], Any], raw: bytes) -
 def _many(feed: Feed) -> bytes:
     """An object of very many keys, as long as a message can be and a little longer."""
     keys = _keys(1 + feed.below(8))
-    count = feed.below(1 << 16) if feed.byte() == 255 else feed.below(1 << 8)
+    count = feed.very_many(1 << 16, 1 << 8)
     last = keys[feed.below(count)] if count and feed.byte() % 2 else '"x":0'
     return ("{" + ",".join([*keys[:count], last]) + "}").encode()
 

@@ -83,7 +83,7 @@ def _built(feed: Feed) -> dict[str, bytes]:
 
 def _many(feed: Feed) -> dict[str, bytes]:
     """Very many entries, or one very long one: what unpacks to that much is small in a store."""
-    count = (4 << 20) if feed.byte() == 255 else feed.below(1 << 8)
+    count = feed.very_many(1 << 23, 1 << 8)
     entry = struct.pack("<I", 0) if feed.byte() % 2 else struct.pack("<I", 2) + b"\x08\x01"
     made = {name: _image(kind) + entry * count for name, kind in (("pstree.img", "PSTREE"), ("stats-dump", "STATS"))}
     return made | {"core-1.img": _image("CORE") + struct.pack("<I", count) + bytes(count)}
@@ -103,6 +103,6 @@ def seeds() -> dict[str, bytes]:
         "raw": bytes([_RAW]) + cuts + pstree + core + stats + log,
         "entries": bytes([_ENTRIES]) + b"".join(bytes([1, len(file) - 12]) + file[12:] for file in (pstree, core, stats)),
         "built": bytes([_BUILT, 2, 0, 1, 2, 0, 0, 0, 1, 1, 1, 0, 1, 0, 1, 0]),
-        "many": bytes([_MANY, 0, 9, 1]),
+        "many": bytes([_MANY, 9, 1]),
         "built-more": bytes([_BUILT, 7]) + bytes(range(120)),
     }

@@ -109,7 +109,7 @@ def _built(feed: Feed) -> None:
 
 def _many(feed: Feed) -> None:
     """Very many segments, of pages of zeros in one address space or in many: a few KiB in a store."""
-    count = 1 << 19 if feed.byte() == 255 else feed.below(1 << 9)
+    count = feed.very_many(1 << 20, 1 << 9)
     spaces = feed.pick((1, 2, 50, 4000))
     segments = np.zeros(count, format.SEGMENT)
     segments["dst_id"] = (np.arange(count) % spaces + 1) << 8 | 1
@@ -221,6 +221,6 @@ def seeds() -> dict[str, bytes]:
         "tables": bytes([_TABLES]) + raw,
         "no-pages": bytes([_TABLES]) + _HEADER.pack(b"HNINDEX1", 0, 0, 0),
         "built": plain,
-        "many": bytes([_MANY, 0, 200, 2, 1, 0, 0]),
+        "many": bytes([_MANY, 200, 0, 2, 1, 0, 0]),
         "built-more": bytes([_BUILT, 5]) + bytes(range(1, 60)) + bytes(60),
     }
