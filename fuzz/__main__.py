@@ -77,8 +77,8 @@ class _Run:
         arguments = [
             str(self.corpus),
             f"-max_total_time={self.seconds}",
-            "-timeout=60",  # of the clock, and beside others: guard.py counts processor time, and is much stricter
-            "-report_slow_units=60",
+            "-timeout=300",  # of the clock, and perhaps behind everybody else: guard.py counts processor time, and is much stricter
+            "-report_slow_units=300",
             "-rss_limit_mb=2048",
             "-use_value_profile=1",
             "-print_final_stats=1",
