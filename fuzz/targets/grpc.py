@@ -23,14 +23,15 @@ from fuzz.feed import Feed
 from fuzz.guard import guarded, require, root
 from hibernode._pb import hibernode_pb2 as pb
 from hibernode.children import Children
+from hibernode.config import Config
 from hibernode.desk import Desk
 from hibernode.dispatch import Dispatcher
-from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads, insist_startable
 from hibernode.errors import NotFound
 from hibernode.model import ActionCommand, Event, JobSpec, Progress, Status, WorkloadView
 from hibernode.node import Node
 from hibernode.rpc import _Node
+from hibernode.service import store_opener
 from tests.flow.rig import Rig
 
 MAX_LENGTH = 8192
@@ -56,6 +57,11 @@ _CALLS: tuple[tuple[str, type[Message], dict[str, Any]], ...] = (
     ("Inspect", pb.CheckpointId, {"checkpoint_id": _OTHER}),
     ("Verify", pb.CheckpointId, {"checkpoint_id": _OTHER}),
     ("DeleteCheckpoint", pb.CheckpointId, {"checkpoint_id": _OTHER}),
+    (
+        "CollectGarbage",
+        pb.GarbageRequest,
+        {"apply": True, "directory": f"file://{root()}/store", "grace": 1.5, "keep_last": 2, "keep_days": 3.5},
+    ),
 )
 
 
@@ -134,10 +140,10 @@ class _Service:
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(ThreadPoolExecutor(1))
         self.loop.run_until_complete(self.loop.run_in_executor(None, int))
-        store = LocalDir(root() / "store")
+        opener = store_opener(Config.model_validate({"store": {"url": f"file://{root()}/store"}}))
         children = Children()
         jobs = _Jobs(Jobs(root() / "jobs", children), children)
-        node = replace(Rig(root() / "node").node, open_store=lambda url: store, jobs=jobs)
+        node = replace(Rig(root() / "node").node, open_store=opener, jobs=jobs)
         self.node = self.loop.run_until_complete(self._made(node))
 
     async def _made(self, node: Node) -> _Node:
