@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if os.geteuid():
         sys.stderr.write("crash-matrix: it needs root, as the daemon does\n")
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is on disk is removed
     say = functools.partial(print, file=sys.stderr, flush=True)
     if arguments.cycles:
         return _soak(arguments, say)

@@ -23,7 +23,7 @@ from hibernode._pb import hibernode_pb2 as pb
 from hibernode.model import CancelCommand, CheckpointCommand, Event, Overrides, RestoreCommand, Status, Target
 from tests import keeper as processes
 from tests.matrix import checks
-from tests.matrix.bench import ASK, SUBJECTS, Bench, Daemon, Subject, is_pid_collision
+from tests.matrix.bench import ASK, GRACE, LIMIT, SUBJECTS, Bench, Daemon, Subject, is_pid_collision
 from tests.matrix.cases import DIRECTIONS, Case
 from tests.matrix.checks import Census, Finding, Findings
 from tests.matrix.script import Plan
@@ -32,6 +32,15 @@ SETTLE = 45.0  # seconds until an action must have ended, daemons restarted and 
 LATE = 0.4  # seconds for a point that is only reached after the end
 STALL = 0.7  # seconds
 COLLISIONS = 10  # tries of a restore whose pids somebody else has
+# A CRIU that is SIGKILLed in the middle of a dump may take a process of the workload with it; see docs/crashes.md.
+KILLS_CRIU = (
+    "criu_killed",
+    "criu_and_daemon_killed",
+    "watch_criu_dies_daemon_stopped",
+    "watch_criu_stopped_daemon_dies",
+    "watch_criu_stopped",
+)
+LEFT_ALONE = 3.0  # seconds more than promised, on a loaded machine
 LIVES = 6  # of the daemon in one case
 RETIRED = 4  # checkpoints that stay in the store after their case
 RESTORED = 8  # of so many checkpoints whose workload runs on, one is restored all the same
@@ -220,15 +229,17 @@ class Player:
         row.action = command.action_id
         fault = _Fault(case, self._bench, subject, command, rng)
         action = _Action(self._bench, command, row, SETTLE)
-        fault.begin()
-        try:
-            self._bench.bus.send(command)
-            fault.given()
-            action.settle(fault.fire, fault.next_plan, fault.dead)
-            fault.settled()
-            action.settle(fault.fire, fault.next_plan, fault.dead)
-        finally:
-            fault.over()
+        with self._bench.watched() if case.fault.startswith("watch_") else contextlib.nullcontext():
+            fault.begin()
+            try:
+                self._bench.bus.send(command)
+                fault.given()
+                action.settle(fault.fire, fault.next_plan, fault.dead)
+                fault.settled()
+                action.settle(fault.fire, fault.next_plan, fault.dead)
+            finally:
+                fault.over()
+        row.findings += fault.findings
         row.fired = row.fired or case.fault in ("none", "die_at_random") or fault.done
         if fault.stopping:
             action.wait_for_end()
@@ -297,7 +308,7 @@ class Player:
 
     def _runs_on(self, case: Case, subject: Subject, row: Row) -> Findings:
         found = checks.goes_on(subject, subject.born)
-        if case.fault in ("criu_killed", "criu_and_daemon_killed") and {each.counter for each in found} == {"lost_workloads"}:
+        if case.fault in KILLS_CRIU and {each.counter for each in found} == {"lost_workloads"}:
             row.killed_by_criu = True
             subject.end()
             subject.born = ()
@@ -430,6 +441,9 @@ class _Fault:
         self._case, self._bench, self._subject, self._command, self._rng = case, bench, subject, command, rng
         self.done = False
         self.stopping = False  # the daemon was asked to stop
+        self.findings: Findings = []
+        self.left_alone = False  # the daemon stands still, and nobody lets it go on
+        self._seen = False
         self._lives = 0
 
     @property
@@ -446,9 +460,13 @@ class _Fault:
                 return Plan(case.point, case.nth, "raise", case.argument, times=case.times)
             case "stall":
                 return Plan(case.point, case.nth, "stall", seconds=STALL)
+            case "stall_long":
+                return Plan(case.point, case.nth, "stall", seconds=LIMIT + GRACE + LEFT_ALONE)
+            case "watch_die":
+                return Plan(case.point, case.nth, "die")
             case "none" | "die_at_random":
                 return Plan()
-            case fault if fault.endswith("_at_random") or fault.startswith(("criu_", "pause_criu")):
+            case fault if fault.endswith("_at_random") or fault.startswith(("criu_", "pause_criu", "watch_criu")):
                 return Plan(case.point, 1, "tell")
         return Plan(case.point, case.nth, "hold")
 
@@ -472,13 +490,43 @@ class _Fault:
         if not self.done:
             self.done = True
             getattr(self, f"_{self._case.fault}", lambda: None)()
-        if not self._daemon.ended:
+        if not self._daemon.ended and not self.left_alone:
             self._daemon.go_on()
 
     def dead(self) -> None:
         """The daemon is dead, and the next one not yet there."""
         if self._case.fault == "die_redelivered":
             self._bench.bus.send_again(self._command)
+        if self._case.fault.startswith("watch_") and not self._seen:
+            self._seen = True
+            self._see_it_run()
+
+    def _see_it_run(self) -> None:
+        """No daemon is there, or none that does anything: of the workload nothing is held, of a restore nothing is left, in a bounded
+        time."""
+        if isinstance(self._command, RestoreCommand):
+            deadline = time.monotonic() + GRACE + LEFT_ALONE
+            while time.monotonic() < deadline and not self._runs_or_is_gone():
+                time.sleep(0.05)
+            if not self._runs_or_is_gone():
+                lives = [processes.describe(pid) for pid in self._subject.living()]
+                self.findings.append(Finding("half_restores", f"left alone: {lives}"))
+            return
+        time.sleep(GRACE)
+        found = checks.goes_on(self._subject, self._subject.born)
+        if self._case.direction == "kill" and not self._subject.living():
+            return  # it was ready: whether it was, is looked at in the end
+        if self._case.fault in KILLS_CRIU and {each.counter for each in found} == {"lost_workloads"}:
+            return  # a process died with CRIU; see docs/crashes.md
+        self.findings += [Finding(each.counter, f"left alone: {each.text}") for each in found]
+
+    def _runs_or_is_gone(self) -> bool:
+        """Of a restore: nothing lives, or all of it runs."""
+        if not self._subject.living():
+            return True
+        return not checks.goes_on(self._subject, self._subject.born) and not checks.same(
+            self._subject.born, self._subject.beats.read()
+        )
 
     def next_plan(self) -> Plan:
         """For the daemon that comes after one that died."""
@@ -577,6 +625,49 @@ class _Fault:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pid, signal.SIGCONT)
             self._close_found()
+
+    def _watch_die_at_random(self) -> None:
+        time.sleep(self._rng.uniform(0, 0.3))
+        self._daemon.signal(signal.SIGKILL)
+
+    def _watch_stop(self) -> None:
+        """For ever: until the watchdog has ended it. Where it holds nobody, that is not the watchdog's business, but systemd's."""
+        self._daemon.signal(signal.SIGSTOP)
+        self._leave_alone()
+
+    def _watch_stop_at_random(self) -> None:
+        time.sleep(self._rng.uniform(0, 0.15))
+        self._watch_stop()
+
+    def _leave_alone(self) -> None:
+        self.left_alone = True
+        deadline = time.monotonic() + LIMIT + 2 * GRACE + LEFT_ALONE
+        while not self._daemon.ended and time.monotonic() < deadline:
+            self._daemon.hear(0.05)
+        self.dead()
+        self._daemon.signal(signal.SIGKILL)
+
+    def _watch_criu_stopped(self) -> None:
+        """For ever; the daemon has a deadline for it, and the watchdog one for the daemon."""
+        self.done = self._signal_criu(signal.SIGSTOP)
+        self._close_found()
+
+    def _watch_criu_stopped_daemon_dies(self) -> None:
+        self.done = self._signal_criu(signal.SIGSTOP)
+        self._close_found()
+        self._daemon.signal(signal.SIGKILL)
+
+    def _watch_criu_dies_daemon_stopped(self) -> None:
+        self._daemon.signal(signal.SIGSTOP)
+        self.done = self._signal_criu(signal.SIGKILL)
+        self._leave_alone()
+
+    def _stall_long(self) -> None:
+        """The store stands still for longer than the phase may take."""
+        time.sleep(LIMIT + GRACE)
+        self.findings += [
+            Finding(each.counter, f"the store stalls: {each.text}") for each in checks.goes_on(self._subject, self._subject.born)
+        ]
 
     def _signal_criu(self, number: signal.Signals) -> bool:
         """At a random moment of its work: whether there was one."""

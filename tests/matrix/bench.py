@@ -8,9 +8,10 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,6 +29,8 @@ from tests.matrix.programs import BeatFile, Beats
 from tests.matrix.script import MESSAGE, Plan, encode_plan
 
 SUBJECTS = ("process", "job")
+LIMIT = 6.0  # seconds a phase may take
+GRACE = 1.0  # seconds the watchdog waits for a daemon that may come back, or come to its end
 START = 20.0  # seconds until a daemon takes calls
 ASK = 20.0  # seconds for an answer of the script, or of gRPC
 SETTINGS = """
@@ -43,7 +46,18 @@ transfer = {{ streams = 2 }}
 criu = {{ path = "{home}/bin/criu" }}
 metrics = {{ listen = "" }}
 log = {{ format = "json" }}
-limits = {{ attempts = 2, retry_delay = 0.05, progress_interval = 0.05, node_interval = 2.0 }}
+watchdog = {{ interval = 0.1, grace = {grace} }}
+
+[limits]
+attempts = 2
+retry_delay = 0.05
+progress_interval = 0.05
+node_interval = 2.0
+preflight = {limit}
+pause = {limit}
+transfer = {limit}
+commit = {limit}
+restore = {limit}
 """
 # CRIU's own fault injection is switched by its environment; a file beside it says which, so that a daemon need not be started for it.
 CRIU = """#!/bin/sh
@@ -179,7 +193,9 @@ class Bench:
         self.settings, self.log = home / "hibernode.toml", home / "daemon.log"
         allowed = ", ".join(f'"file://{store}"' for store in stores)
         url = self._bus.url if self._bus else ""
-        text = SETTINGS.format(node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed)
+        text = SETTINGS.format(
+            node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed, limit=LIMIT, grace=GRACE
+        )
         self.settings.write_text(text)
         self.subjects = {kind: Subject(self, kind) for kind in SUBJECTS}
         self._channel: grpc.Channel | None = None
@@ -241,6 +257,21 @@ class Bench:
         code = self.keeper.exit_code(pid, limit)
         self._forget_daemon()
         return code
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """The watchdog runs meanwhile: the real one, a process of its own."""
+        log = self.home / "watchdog.log"
+        said = log.stat().st_size if log.exists() else 0
+        argv = [sys.executable, "-m", "hibernode", "watchdog", "--config", str(self.settings)]
+        pid = self.keeper.start_program(argv, Path("/"), str(log))
+        try:
+            wait_until(lambda: log.exists() and b"watching" in log.read_bytes()[said:], START, "the watchdog")
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            self.keeper.exit_code(pid, ASK)
 
     @property
     def stub(self) -> pb_grpc.NodeStub:

@@ -26,6 +26,18 @@ _MOMENTS = {
     "kill": ("begin", "preflight", "dumping", "shipping", "committing", "killing", "done"),
     "restore": ("begin", "preflight", "fetching", "restoring", "probing", "done"),
 }
+_HELD = {  # where somebody would stand still, or be half there, if the daemon did
+    "keep": ("journal.dumping.after", "criu.dump.after"),
+    "kill": (
+        "criu.dump.after",
+        "journal.shipping.after",
+        "journal.committing.after",
+        "journal.killing.before",
+        "journal.killing.after",
+    ),
+    "restore": ("criu.restore.after", "journal.probing.after"),
+}
+_STALLING = ("store.write.stream.before", "store.commit.stream.before", "store.stat.stream.before", "store.put.manifest.before")
 _CRIU = {"keep": "criu.dump", "kill": "criu.dump", "restore": "criu.restore"}
 # Of CRIU's own fault injection (criu/include/fault-injection.h): what fails, or takes another way, in a dump and in a restore.
 _CRIU_FAULTS = {"keep": (1, 3, 5, 136, 127, 129, 135, 137), "kill": (1, 3, 5, 136, 129, 135), "restore": (2, 6, 7, 8, 127, 133)}
@@ -108,7 +120,13 @@ def _freshest(group: list[Case], chosen: list[Case]) -> Case:
 
 def _of(direction: str, subject: str, points: Mapping[str, int]) -> Iterator[Case]:
     """Of one direction and workload."""
-    for fault, point, *more in (*_inside(points), *_outside(direction), *_at_random(direction), *_with_criu(direction)):
+    for fault, point, *more in (
+        *_inside(points),
+        *_outside(direction),
+        *_at_random(direction),
+        *_with_criu(direction),
+        *_left_alone(direction, points),
+    ):
         yield Case(direction, subject, fault, point, *more)
 
 
@@ -151,6 +169,26 @@ def _with_criu(direction: str) -> Iterator[_Fault]:
         yield "criu_fault", f"{_CRIU[direction]}.before", str(number)
         if number in _FATAL:
             yield "criu_fault_and_die", undo, str(number)
+
+
+def _left_alone(direction: str, points: Mapping[str, int]) -> Iterator[_Fault]:
+    """Nobody starts the daemon again, it stands still for ever, CRIU does, a store does for longer than a phase may take: the workload
+    runs on all the same, by the watchdog or by the deadline, and that is seen before anybody comes to help."""
+    for moment, side in itertools.product(_MOMENTS[direction][1:], ("before", "after")):
+        yield "watch_die", f"journal.{moment}.{side}"
+    for point in _HELD[direction]:
+        yield "watch_stop", point
+    for nth in range(1, _TRIES // 2 + 1):
+        for fault in (
+            "watch_die_at_random",
+            "watch_criu_stopped",
+            "watch_criu_stopped_daemon_dies",
+            "watch_criu_dies_daemon_stopped",
+        ):
+            yield fault, f"{_CRIU[direction]}.before", "", 1, nth
+    for point in _STALLING:
+        if point in points:
+            yield "stall_long", point
 
 
 def _raised(point: str) -> Iterator[tuple[str, str, str, int]]:

@@ -140,6 +140,10 @@ class Census:
     threads: Counter[str]
     mounts: int
 
+    @classmethod
+    def of(cls, descriptors: Sequence[str], threads: Sequence[str], mounts: int) -> Census:
+        return cls(Counter(descriptors), Counter(threads), mounts)
+
     def beyond(self, baseline: Census) -> list[str]:
         """What there is more of than there was."""
         more = [f"{count} x {what}" for what, count in (self.descriptors - baseline.descriptors).items()]
@@ -154,8 +158,9 @@ class Census:
 def census(bench: Bench) -> Census:
     """Of the running daemon. Pool threads and sockets of calls come and go: they are counted apart, by the bench's end."""
     daemon = bench.insist_running()
-    threads = Counter(name for name in daemon.census()[0] if not name.startswith("hibernode_"))
-    return Census(Counter(_descriptors(daemon.pid)), threads, len(Path(f"/proc/{daemon.pid}/mountinfo").read_text().splitlines()))
+    threads = [name for name in daemon.census()[0] if not name.startswith("hibernode_")]
+    mounts = len(Path(f"/proc/{daemon.pid}/mountinfo").read_text().splitlines())
+    return Census.of(_descriptors(daemon.pid), threads, mounts)
 
 
 def _descriptors(pid: int) -> list[str]:

@@ -115,9 +115,9 @@ class _Page:
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._inner, attribute)
 
-    def enter(self, phase: str, **more: Any) -> None:
+    def enter(self, phase: str, *more: Any, **options: Any) -> None:
         with _Around(self._script, f"journal.{phase}"):
-            self._inner.enter(phase, **more)
+            self._inner.enter(phase, *more, **options)
 
     def update(self, **changes: Any) -> None:
         with _Around(self._script, f"journal.{changes.get('phase') or '+'.join(sorted(changes))}"):

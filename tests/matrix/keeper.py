@@ -49,9 +49,9 @@ class Keeper:
         with theirs:
             return self._ask({"start": "daemon", "config": str(settings), "log": str(log), "plan": plan}, [theirs.fileno()]), ours
 
-    def start_program(self, argv: list[str], directory: Path) -> int:
-        """In a session of its own, without input and output."""
-        return self._ask({"start": "program", "argv": argv, "cwd": str(directory)}, [])
+    def start_program(self, argv: list[str], directory: Path, log: str = os.devnull) -> int:
+        """In a session of its own, without input; what it says goes to the end of `log`."""
+        return self._ask({"start": "program", "argv": argv, "cwd": str(directory), "log": log}, [])
 
     def _ask(self, request: dict[str, object], descriptors: list[int]) -> int:
         socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
@@ -180,7 +180,7 @@ def _daemon(request: dict[str, Any], channel: int) -> NoReturn:
 def _program(request: dict[str, Any]) -> NoReturn:
     os.setsid()
     os.chdir(request["cwd"])
-    _redirect(os.devnull)
+    _redirect(request["log"])
     os.closerange(3, 1024)
     os.execv(request["argv"][0], request["argv"])
     raise AssertionError("not reached")

@@ -6,29 +6,37 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
 _CLONE_NEWNS, _CLONE_NEWPID = 0x00020000, 0x20000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
+_PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(name: str, close: Iterable[int] = ()) -> None:
     """Returns in the first process of a new room; the one that called waits for it, and ends as it did. `close`: descriptors that only
     the room is to have. Must be called before there are threads."""
+    _end_with_parent()
     _check(_libc.unshare(_CLONE_NEWNS | _CLONE_NEWPID), "unshare")
     if child := os.fork():
         for descriptor in close:
             os.close(descriptor)
         _, status = os.waitpid(child, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 255)
+    _end_with_parent()
     mount("none", Path("/"), _MS_REC | _MS_PRIVATE)
     mount("proc", Path("/proc"), 0, "proc")
     for place in _hierarchies():
         with contextlib.suppress(OSError):  # read-only here: then the daemon makes none either
             (place / name).mkdir(exist_ok=True)
             bind(place / name, place)
+
+
+def _end_with_parent() -> None:
+    _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
 
 
 def bind(what: Path, where: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tests.matrix.checks import COUNTERS, MORE
 
+MISSED = 0.05  # of the cases: faults that came too late for what they were meant for, as those at random moments may
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -36,8 +37,9 @@ def summary(rows: Rows, afterwards: Sequence[Mapping[str, str]], **facts: Any) -
 
 
 def good(result: Mapping[str, Any]) -> bool:
-    """Whether everything that must be 0 is."""
-    return not any(result[name] for name in (*COUNTERS, *MORE)) and not result.get("reader", {}).get("bad", 0)
+    """Whether everything that must be 0 is, and what was to go wrong mostly did: a matrix of faults that miss proves nothing."""
+    missed = result["not_fired"] > result["cases"] * MISSED
+    return not missed and not any(result[name] for name in (*COUNTERS, *MORE)) and not result.get("reader", {}).get("bad", 0)
 
 
 def machine() -> dict[str, Any]:
@@ -74,6 +76,11 @@ def write(result: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(result, indent=1))
     temporary.rename(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def _kind(row: Mapping[str, Any]) -> str:
