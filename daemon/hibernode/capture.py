@@ -15,7 +15,7 @@ from typing import Self
 
 from hibernode.errors import DumpFailed, OutcomeUnknown
 from hibernode.flow import Threads
-from hibernode.model import PAGE, ImageRef
+from hibernode.model import PAGE, Cancel, ImageRef
 from hibernode.node import Attempt, Node
 from hibernode.ports import Store
 from hibernode.preflight import Options
@@ -23,8 +23,6 @@ from hibernode.transfer import files
 from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.pageproto import Wire
 from hibernode.transfer.send import Packing, Sender
-
-PAUSE_RATE = 64 << 20  # bytes/s, far below any store worth the name: what `limits.pause` is extended by for large workloads
 
 
 class Capture(AbstractContextManager["Capture"]):
@@ -56,9 +54,7 @@ class Capture(AbstractContextManager["Capture"]):
 
     def dump(self) -> int:
         """Dump every tree; the nanoseconds CRIU held them. When it returns all pages are in the arena or beyond."""
-        limit = self._node.config.limits.pause + self._meter.bytes_total / PAUSE_RATE
-        with self._threads.within(limit, lambda: _too_long(limit)):
-            held_ns = sum(self._dump(name, pid) for name, pid in self._roots.items())
+        held_ns = sum(self._dump(name, pid) for name, pid in self._roots.items())
         for collector in self._collected.values():
             collector.release()
         self._meter.bytes_total = sum(collector.pages for collector in self._collected.values()) * PAGE
@@ -70,8 +66,10 @@ class Capture(AbstractContextManager["Capture"]):
         self._stack.callback(collector.discard)
         receiving = self._threads.start(f"{name} collect", collector.run)
         (self._work / name).mkdir()
+        ending = Cancel()  # also of what no cancel has ended: a stream that failed, the page socket
+        self._threads.on_stop(lambda: ending.set("the transfer has ended"))
         try:
-            stats = self._node.criu.dump(pid, self._work / name, theirs, self._options.criu, self._threads.cancel)
+            stats = self._node.criu.dump(pid, self._work / name, theirs, self._options.criu, ending)
         except BaseException:
             theirs.close()
             self._threads.join([receiving])  # if our side failed first, that is the reason
@@ -104,12 +102,3 @@ class Capture(AbstractContextManager["Capture"]):
     def _keep(self) -> None:
         for sender in self._senders.values():
             sender.keep()
-
-
-def _too_long(limit: float) -> DumpFailed:
-    return DumpFailed(
-        f"the workload was frozen for {limit:.0f} s, and the dump was not done",
-        hint="the arena is full and the store is slow? Raise `limits.pause`, or enlarge the arena",
-        reason="pause_deadline",
-        limit=limit,
-    )

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from hibernode import catalog, preflight
+from hibernode import catalog, gc, preflight
 from hibernode.capture import Capture
 from hibernode.journal import Tree
 from hibernode.model import CheckpointCommand, Status
-from hibernode.node import Attempt, Node, insist, on_error
+from hibernode.node import Attempt, Node, calmly, insist, on_error
 
 
 def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None:
     """Freeze, dump, let go; ship; commit; report `ready`; kill if asked. Raises with the workload running as before."""
-    meter = attempt.meter
-    with attempt.phase("preflight"):
+    meter, limits = attempt.meter, node.config.limits
+    with attempt.phase("preflight", limits.preflight):
         store = node.open_store(command.overrides.directory)
         options = preflight.options(command.overrides, node.config, node.host.load().cpus)
         workload = node.workloads.find(command.target)
@@ -26,19 +26,20 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
     claim = node.claims.claim(workload.key, command.action_id)
     name = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)  # another one would write the same objects
     with claim, name, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
-        with attempt.phase("preflight"):  # with the claim: what another action does to the workload is not mistaken for its state
-            catalog.insist_new(store, command.checkpoint_id)
+        with attempt.phase("preflight", limits.preflight):  # with the claim: nobody else is doing anything to the workload now
+            undo.enter_context(gc.attempting(store, command.checkpoint_id, command.action_id))
             processes = workload.processes()
             preflight.checkpoint(command, processes, options.criu)
             meter.bytes_total = sum(process.rss for process in processes)
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
-            node.arena.wait_for_room(meter.bytes_total, attempt.cancel)
+        node.arena.wait_for_room(meter.bytes_total, attempt.cancel)  # for as long as it takes: nobody is frozen for it
         capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
         trees = tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes)
+        let_go = calmly("letting the workload go on", workload.thaw if options.kill else _runs_already)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
 
-        with attempt.phase("dumping"), ExitStack() as held:
+        with attempt.phase("dumping", limits.pause_of(meter.bytes_total)), ExitStack() as held:
             held.callback(insist, "letting the workload go on", workload.thaw)
             workload.freeze()
             meter.pause_ns = capture.dump()
@@ -46,13 +47,17 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
                 undo.push(on_error(held.pop_all()))  # stays stopped until it is killed, or let go if anything fails
         attempt.report(Status.CHECKPOINT_CREATED)
 
-        with attempt.phase("shipping"):
+        with attempt.phase("shipping", limits.transfer_of(meter.bytes_total), let_go), attempt.cancel.waking(let_go):
             images = capture.finish()
-        with attempt.phase("committing"):
+        with attempt.phase("committing", limits.commit, let_go):  # a cancel comes too late: the store decides
             manifest = catalog.describe(node, command, workload, options, meter, images)
             with capture.keeping():
                 catalog.commit(store, manifest, node.notary)
         attempt.report(Status.READY)
         if options.kill:
-            attempt.entry.enter("killing")
+            attempt.entry.enter("killing", limits.preflight)
             insist("killing the workload", workload.kill)
+
+
+def _runs_already() -> None:
+    """Its owner alone stops it, or lets it go on."""

@@ -98,6 +98,16 @@ class Limits(Section):
     progress_interval: float = Field(default=0.25, gt=0)  # seconds
     node_interval: float = Field(default=10.0, gt=0)  # seconds between two node records; they live for three of them
 
+    def pause_of(self, size: int) -> float:
+        """Of a workload with `size` bytes of memory: a rate far below any store worth the name, for what the arena does not take."""
+        return self.pause + size / (64 * MIB)
+
+    def transfer_of(self, size: int) -> float:
+        return self.transfer + size / (4 * MIB)
+
+    def restore_of(self, size: int) -> float:
+        return self.restore + size / (64 * MIB)
+
 
 class Signing(Section):
     """Of manifests, with ed25519. Files in PEM."""
@@ -126,7 +136,9 @@ class Watchdog(Section):
     """The process that gives workloads back when the daemon cannot."""
 
     interval: float = Field(default=1.0, gt=0)  # seconds between two looks
-    grace: float = Field(default=15.0, ge=0)  # seconds a daemon that ended has to come back, and a phase to end after its deadline
+    grace: float = Field(
+        default=15.0, ge=0
+    )  # seconds a daemon that ended has to come back, and a phase to end after its deadline
 
 
 class Metrics(Section):

@@ -10,6 +10,7 @@
     │   ├── RestoreFailed         restore_failed     CRIU could not restore; nothing of it is left running
     │   ├── Interrupted           interrupted        the daemon died in the middle; recovery undid it
     │   ├── Cancelled             cancelled          somebody asked for it
+    │   ├── DeadlineExceeded      deadline           a phase took longer than it may; what it had begun is undone
     │   ├── Internal              internal           a defect of ours
     │   └── Stuck                 left_suspended     an undo failed, a workload may need a person
     │       └── OutcomeUnknown    outcome_unknown    a step was begun and nobody saw how it ended
@@ -90,6 +91,10 @@ class Interrupted(Permanent):
 
 class Cancelled(Permanent):
     code = "cancelled"
+
+
+class DeadlineExceeded(Permanent):
+    code = "deadline"
 
 
 class Internal(Permanent):

@@ -14,11 +14,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Generic, ParamSpec, Self, TypeVar
 
-from hibernode.errors import Cancelled, Stuck
+from hibernode.errors import Stuck
 from hibernode.model import Cancel
 
 T = TypeVar("T")
@@ -134,18 +134,6 @@ class Threads(AbstractContextManager["Threads"]):
         for wake in stops:
             wake()
 
-    @contextmanager
-    def within(self, seconds: float, error: Callable[[], BaseException]) -> Iterator[None]:
-        """What is done inside has so many seconds; then the scope fails with `error`, which wakes whoever blocks in it."""
-        timer = threading.Timer(seconds, lambda: self.fail(error()))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            timer.join()  # no thread outlives the scope, this one neither
-
     def wait(self) -> None:
         """Wait for every thread, whatever became of it."""
         for thread in self._threads:
@@ -159,7 +147,7 @@ class Threads(AbstractContextManager["Threads"]):
             raise self._error
 
     def _cancelled(self) -> None:
-        self.fail(Cancelled(self.cancel.reason))
+        self.fail(self.cancel.error)
 
     def __enter__(self) -> Self:
         self._waking.__enter__()

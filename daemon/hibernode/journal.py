@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from hibernode.errors import OutcomeUnknown
 from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, Status, Value
 
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 _LAST_SEQ = 1000  # above what any action reaches: its terminal event is told once, whatever was told before
 _log = logging.getLogger("hibernode.journal")
 
@@ -65,7 +66,8 @@ class Record(Value):
 
 
 def remedy(record: Record) -> Remedy:
-    """What is left to do for an action whose daemon died. Repeating it is harmless."""
+    """What is left to do for an action whose daemon died. Repeating it is harmless. The store alone knows of `settle`; of another boot
+    no process is left, whatever its phase."""
     match record.type, record.phase:
         case _, "done" | "starting" | "preflight" | "fetching":
             return "nothing"
@@ -91,8 +93,9 @@ class Entry:
     def record(self) -> Record:
         return self._record
 
-    def enter(self, phase: str) -> None:
-        self.update(phase=phase)
+    def enter(self, phase: str, limit: float = 0.0) -> None:
+        """A phase begins, which its action leaves after `limit` seconds at most: written down for whoever has to act if it does not."""
+        self.update(phase=phase, until=boottime() + limit if limit else 0.0, boot=BOOT)
 
     def update(self, **changes: object) -> None:
         with self._lock:
@@ -204,6 +207,11 @@ class Journal:
         for record in finished[: max(0, len(finished) - self._keep)]:
             del self._entries[record.action_id]
             (self._directory / f"{record.action_id}.json").unlink(missing_ok=True)
+
+
+def boottime() -> float:
+    """Seconds since boot, asleep or awake: no clock that anybody sets."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _private(path: str, flags: int) -> int:

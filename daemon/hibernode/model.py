@@ -450,13 +450,15 @@ class Cancel:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reason = ""
+        self._error: HibernodeError | None = None
         self._wakes: list[Callable[[], None]] = []
 
-    def set(self, reason: str) -> None:
+    def set(self, reason: str, error: HibernodeError | None = None) -> None:
+        """The first one counts. `error` is what stopping means then; a cancellation if nothing is said."""
         with self._lock:
             if self._reason:
                 return
-            self._reason = reason
+            self._reason, self._error = reason, error
             wakes = list(self._wakes)
         for wake in wakes:
             wake()
@@ -465,10 +467,15 @@ class Cancel:
     def reason(self) -> str:
         return self._reason
 
+    @property
+    def error(self) -> HibernodeError:
+        """What to raise once there is a reason."""
+        return self._error or Cancelled(self._reason)
+
     def check(self) -> None:
-        """Raise `Cancelled` if somebody asked for it."""
+        """Raise `error` if somebody asked for it."""
         if self._reason:
-            raise Cancelled(self._reason)
+            raise self.error
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:

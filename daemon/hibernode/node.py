@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hibernode.config import Config
-from hibernode.errors import Busy, HibernodeError, NoRoom, Stuck
+from hibernode.errors import Busy, DeadlineExceeded, HibernodeError, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
 from hibernode.model import Cancel, Meter, Status
 from hibernode.ports import Criu, Host, Jobs, Notary, Store, Workloads
@@ -68,11 +68,18 @@ class Attempt:
     report: Callable[[Status], None]
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Journal the phase before its step, and count its time. A cancelled action begins no further phase."""
+    def phase(self, name: str, limit: float, late: Callable[[], None] | None = None) -> Iterator[None]:
+        """Journal the phase before its step, count its time, and cancel the action with `deadline` if it takes more than `limit` seconds.
+        `late` is called then, too: for a step that no cancel can interrupt. A cancelled action begins no further phase."""
         self.cancel.check()
-        self.entry.enter(name)
-        with self.meter.phase(name):
+        self.entry.enter(name, limit)
+
+        def expire() -> None:
+            self.cancel.set(f"{name} took too long", _too_late(name, limit))
+            if late is not None:
+                late()
+
+        with self.meter.phase(name), _alarm(limit, expire):
             yield
 
     @contextmanager
@@ -89,6 +96,47 @@ class Attempt:
             raise NoRoom(f"no space left: {e}", hint="make the file systems of work_dir and state_dir larger") from e
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+_HINTS = {
+    "preflight": "does the store answer? Else raise `limits.preflight`",
+    "dumping": "the arena is full and the store is slow? Raise `limits.pause`, or enlarge the arena",
+    "shipping": "the store is slow; raise `limits.transfer`",
+    "fetching": "the store is slow; raise `limits.transfer`",
+    "committing": "does the store answer? Else raise `limits.commit`",
+    "restoring": "CRIU did not come to its end; raise `limits.restore` if the tree is very large",
+}
+
+
+def _too_late(phase: str, limit: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"{phase} was not done after {limit:.0f} s", hint=_HINTS.get(phase, ""), phase=phase, limit=round(limit, 3)
+    )
+
+
+@contextmanager
+def _alarm(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
+    """`ring` is called, from a thread of its own, if what is done inside takes longer. No thread outlives it."""
+    timer = threading.Timer(seconds, ring)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def calmly(what: str, undo: Callable[[], None]) -> Callable[[], None]:
+    """An undo that is tried ahead of its turn, from where nobody hears an error: its turn comes, and then it is insisted on."""
+
+    def attempt() -> None:
+        try:
+            undo()
+        except (HibernodeError, OSError) as e:
+            _log.warning("%s failed, and is tried again: %s", what, e)
+
+    return attempt
 
 
 def insist(what: str, undo: Callable[[], None], tries: int = 3) -> None:

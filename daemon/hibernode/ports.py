@@ -174,7 +174,8 @@ class Prepared:
 
 
 class Criu(Protocol):
-    """Stock CRIU. Calls block; one thread per call; cancelling kills the CRIU process, and the tree runs on."""
+    """Stock CRIU. Calls block, one thread per call. A cancelled restore is killed at once, and its caller ends what may be left of the
+    tree. A cancelled dump rolls back when the caller closes the other end of `pages`; only if it hangs is it killed. The tree runs on."""
 
     def facts(self) -> CriuFacts:
         """Raises Refused("criu_missing" | "criu_too_old")."""

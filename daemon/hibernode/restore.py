@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from hibernode import catalog, preflight
+from hibernode import catalog, gc, preflight
 from hibernode.errors import Corrupt, RestoreFailed
 from hibernode.flow import Threads
 from hibernode.journal import Tree
@@ -21,7 +21,8 @@ from hibernode.transfer.receive import Receiver
 
 def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     """Read the manifest, refuse what does not fit, fetch and verify, restore, probe, report `ready`. Raises with nothing left."""
-    with attempt.phase("preflight"):
+    limits = node.config.limits
+    with attempt.phase("preflight", limits.preflight):
         store = node.open_store(command.overrides.directory)
         manifest = catalog.read(store, command.checkpoint_id, node.notary)
         options = preflight.options(command.overrides, node.config, node.host.load().cpus, manifest.criu_opts)
@@ -37,7 +38,8 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     with claim, old, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
         node.workloads.insist_free(manifest.workload, command.overrides.pod_name)
         preflight.pids(node.workloads.blockers(tasks))
-        with attempt.phase("fetching"):
+        reading = gc.using(store, command.checkpoint_id, command.action_id)
+        with attempt.phase("fetching", limits.transfer_of(manifest.raw_bytes)), reading:
             for image in manifest.images:
                 _fetch(store, image, work, attempt)
                 _compare(image, node.criu.tasks(work / image.name))
@@ -46,12 +48,12 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         preflight.pids(node.workloads.blockers(tasks))  # again: the fetch took its time
         attempt.entry.update(place=prepared.place, trees=tuple(Tree(pid=task.pid, start_time=0) for task in tasks))
 
-        with attempt.phase("restoring"):
+        with attempt.phase("restoring", limits.restore_of(manifest.raw_bytes)):
             (image,) = manifest.images
             undo.callback(insist, "killing what was restored", lambda: prepared.kill(tasks))
             workload = prepared.adopt(node.criu.restore(work / image.name, options.criu, prepared.prepared, attempt.cancel))
             attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
-        with attempt.phase("probing"):
+        with attempt.phase("probing", limits.preflight):
             _probe(workload, tasks)
             attempt.cancel.check()
         undo.pop_all()  # it runs, and it stays

@@ -1,16 +1,20 @@
 """Stock CRIU: `criu swrk` spawned by us, spoken to with pycriu. The only place that knows CRIU's options, its exit and its log.
 
 We spawn the worker ourselves (pycriu would fork inside a threaded process) and hand pycriu our end of the socket: so its pid, its
-time limit and its log are ours. A worker that dumps is never killed by us: nobody would resume the tree. Closing the page socket makes
-it roll back instead.
+time limit and its log are ours. A worker that dumps is not killed for a cancel: 4 of 118 such kills cost the tree a process
+(docs/crashes.md). Closing the page socket makes it roll back instead, and only one that does not do even that is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import socket
 import struct
+import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +24,17 @@ from google.protobuf.message import DecodeError
 from pycriu.images import core_pb2, magic, pstree_pb2, stats_pb2
 
 from hibernode.children import Children, unprotect
-from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed
+from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed, Stuck
 from hibernode.model import MAX_TASKS, Cancel, TaskFacts
 from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_version
 
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
+_ROLLBACK = 15.0  # seconds a dump has to roll back after its page socket closed; 10 to 30 ms are usual
+_LAST = 30.0  # seconds a SIGKILLed worker has to end: it may be in the middle of freeing much memory
 _MAX_FILE = 16 << 20  # bytes; 100,000 tasks of ten threads are 7 MiB of pstree.img, and a core is tens of KiB
 _TASK_DEAD = 2  # criu/include/image.h
+_log = logging.getLogger("hibernode.criu")
 # Logged as an error without CAP_SYS_RESOURCE, and as a warning because the page socket is no TCP one: neither means anything.
 _HARMLESS = re.compile(r"RLIMIT_NOFILE|prlimit|Can't set RLIMIT|TCP_NODELAY")
 # What CRIU's log says -> (stable reason, what to do about it).
@@ -96,7 +103,7 @@ class Criu:
     def dump(self, pid: int, images: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
         cancel.check()
         try:
-            with self._worker(images, "dump.log", options, pass_fds=[pages.fileno()]) as request:
+            with self._worker(images, "dump.log", options, cancel, _ROLLBACK, pass_fds=[pages.fileno()]) as request:
                 request.opts.pid = pid
                 request.opts.ps.fd = pages.fileno()
                 request.opts.leave_running = not options.leave_stopped
@@ -119,6 +126,8 @@ class Criu:
                 images,
                 "restore.log",
                 options,
+                cancel,
+                patience=0.0,  # what it has made is killed anyway
                 pass_fds=list(prepared.inherit.values()),
                 leave_for=prepared.cgroup_procs,
             ) as request:
@@ -131,10 +140,19 @@ class Criu:
 
     @contextmanager
     def _worker(
-        self, images: Path, log: str, options: CriuOptions, *, pass_fds: list[int], leave_for: Sequence[str] | None = None
+        self,
+        images: Path,
+        log: str,
+        options: CriuOptions,
+        cancel: Cancel,
+        patience: float,
+        *,
+        pass_fds: list[int],
+        leave_for: Sequence[str] | None = None,
     ) -> Iterator[pycriu.criu]:
-        """A request to a worker of its own; the worker has ended when this is left. `leave_for`: it leaves the daemon's cgroups for
-        these, and the daemon's protection, because what it restores inherits both."""
+        """A request to a worker of its own; the worker has ended when this is left. One that has not ended `patience` seconds after a
+        cancel is killed. `leave_for`: it leaves the daemon's cgroups for these, and the daemon's protection, because what it restores
+        inherits both."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         directory = os.open(images, os.O_DIRECTORY)
         try:
@@ -149,14 +167,25 @@ class Criu:
             request.use_fd(ours.fileno())
             _apply(request.opts, options, directory, log)
             try:
-                yield request
+                with _killed_if_stuck(worker, ours, cancel, patience):
+                    yield request
             finally:
                 ours.close()
-                self._children.wait(worker)
+                self._wait(worker)
         finally:
             os.close(directory)
             ours.close()
             theirs.close()
+
+    def _wait(self, worker: subprocess.Popen[bytes]) -> None:
+        """It ends when its request is answered, or its socket closed; one that does not (it hangs) is killed."""
+        for patience in (_ROLLBACK, _LAST):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._children.wait(worker, patience)
+                return
+            _log.error("criu (pid %d) does not end, and is killed", worker.pid)
+            worker.kill()
+        raise Stuck(f"criu (pid {worker.pid}) does not end after SIGKILL", hint="its state in `ps` says what it waits for")
 
     def _failed(self, kind: type[HibernodeError], what: str, error: Exception, log: Path) -> HibernodeError:
         tail = log_tail(log)
@@ -173,6 +202,32 @@ class Criu:
             return [_task(images, entry) for entry in parsed]
         except (OSError, struct.error, ValueError, DecodeError) as e:
             raise Corrupt(f"CRIU's images do not say which tasks they hold: {e}") from e
+
+
+@contextmanager
+def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cancel: Cancel, patience: float) -> Iterator[None]:
+    """`patience` seconds after a cancel the worker is killed, and whoever waits for its answer wakes up: those it was restoring hold
+    the other end of the socket, too."""
+    timers: list[threading.Timer] = []
+
+    def end() -> None:
+        worker.kill()
+        with contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+
+    def soon() -> None:
+        timer = threading.Timer(patience, end)
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    try:
+        with cancel.waking(soon):
+            yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+            timer.join()
 
 
 def _apply(opts: pycriu.rpc.criu_opts, options: CriuOptions, directory: int, log: str) -> None:

@@ -109,7 +109,7 @@ class Receiver:
 
     def _work(self, batches: Channel[_Batch], index: Index, pages: PageFiles | None) -> None:
         unpacker = codec.Unpacker()
-        buffer = memoryview(bytearray(BATCH + 3 * FRAME_PAGES * PAGE))
+        buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
         for batch in batches:
             if batch.size > len(buffer):
                 raise Corrupt(f"{batch.key}: frames are larger than they can be")
