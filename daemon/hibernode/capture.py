@@ -22,6 +22,7 @@ from hibernode.preflight import Options
 from hibernode.transfer import files
 from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.pageproto import Wire
+from hibernode.transfer.seal import Seal
 from hibernode.transfer.send import Packing, Sender
 
 
@@ -29,13 +30,13 @@ class Capture(AbstractContextManager["Capture"]):
     """One image per tree. Entered, all streams are open and their threads wait. Left without `keep`, nothing stays in the store."""
 
     def __init__(
-        self, node: Node, store: Store, roots: Mapping[str, int], options: Options, attempt: Attempt, work: Path
+        self, node: Node, store: Store, seal: Seal, roots: Mapping[str, int], options: Options, attempt: Attempt, work: Path
     ) -> None:
         self._node, self._roots, self._options, self._work = node, roots, options, work
         self._wire = Wire(node.criu.facts().version)
         self._threads = Threads(attempt.cancel)
-        packing, prefix = Packing(options.streams, options.level), attempt.entry.record.checkpoint_id
-        self._senders = {name: Sender(store, prefix, name, packing, node.arena, self._threads, attempt.meter) for name in roots}
+        packing = Packing(options.streams, options.level)
+        self._senders = {name: Sender(store, seal, name, packing, node.arena, self._threads, attempt.meter) for name in roots}
         self._collected: dict[str, Collector] = {}
         self._stack = ExitStack()
         self._meter = attempt.meter

@@ -9,10 +9,11 @@ from hibernode.errors import Corrupt, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
 from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, ImageRef, Manifest, Meter, Verdict
 from hibernode.node import Node, insist
-from hibernode.ports import Notary, Store, Workload
+from hibernode.ports import Keyring, Notary, Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer import format
 from hibernode.transfer.receive import Receiver
+from hibernode.transfer.seal import Seal, new_key
 
 _MANIFEST = "manifest.json"
 
@@ -37,8 +38,40 @@ def insist_new(store: Store, checkpoint_id: str) -> None:
     )
 
 
+def new_seal(keyring: Keyring, checkpoint_id: str) -> Seal:
+    """With a data key of its own, if this node encrypts. It is unwrapped once, before anybody is frozen: what nobody could decrypt must
+    not be written. Refused("key_service") if that gives another key."""
+    data_key = new_key()
+    wrapped = keyring.wrap(data_key, checkpoint_id)
+    if wrapped is None:
+        return Seal(checkpoint_id)
+    if keyring.unwrap(wrapped, checkpoint_id) != data_key:
+        raise Refused(
+            "key_service",
+            "what was wrapped comes back as another key",
+            prop="encryption.command",
+            found="another key",
+            wanted="the key that was wrapped",
+            hint="look at what the program does",
+        )
+    return Seal(checkpoint_id, data_key, wrapped)
+
+
+def seal_of(manifest: Manifest, keyring: Keyring) -> Seal:
+    """What its objects are opened with. Raises as `Keyring.unwrap` does."""
+    wrapped = manifest.encryption
+    data_key = keyring.unwrap(wrapped, manifest.checkpoint_id) if wrapped is not None else None
+    return Seal(manifest.checkpoint_id, data_key, wrapped)
+
+
 def describe(
-    node: Node, command: CheckpointCommand, workload: Workload, options: Options, meter: Meter, images: list[ImageRef]
+    node: Node,
+    command: CheckpointCommand,
+    workload: Workload,
+    options: Options,
+    meter: Meter,
+    images: list[ImageRef],
+    seal: Seal,
 ) -> Manifest:
     """The manifest of what was captured."""
     return Manifest(
@@ -58,6 +91,7 @@ def describe(
         zero_bytes=meter.zero_bytes,
         stored_bytes=meter.stored_bytes,
         images=images,
+        encryption=seal.wrapped,
     )
 
 
@@ -144,20 +178,28 @@ def manifests(store: Store, notary: Notary) -> Iterator[Manifest]:
 
 
 def verify(
-    store: Store, checkpoint_id: str, notary: Notary, threads: int, cancel: Cancel, tell: Callable[[Verdict], None]
+    store: Store,
+    checkpoint_id: str,
+    notary: Notary,
+    keyring: Keyring,
+    threads: int,
+    cancel: Cancel,
+    tell: Callable[[Verdict], None],
 ) -> Verdict:
-    """Read every byte and compare it with its digest, inflate every frame. Raises Corrupt at the first that does not hold."""
+    """Read every byte and compare it with its digest, decrypt and inflate every frame. Raises Corrupt at the first that does not
+    hold."""
     began, meter = time.monotonic(), Meter()
     manifest, frames = read(store, checkpoint_id, notary), 0
+    seal = seal_of(manifest, keyring)
     check_sizes(store, manifest)
     for image in manifest.images:
-        frames += _verify_image(store, checkpoint_id, image, threads, cancel, meter)
+        frames += _verify_image(store, seal, image, threads, cancel, meter)
         tell(Verdict(ok=True, bytes=meter.total_io, frames=frames, seconds=time.monotonic() - began))
     return Verdict(ok=True, bytes=meter.total_io, frames=frames, seconds=time.monotonic() - began, code="ok")
 
 
-def _verify_image(store: Store, prefix: str, image: ImageRef, threads: int, cancel: Cancel, meter: Meter) -> int:
-    receiver = Receiver(store, prefix, image, threads, meter)
+def _verify_image(store: Store, seal: Seal, image: ImageRef, threads: int, cancel: Cancel, meter: Meter) -> int:
+    receiver = Receiver(store, seal, image, threads, meter)
     receiver.verify_files()
     index = receiver.fetch_index()
     with Threads(cancel) as scope:

@@ -33,8 +33,9 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             meter.bytes_total = sum(process.rss for process in processes)
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
+            seal = catalog.new_seal(node.keyring, command.checkpoint_id)
         node.arena.wait_for_room(meter.bytes_total, attempt.cancel)  # for as long as it takes: nobody is frozen for it
-        capture = undo.enter_context(Capture(node, store, workload.roots(), options, attempt, work))
+        capture = undo.enter_context(Capture(node, store, seal, workload.roots(), options, attempt, work))
         trees = tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes)
         let_go = calmly("letting the workload go on", workload.thaw if options.kill else _runs_already)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
@@ -50,7 +51,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
         with attempt.phase("shipping", limits.transfer_of(meter.bytes_total), let_go), attempt.cancel.waking(let_go):
             images = capture.finish()
         with attempt.phase("committing", limits.commit, let_go):  # a cancel comes too late: the store decides
-            manifest = catalog.describe(node, command, workload, options, meter, images)
+            manifest = catalog.describe(node, command, workload, options, meter, images, seal)
             with capture.keeping():
                 catalog.commit(store, manifest, node.notary)
         attempt.report(Status.READY)

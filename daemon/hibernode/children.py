@@ -39,7 +39,9 @@ class Children:
         *,
         pass_fds: Sequence[int] = (),
         env: Mapping[str, str] | None = None,
+        given: int = subprocess.DEVNULL,
         out: int = subprocess.DEVNULL,
+        err: int | None = None,
     ) -> subprocess.Popen[bytes]:
         """A helper process that its caller waits for with `wait`. It has a session of its own: no Ctrl-C meant for the daemon reaches
         it, and what CRIU restores into CRIU's session and process group (`shell_job`) is not in the daemon's, which one `kill(0)` ends."""
@@ -48,9 +50,9 @@ class Children:
                 list(argv),
                 pass_fds=tuple(pass_fds),
                 env=dict(env) if env is not None else None,
-                stdin=subprocess.DEVNULL,
+                stdin=given,
                 stdout=out,
-                stderr=out,
+                stderr=out if err is None else err,
                 cwd="/",
                 start_new_session=True,
             )

@@ -68,10 +68,10 @@ class Desk:
         return await in_thread(catalog.read, store, checkpoint_id, self._node.notary), f"{store.location}/{checkpoint_id}"
 
     def verify(self, checkpoint_id: str) -> AsyncIterator[Verdict]:
-        store, threads, notary = self._node.open_store(""), self._node.host.load().cpus, self._node.notary
+        node, store = self._node, self._node.open_store("")
 
         def work(tell: Callable[[Verdict], None], cancel: Cancel) -> None:
-            tell(catalog.verify(store, checkpoint_id, notary, threads, cancel, tell))
+            tell(catalog.verify(store, checkpoint_id, node.notary, node.keyring, node.host.load().cpus, cancel, tell))
 
         return _told_by(work)
 

@@ -16,7 +16,7 @@ from hibernode.config import Config
 from hibernode.errors import Busy, DeadlineExceeded, HibernodeError, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
 from hibernode.model import Cancel, Meter, Status
-from hibernode.ports import Criu, Host, Jobs, Notary, Store, Workloads
+from hibernode.ports import Criu, Host, Jobs, Keyring, Notary, Store, Workloads
 from hibernode.transfer.arena import Arena
 
 _log = logging.getLogger("hibernode.node")
@@ -55,6 +55,7 @@ class Node:
     journal: Journal
     open_store: Callable[[str], Store]  # by URL; Refused("directory") for one that is not allowed
     notary: Notary
+    keyring: Keyring
     claims: Claims = field(default_factory=Claims)
 
 

@@ -17,6 +17,7 @@ from hibernode.model import ImageRef, RestoreCommand, Status, TaskFacts
 from hibernode.node import Attempt, Node, insist
 from hibernode.ports import Store, Workload
 from hibernode.transfer.receive import Receiver
+from hibernode.transfer.seal import Seal
 
 
 def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
@@ -25,6 +26,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     with attempt.phase("preflight", limits.preflight):
         store = node.open_store(command.overrides.directory)
         manifest = catalog.read(store, command.checkpoint_id, node.notary)
+        seal = catalog.seal_of(manifest, node.keyring)
         options = preflight.options(command.overrides, node.config, node.host.load().cpus, manifest.criu_opts)
         tasks = [task for image in manifest.images for task in image.tasks]
         preflight.restore(manifest, node.host.facts(), node.criu.facts())
@@ -41,7 +43,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         reading = gc.using(store, command.checkpoint_id, command.action_id)
         with attempt.phase("fetching", limits.transfer_of(manifest.raw_bytes)), reading:
             for image in manifest.images:
-                _fetch(store, image, work, attempt)
+                _fetch(store, seal, image, work, attempt)
                 _compare(image, node.criu.tasks(work / image.name))
         prepared = node.workloads.prepare(manifest.workload, command.overrides.pod_name)
         undo.callback(prepared.discard)
@@ -60,9 +62,9 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     attempt.report(Status.READY)
 
 
-def _fetch(store: Store, image: ImageRef, work: Path, attempt: Attempt) -> None:
+def _fetch(store: Store, seal: Seal, image: ImageRef, work: Path, attempt: Attempt) -> None:
     """One image into `work/<name>`: small images, pagemaps, pages; every byte of it compared with its digest."""
-    receiver = Receiver(store, attempt.entry.record.checkpoint_id, image, max(2, len(image.streams)), attempt.meter)
+    receiver = Receiver(store, seal, image, max(2, len(image.streams)), attempt.meter)
     directory = work / image.name
     directory.mkdir()
     receiver.fetch_files(work / f"{image.name}.tar.zst", directory)

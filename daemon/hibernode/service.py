@@ -27,6 +27,7 @@ from hibernode.desk import Desk
 from hibernode.dispatch import Dispatcher
 from hibernode.drivers.criu import Criu
 from hibernode.drivers.host import LinuxHost
+from hibernode.drivers.keyring import Keyring
 from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.notary import Notary
 from hibernode.drivers.workloads import cgroup
@@ -208,6 +209,7 @@ def build(settings: Config) -> Node:
         journal=Journal(settings.state_dir / "journal"),
         open_store=store_opener(settings),
         notary=Notary(settings.signing),
+        keyring=Keyring(settings.encryption, children),
     )
 
 

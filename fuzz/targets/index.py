@@ -24,6 +24,7 @@ from hibernode.ports import Store
 from hibernode.transfer import codec, format
 from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.receive import Receiver
+from hibernode.transfer.seal import Seal
 
 MAX_LENGTH = 8192
 _PACKED, _TABLES, _BUILT, _MANY = 0, 1, 2, 3
@@ -195,7 +196,7 @@ def _restore(shelf: _Shelf, image: ImageRef, raw: bytes, place: Path) -> None:
     """As `restore.py` does it, with the threads of a Receiver; then nothing is where it does not belong."""
     shelf.objects["p/main/index.zst"] = codec.deflate(raw)
     store: Store = shelf  # type: ignore[assignment] # only what a Receiver calls
-    receiver = Receiver(store, "p", image, 1, Meter())
+    receiver = Receiver(store, Seal("p"), image, 1, Meter())
     index = receiver.fetch_index()
     require(index.pages == image.pages, "an index of another size than its manifest says")
     if int(index.frames["kept"].sum()) > _MOST_PAGES or len(np.unique(index.segments["dst_id"])) > _MOST_SPACES:

@@ -13,7 +13,9 @@ from typing import Generic, TypeVar
 
 from hibernode import catalog
 from hibernode.checkpoint import checkpoint
+from hibernode.children import Children
 from hibernode.config import Config
+from hibernode.drivers.keyring import Keyring
 from hibernode.drivers.notary import Notary
 from hibernode.errors import DumpFailed, HibernodeError, Internal, NotFound, RestoreFailed, StoreUnavailable
 from hibernode.journal import Entry, Journal, Record
@@ -103,6 +105,7 @@ class Rig:
             journal=Journal(directory / "state" / "journal"),
             open_store=lambda url: self.store,
             notary=Notary(config.signing),
+            keyring=Keyring(config.encryption, Children()),
         )
 
     def rescript(self, script: Script) -> None:
@@ -112,7 +115,10 @@ class Rig:
         self.store._script = self.criu._script = script
         self.node = Node(
             **{
-                **{name: getattr(self.node, name) for name in ("config", "criu", "arena", "journal", "open_store", "notary")},
+                **{
+                    name: getattr(self.node, name)
+                    for name in ("config", "criu", "arena", "journal", "open_store", "notary", "keyring")
+                },
                 "workloads": workloads,
                 "jobs": workloads,
                 "host": FakeHost(self.machine, script),

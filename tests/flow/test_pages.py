@@ -231,13 +231,13 @@ def test_damage_never_reaches_criu(made: tuple[Rig, str], name: str, how: str) -
 def test_a_flipped_byte_of_a_stream_is_found_by_verify(made: tuple[Rig, str], at: str) -> None:
     rig, checkpoint_id = made
     told = []
-    catalog.verify(rig.store, checkpoint_id, rig.node.notary, 2, Cancel(), told.append)
+    catalog.verify(rig.store, checkpoint_id, rig.node.notary, rig.node.keyring, 2, Cancel(), told.append)
     key = f"{checkpoint_id}/main/pages-0.zst"
     data = bytearray(rig.store.objects[key])
     data[0 if at == "first" else 5000] ^= 0x80
     rig.store.objects[key] = bytes(data)
     with pytest.raises(Corrupt):
-        catalog.verify(rig.store, checkpoint_id, rig.node.notary, 2, Cancel(), told.append)
+        catalog.verify(rig.store, checkpoint_id, rig.node.notary, rig.node.keyring, 2, Cancel(), told.append)
     assert len(told) == 1
 
 

@@ -6,7 +6,9 @@ import hashlib
 from pathlib import Path
 
 from hibernode import catalog
-from hibernode.config import Signing
+from hibernode.children import Children
+from hibernode.config import Encryption, Signing
+from hibernode.drivers.keyring import Keyring
 from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.notary import Notary
 from hibernode.flow import Threads
@@ -16,6 +18,7 @@ from tests import keys
 
 HERE = Path(__file__).resolve().parent
 SIGNER = "signer.pub"  # in the place of each golden checkpoint: who signed it
+WRAPPER = "wrapper.key"  # in the place of an encrypted one: what its data key was wrapped with
 
 
 def reader(place: Path, directory: Path) -> Notary:
@@ -26,12 +29,24 @@ def reader(place: Path, directory: Path) -> Notary:
     return Notary(Signing(key=keys.pair(directory, "reader")[0], trusted=(str(public),)))
 
 
+def keyring(place: Path, directory: Path) -> Keyring:
+    """Who can decrypt the golden checkpoint in `place`; has no key where it is not encrypted."""
+    if not (place / WRAPPER).exists():
+        return Keyring(Encryption(), Children())
+    key = directory / WRAPPER
+    key.write_bytes((place / WRAPPER).read_bytes())  # in a checkout others may read it
+    key.chmod(0o600)
+    return Keyring(Encryption(key=str(key)), Children())
+
+
 def restored(place: Path, checkpoint_id: str, directory: Path) -> dict[str, str]:
     """What a restore hands to CRIU: SHA-256 of every file, by `<image>/<name>`."""
     store, files = LocalDir(place), directory / "files"
-    for image in catalog.read(store, checkpoint_id, reader(place, directory)).images:
+    manifest = catalog.read(store, checkpoint_id, reader(place, directory))
+    seal = catalog.seal_of(manifest, keyring(place, directory))
+    for image in manifest.images:
         (files / image.name).mkdir(parents=True)
-        receiver = Receiver(store, checkpoint_id, image, 2, Meter())
+        receiver = Receiver(store, seal, image, 2, Meter())
         receiver.fetch_files(directory / "packed", files / image.name)
         with Threads(Cancel()) as threads:
             receiver.fetch_pages(receiver.fetch_index(), files / image.name, threads)

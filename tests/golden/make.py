@@ -1,4 +1,5 @@
-"""Writes `tests/golden/v<n>`: one checkpoint of the format version this tree writes, and the digests of what has to come out of it.
+"""Writes `tests/golden/v<n>` and `v<n>-encrypted`: one checkpoint each of the format version this tree writes, and the digests of what
+has to come out of it.
 
     python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 import shutil
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from hibernode.transfer.pageproto import SHMEM, TASK
 from tests import keys
 from tests.fakes.machine import CHILD, ROOT, Run
 from tests.flow.rig import Rig
-from tests.golden import HERE, SIGNER, restored
+from tests.golden import HERE, SIGNER, WRAPPER, restored
 
 
 def scripted() -> list[Run]:
@@ -39,14 +41,24 @@ def scripted() -> list[Run]:
 
 
 def main() -> None:
-    place = HERE / f"v{FORMAT_VERSION}"
-    if place.exists():
-        sys.exit(f"{place} is there: a released version never changes")
+    for place in (HERE / f"v{FORMAT_VERSION}", HERE / f"v{FORMAT_VERSION}-encrypted"):
+        if place.exists():
+            sys.stderr.write(f"{place} is there: a released version never changes\n")
+        else:
+            make(place, encrypted=place.name.endswith("-encrypted"))
+
+
+def make(place: Path, *, encrypted: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
         key, public = keys.pair(Path(directory))
         place.mkdir()
         shutil.copy(public, place / SIGNER)
-        rig = Rig(Path(directory), scripted(), signing={"key": key})
+        encryption = {}
+        if encrypted:
+            (wrapper := place / WRAPPER).write_text(secrets.token_hex(32) + "\n")
+            wrapper.chmod(0o600)
+            encryption = {"key": str(wrapper)}
+        rig = Rig(Path(directory), scripted(), signing={"key": key}, encryption=encryption)
         store = LocalDir(place)
         rig.store = store  # type: ignore[assignment]
         checkpoint_id = rig.checkpoint(streams=2)

@@ -17,6 +17,7 @@ import zstandard
 from hibernode.errors import Corrupt, DumpFailed, Internal, StoreUnavailable
 from hibernode.model import ObjectRef
 from hibernode.transfer import files, format
+from hibernode.transfer.seal import Seal
 from tests.fakes.store import MemoryStore
 
 
@@ -379,6 +380,9 @@ def test_every_flipped_byte_is_corrupt_or_a_plain_file(tmp_path: Path) -> None:
             continue
 
 
+OPEN = Seal("id").of("main/images.tar.zst")  # not encrypted
+
+
 # --- in the store -----------------------------------------------------------------------------------------------------------
 
 
@@ -391,9 +395,9 @@ def stored() -> tuple[MemoryStore, ObjectRef, bytes]:
 
 def test_fetch_copies_what_has_the_digest(stored: tuple[MemoryStore, ObjectRef, bytes], tmp_path: Path) -> None:
     store, ref, data = stored
-    files.fetch(store, "id", ref, tmp_path / "to")
+    files.fetch(store, "id", ref, OPEN, tmp_path / "to")
     assert (tmp_path / "to").read_bytes() == data
-    files.verify(store, "id", ref)
+    files.verify(store, "id", ref, OPEN)
 
 
 @pytest.mark.parametrize("change", [{"size": 5}, {"size": (5 << 20) + 4}, {"digest": "0" * 64}])
@@ -403,6 +407,6 @@ def test_another_size_or_digest_is_corrupt(
     store, ref, _ = stored
     lie = ref.model_copy(update=change)
     with pytest.raises(Corrupt):
-        files.fetch(store, "id", lie, tmp_path / "to")
+        files.fetch(store, "id", lie, OPEN, tmp_path / "to")
     with pytest.raises(Corrupt):
-        files.verify(store, "id", lie)
+        files.verify(store, "id", lie, OPEN)

@@ -14,13 +14,15 @@ from hibernode.drivers.notary import Notary
 from hibernode.errors import Refused
 from hibernode.model import FORMAT_VERSION, Cancel, Verdict
 from tests import keys
-from tests.golden import HERE, reader, restored
+from tests.golden import HERE, keyring, reader, restored
 
 VERSIONS = sorted(path.parent for path in HERE.glob("v*/golden.json"))
 
 
 def test_every_version_so_far_has_one() -> None:
-    assert [path.name for path in VERSIONS] == [f"v{n}" for n in range(1, FORMAT_VERSION + 1)]
+    assert [path.name for path in VERSIONS] == [
+        f"v{n}{kind}" for n in range(1, FORMAT_VERSION + 1) for kind in ("", "-encrypted")
+    ]
 
 
 @pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
@@ -28,7 +30,8 @@ def test_it_comes_out_as_it_went_in(place: Path, tmp_path: Path) -> None:
     golden = json.loads((place / "golden.json").read_text())
     verified, told = tmp_path / "verified", list[Verdict]()
     verified.mkdir()
-    assert catalog.verify(LocalDir(place), golden["checkpoint_id"], reader(place, verified), 2, Cancel(), told.append).ok
+    notary, keys_of = reader(place, verified), keyring(place, verified)
+    assert catalog.verify(LocalDir(place), golden["checkpoint_id"], notary, keys_of, 2, Cancel(), told.append).ok
     assert restored(place, golden["checkpoint_id"], tmp_path) == golden["files"]
 
 

@@ -11,6 +11,7 @@ from hibernode.errors import Corrupt
 from hibernode.model import ImageRef, Meter, ObjectRef, TaskFacts
 from hibernode.transfer import format
 from hibernode.transfer.receive import Receiver
+from hibernode.transfer.seal import Seal
 from tests.fakes.store import MemoryStore
 
 _ZSTD = struct.Struct("<IBQ")  # magic, descriptor: single segment + 8-byte content size, content size
@@ -24,7 +25,7 @@ def received(index: bytes, *, pages: int, zero_pages: int) -> Receiver:
         name="main", tasks=[TaskFacts(pid=7)], pages=pages, zero_pages=zero_pages, streams=[], index=ref,
         files=ref.model_copy(update={"key": "main/images.tar.zst"}),
     )  # fmt: skip
-    return Receiver(store, "id", image, 1, Meter())
+    return Receiver(store, Seal("id"), image, 1, Meter())
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def inspect(session: Session, checkpoint_id: str) -> None:
 
 
 def _manifest_fields(m: Mapping[str, Any], location: str) -> list[tuple[str, Cell]]:
-    workload, host = m["workload"], m["host"]
+    workload, host, wrapped = m["workload"], m["host"], m.get("encryption")
     version = host["criu_version"]
     smaller = text.ratio(m["raw_bytes"], m["stored_bytes"])
     options = ", ".join(f"{key}={json.dumps(value)}" for key, value in m["criu_opts"].items() if value is not None)
@@ -120,6 +120,7 @@ def _manifest_fields(m: Mapping[str, Any], location: str) -> list[tuple[str, Cel
             f"CRIU {version // 10000}.{version // 100 % 100}.{version % 100}, hibernode {host['hibernode'] or '?'}",
         ),
         ("host", text.shown(f"{host['arch']}, Linux {host['kernel']}, {host['cpu_model']}").rstrip(", ")),
+        ("encrypted", text.shown(f"{wrapped['cipher']}, data key wrapped by {wrapped['key']}") if wrapped else "no"),
         ("options", options),
         ("format", str(m["format_version"])),
     ]

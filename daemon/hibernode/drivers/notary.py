@@ -7,19 +7,17 @@ every node signs, and nobody asks; then every node names the keys of all.
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
+from hibernode import keyfile
 from hibernode.config import Signing
 from hibernode.errors import Refused
 from hibernode.model import Signature
 
-_LIMIT = 64 << 10  # bytes; a key in PEM has 120
 _MAKE = "`openssl genpkey -algorithm ed25519 -out FILE` makes one, with mode 0600 under `umask 077`"
 _PUBLIC = "`openssl pkey -in KEY -pubout -out FILE` writes the public half of a private key"
 
@@ -80,44 +78,22 @@ def _name(key: Ed25519PublicKey) -> str:
 
 
 def _private(prop: str, path: Path) -> Ed25519PrivateKey:
-    data = _read(prop, path, forbidden=0o077, hint=f"`chmod 600 {path}`; a new one, if others may have read it")
+    data = keyfile.read(prop, path, forbidden=0o077, hint=f"`chmod 600 {path}`; a new one, if others may have read it")
     try:
         key = load_pem_private_key(data, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a passphrase
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise _bad(prop, path, "another thing", "a private ed25519 key in PEM, without a passphrase", _MAKE)
+        raise keyfile.bad(prop, path, "another thing", "a private ed25519 key in PEM, without a passphrase", _MAKE)
     return key
 
 
 def _public(prop: str, path: Path) -> Ed25519PublicKey:
-    data = _read(prop, path, forbidden=0o022, hint=f"`chmod go-w {path}`; see that it is still the right one")
+    data = keyfile.read(prop, path, forbidden=0o022, hint=f"`chmod go-w {path}`; see that it is still the right one")
     try:
         key = load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
-        raise _bad(prop, path, "another thing", "a public ed25519 key in PEM", _PUBLIC)
+        raise keyfile.bad(prop, path, "another thing", "a public ed25519 key in PEM", _PUBLIC)
     return key
-
-
-def _read(prop: str, path: Path, *, forbidden: int, hint: str) -> bytes:
-    """A small plain file, of root's or of ours, that allows nobody else what is `forbidden`."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # else a FIFO would wait for a writer
-    except OSError as e:
-        raise _bad(prop, path, (e.strerror or str(e)).lower(), "a file that can be read") from e
-    try:
-        facts = os.fstat(fd)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > _LIMIT:
-            raise _bad(prop, path, "something else, or too large", "a plain file in PEM")
-        if facts.st_mode & forbidden or facts.st_uid not in (0, os.geteuid()):
-            found = f"mode {stat.S_IMODE(facts.st_mode):04o} of user {facts.st_uid}"
-            raise _bad(prop, path, found, f"its owner's alone: no mode bit of {forbidden:04o}", hint)
-        return os.read(fd, _LIMIT)
-    finally:
-        os.close(fd)
-
-
-def _bad(prop: str, path: Path, found: str, wanted: str, hint: str = "") -> Refused:
-    return Refused("config", f"{prop}: {path}: {found}, and not {wanted}", prop=prop, found=found, wanted=wanted, hint=hint)

@@ -25,6 +25,8 @@ _RAW_HEADER = struct.Struct("<IBI")  # magic, descriptor: single segment + 4-byt
 _RAW_DESCRIPTOR = 0xA0
 _BLOCK = 128 << 10  # the largest block the zstd format allows
 
+PACKED_BYTES = FRAME_BYTES + _RAW_HEADER.size + 3 * -(-FRAME_BYTES // _BLOCK)  # of the longest frame that is ever written
+
 Buffer = bytes | memoryview
 
 

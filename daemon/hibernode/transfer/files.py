@@ -20,6 +20,7 @@ from hibernode.model import ObjectRef
 from hibernode.ports import Store
 from hibernode.transfer import codec
 from hibernode.transfer.format import Digester
+from hibernode.transfer.seal import PIECE, ObjectSeal, opened
 
 MAX_FILES = 500_000
 MAX_BYTES = 64 << 30  # ghost files (deleted but open) are in here, each up to `criu.ghost_limit`
@@ -27,7 +28,6 @@ UNSAID_BYTES = 1 << 30  # of an image whose manifest does not say how much it is
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # more than 100 characters would need an extended header
 _TIME = re.compile(rb"[0-9]{2} mtime=[0-9.]{1,40}\n")  # all that the first writers put into an extended header
 _BLOCK = tarfile.BLOCKSIZE
-_PIECE = 1 << 20
 
 
 def pack(directory: Path, write: Callable[[bytes], None]) -> int:
@@ -40,7 +40,7 @@ def pack(directory: Path, write: Callable[[bytes], None]) -> int:
             f"the small images are {len(files)} files of {size} bytes, at most {MAX_FILES} of {MAX_BYTES} can be stored",
             hint="deleted files that are still open are among them: close them, or lower `ghost_limit`",
         )
-    with codec.Deflater(write) as out, tarfile.open(fileobj=out, mode="w|", bufsize=_PIECE, format=tarfile.GNU_FORMAT) as tar:
+    with codec.Deflater(write) as out, tarfile.open(fileobj=out, mode="w|", bufsize=PIECE, format=tarfile.GNU_FORMAT) as tar:
         for name in sorted(files):
             try:
                 tar.add(directory / name, arcname=name, recursive=False, filter=_anonymous)
@@ -70,23 +70,27 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def fetch(store: Store, prefix: str, ref: ObjectRef, to: Path) -> None:
+def fetch(store: Store, prefix: str, ref: ObjectRef, seal: ObjectSeal, to: Path) -> None:
     """Copy a small object into the new file `to`, and compare size and digest: Corrupt if they are not the manifest's."""
     with open(to, "xb") as file:
-        _read(store, prefix, ref, file.write)
+        _read(store, prefix, ref, seal, file.write)
 
 
-def verify(store: Store, prefix: str, ref: ObjectRef) -> None:
+def verify(store: Store, prefix: str, ref: ObjectRef, seal: ObjectSeal) -> None:
     """Read it, compare size and digest, keep nothing."""
-    _read(store, prefix, ref, len)
+    _read(store, prefix, ref, seal, len)
 
 
-def _read(store: Store, prefix: str, ref: ObjectRef, keep: Callable[[memoryview], object]) -> None:
-    digester, buffer = Digester(), memoryview(bytearray(_PIECE))
-    while digester.size < ref.size:
-        piece = buffer[: min(_PIECE, ref.size - digester.size)]
-        store.read_into(f"{prefix}/{ref.key}", digester.size, piece)
+def _read(store: Store, prefix: str, ref: ObjectRef, seal: ObjectSeal, keep: Callable[[memoryview], object]) -> None:
+    digester, buffer = Digester(), memoryview(bytearray(PIECE + seal.extra))
+
+    def read(offset: int, length: int) -> memoryview:
+        piece = buffer[:length]
+        store.read_into(f"{prefix}/{ref.key}", offset, piece)
         digester.update(piece)
+        return piece
+
+    for piece in opened(seal, ref.size, read):
         keep(piece)
     if digester.hex() != ref.digest:
         raise Corrupt(f"{ref.key} is damaged: its digest is not the manifest's", key=ref.key)
@@ -139,5 +143,5 @@ def _exactly(tar: IO[bytes], size: int) -> bytes:
 def _extract(tar: IO[bytes], member: tarfile.TarInfo, directory: Path) -> None:
     descriptor = os.open(directory / member.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with open(descriptor, "wb") as file:
-        file.writelines(_exactly(tar, min(_PIECE, member.size - at)) for at in range(0, member.size, _PIECE))
+        file.writelines(_exactly(tar, min(PIECE, member.size - at)) for at in range(0, member.size, PIECE))
     _exactly(tar, -member.size % _BLOCK)

@@ -48,7 +48,7 @@ _MAX_VALUES = 2 << 20  # in a manifest; those tasks are 1.7 million. 60 MiB of `
 _MAGIC = b"HNINDEX1"
 _HEADER = struct.Struct("<8sQQQ")  # magic, segments, frames, keep maps
 _KEEP_BYTES = FRAME_PAGES // 8
-_MAX_STORED = FRAME_PAGES * PAGE * 2  # no zstd frame of 4 MiB is this long
+MAX_STORED = FRAME_PAGES * PAGE * 2  # no zstd frame of 4 MiB is this long
 _PAGES_LIMIT = 1 << 40  # 4 PiB of memory
 
 # zstd's seekable format (contrib/seekable_format in zstd): a skippable frame at the end of the stream.
@@ -194,7 +194,7 @@ def _check_frames(index: Index, image: ImageRef) -> None:
         if any(s.frames for s in image.streams) or image.zero_pages != image.pages:
             raise Corrupt("index: no frames, the manifest knows some")
         return
-    if (frames["kept"] < 1).any() or (frames["pages"] < frames["kept"]).any() or (frames["stored"] > _MAX_STORED).any():
+    if (frames["kept"] < 1).any() or (frames["pages"] < frames["kept"]).any() or (frames["stored"] > MAX_STORED).any():
         raise Corrupt("index: a frame has impossible sizes")
     if frames["first_page"].max() > image.pages or frames["offset"].max() > 1 << 60:
         raise Corrupt("index: a frame lies outside of its image")

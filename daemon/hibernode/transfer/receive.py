@@ -1,7 +1,7 @@
 """Ranged reads on N streams -> frames, verified -> inflated -> pages files. Twin: `send.py`.
 
 Every frame is compared with its digest before it is inflated, so damaged or foreign bytes reach neither zstd nor CRIU. Memory beside
-the pages files themselves (tmpfs, the image's pages that are not zero): threads * (2 * batch) for reads and inflated frames.
+the pages files themselves (tmpfs, the image's pages that are not zero): threads * (2 * batch) for reads, decrypted and inflated frames.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hibernode.ports import Store
 from hibernode.transfer import codec, files, format
 from hibernode.transfer.format import FrameTable, Index
 from hibernode.transfer.pagemap import PageFiles
+from hibernode.transfer.seal import PIECE, Seal, opened
 
 BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request's latency is paid rarely
 
@@ -26,7 +27,8 @@ BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request'
 class _Batch:
     """Frames that lie end to end in one stream."""
 
-    key: str
+    key: str  # relative to the checkpoint
+    first: int  # number of the first one in its stream
     frames: FrameTable
 
     @property
@@ -41,14 +43,15 @@ class _Batch:
 class Receiver:
     """One image on its way out of the store."""
 
-    def __init__(self, store: Store, prefix: str, image: ImageRef, threads: int, meter: Meter) -> None:
-        self._store, self._prefix, self._image, self._meter = store, prefix, image, meter
+    def __init__(self, store: Store, seal: Seal, image: ImageRef, threads: int, meter: Meter) -> None:
+        self._store, self._seal, self._image, self._meter = store, seal, image, meter
+        self._prefix = seal.checkpoint_id
         self._threads = max(1, threads)
 
     def fetch_files(self, packed: Path, directory: Path) -> None:
         """CRIU's small images into `directory`; `packed` is where the tar lies meanwhile, and is gone afterwards."""
         try:
-            files.fetch(self._store, self._prefix, self._image.files, packed)
+            files.fetch(self._store, self._prefix, self._image.files, self._seal.of(self._image.files.key), packed)
             files.unpack(packed, directory, limit=self._image.files_bytes or files.UNSAID_BYTES)
         finally:
             packed.unlink(missing_ok=True)
@@ -56,7 +59,7 @@ class Receiver:
 
     def verify_files(self) -> None:
         """Read CRIU's small images, compare them with their digest, and keep nothing."""
-        files.verify(self._store, self._prefix, self._image.files)
+        files.verify(self._store, self._prefix, self._image.files, self._seal.of(self._image.files.key))
         self._meter.add(io=self._image.files.size)
 
     def fetch_index(self) -> Index:
@@ -67,7 +70,8 @@ class Receiver:
         return format.decode_index(codec.inflate(data, limit=limit), self._image)
 
     def _fetch_small(self, ref: ObjectRef, limit: int) -> memoryview:
-        if ref.size > limit:
+        seal = self._seal.of(ref.key)
+        if ref.size > limit + (limit // PIECE + 1) * seal.extra:
             raise Corrupt(f"{ref.key} is larger than it can be")
         data = memoryview(bytearray(ref.size))
         if data:
@@ -75,7 +79,7 @@ class Receiver:
         if format.digest(data).hex() != ref.digest:
             raise Corrupt(f"{ref.key} is damaged: its digest is not the manifest's", key=ref.key)
         self._meter.add(io=len(data))
-        return data
+        return memoryview(b"".join(opened(seal, len(data), lambda at, size: data[at : at + size]))) if seal.extra else data
 
     def fetch_pages(self, index: Index, directory: Path, threads: Threads) -> None:
         """All pages into pages files in `directory`, verified; returns when they are there."""
@@ -102,37 +106,34 @@ class Receiver:
         for n, stream in enumerate(self._image.streams):
             frames = np.sort(index.frames[index.frames["stream"] == n], order="offset")
             cuts = np.flatnonzero(np.diff(frames["offset"] // BATCH)) + 1 if len(frames) else np.array([], np.int64)
-            for turn, part in enumerate(np.split(frames, cuts)):
+            for turn, (first, part) in enumerate(zip((0, *cuts), np.split(frames, cuts), strict=True)):
                 if len(part):
-                    rows.append((turn, n, _Batch(f"{self._prefix}/{stream.key}", part)))
+                    rows.append((turn, n, _Batch(stream.key, int(first), part)))
         return [batch for _, _, batch in sorted(rows, key=lambda row: row[:2])]
 
     def _work(self, batches: Channel[_Batch], index: Index, pages: PageFiles | None) -> None:
         unpacker = codec.Unpacker()
+        opened_into = self._seal.of("").scratch(format.MAX_STORED)
         buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
         for batch in batches:
             if batch.size > len(buffer):
                 raise Corrupt(f"{batch.key}: frames are larger than they can be")
             data = buffer[: batch.size]
-            self._store.read_into(batch.key, batch.offset, data)
+            self._store.read_into(f"{self._prefix}/{batch.key}", batch.offset, data)
             self._meter.add(io=batch.size, stored=batch.size)
-            for frame in batch.frames:
+            seal = self._seal.of(batch.key)
+            for number, frame in enumerate(batch.frames, batch.first):
                 at = int(frame["offset"]) - batch.offset
-                self._frame(frame, data[at : at + int(frame["stored"])], batch.key, unpacker, index, pages)
+                stored = data[at : at + int(frame["stored"])]
+                if format.digest(stored) != frame["digest"].tobytes():
+                    raise Corrupt(
+                        f"{batch.key}: the frame at {frame['offset']} is damaged", key=batch.key, offset=int(frame["offset"])
+                    )
+                self._frame(frame, seal.open(number, stored, opened_into), unpacker, index, pages)
 
-    def _frame(
-        self,
-        frame: np.void,
-        stored: memoryview,
-        key: str,
-        unpacker: codec.Unpacker,
-        index: Index,
-        pages: PageFiles | None,
-    ) -> None:
-        if format.digest(stored) != frame["digest"].tobytes():
-            raise Corrupt(f"{key}: the frame at {frame['offset']} is damaged", key=key, offset=int(frame["offset"]))
+    def _frame(self, frame: np.void, packed: memoryview, unpacker: codec.Unpacker, index: Index, pages: PageFiles | None) -> None:
         first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
-        content = unpacker.unpack(stored, kept * PAGE)
+        content = unpacker.unpack(packed, kept * PAGE)
         if pages is not None:
             numbers = np.arange(first, first + count, dtype=np.int64)
             pages.write(numbers if kept == count else numbers[index.keeps[first]], content)

@@ -5,7 +5,7 @@ frozen. Memory while sending is bounded by
 
     arena + streams * (frame + zstd context + (parts in flight + 1) * part size) + 2 * socket buffer + 32 bytes * segments
 
-which is `memory_bound`, beside the interpreter and its libraries.
+which is `memory_bound`, beside the interpreter and its libraries. Where frames are encrypted, the frame on its way is a copy, and in here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from hibernode.transfer import codec, format
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
 from hibernode.transfer.collect import SOCKET_BUFFER
 from hibernode.transfer.format import FRAME, Digester, Index, KeepMap, SegmentTable
+from hibernode.transfer.seal import TAG, Closer, Seal
 
 T = TypeVar("T")
 
@@ -55,11 +56,12 @@ class Sender(AbstractContextManager["Sender"]):
     the image and says what it consists of. Left without `keep`, nothing of it stays in the store."""
 
     def __init__(
-        self, store: Store, prefix: str, image: str, packing: Packing, arena: Arena, threads: Threads, meter: Meter
+        self, store: Store, seal: Seal, image: str, packing: Packing, arena: Arena, threads: Threads, meter: Meter
     ) -> None:
-        self._store, self._prefix, self._image, self._arena = store, prefix, image, arena
+        self._store, self._seal, self._image, self._arena = store, seal, image, arena
         self._threads, self._meter = threads, meter
-        self._streams = [_Stream(f"{image}/pages-{n}.zst", n, packing.level, arena, meter) for n in range(packing.streams)]
+        keys = [f"{image}/pages-{n}.zst" for n in range(packing.streams)]
+        self._streams = [_Stream(key, n, packing.level, seal, arena, meter) for n, key in enumerate(keys)]
         self._uploads: list[_Object] = []
         self._kept = False
         self.chunks: Channel[Chunk] = threads.channel(_QUEUE)
@@ -111,19 +113,23 @@ class Sender(AbstractContextManager["Sender"]):
         self._kept = True
 
     def _put(self, name: str, fill: Callable[[Callable[[bytes], None]], T]) -> tuple[ObjectRef, T]:
-        made, digester = self._open(f"{self._image}/{name}"), Digester()
+        key = f"{self._image}/{name}"
+        made, digester = self._open(key), Digester()
 
-        def write(data: bytes) -> None:
+        def write(data: codec.Buffer) -> None:
             digester.update(data)
             made.upload.write(data)
             self._meter.add(stored=len(data), io=len(data))
 
-        said = fill(write)
+        closer = Closer(self._seal.of(key), write)
+        said = fill(closer.write)
+        closer.end()
         made.commit()
-        return ObjectRef(key=f"{self._image}/{name}", size=digester.size, digest=digester.hex()), said
+        return ObjectRef(key=key, size=digester.size, digest=digester.hex()), said
 
     def _open(self, key: str) -> _Object:
-        made = _Object(f"{self._prefix}/{key}", self._store.upload(f"{self._prefix}/{key}"))
+        whole = f"{self._seal.checkpoint_id}/{key}"
+        made = _Object(whole, self._store.upload(whole))
         self._uploads.append(made)  # the undo, before the first byte
         return made
 
@@ -153,7 +159,7 @@ class _Object:
 class _Stream:
     """One `pages-<n>.zst`: a thread, an upload, a zstd context, and the frames it has written."""
 
-    def __init__(self, key: str, number: int, level: int | None, arena: Arena, meter: Meter) -> None:
+    def __init__(self, key: str, number: int, level: int | None, seal: Seal, arena: Arena, meter: Meter) -> None:
         self.key = key
         self.keeps: dict[int, KeepMap] = {}
         self.made: _Object | None = None
@@ -161,6 +167,8 @@ class _Stream:
         self._number, self._arena, self._meter = number, arena, meter
         self._packer = codec.Packer(level)
         self._scratch = np.empty((FRAME_PAGES, PAGE // 8), np.uint64)
+        self._seal = seal.of(key)
+        self._sealed = self._seal.scratch(codec.PACKED_BYTES + TAG)
         self._frames: list[_Frame] = []
         self._offset = 0
 
@@ -178,7 +186,7 @@ class _Stream:
         data, keep = self._drop_zeros(chunk)
         kept, stored = len(data) // PAGE, 0
         if kept:
-            pieces = self._packer.pack(data)
+            pieces = self._seal.close(len(self._frames), self._packer.pack(data), self._sealed)
             stored = sum(len(piece) for piece in pieces)
             self._frames.append(_Frame(chunk.first_page, self._offset, stored, chunk.pages, kept, format.digest(*pieces)))
             if kept < chunk.pages:
