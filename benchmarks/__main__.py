@@ -1,0 +1,52 @@
+"""`benchmarks/run`: its words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import keys, machine
+
+QUESTIONS = {keys.NAME: keys}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(words)
+    if unknown := [name for name in arguments.names if name not in QUESTIONS]:
+        sys.stderr.write(f"run: no question {', '.join(unknown)}; there are {', '.join(QUESTIONS)}\n")
+        return 2
+    if os.geteuid():
+        sys.stderr.write("run: it needs root, as the daemon does\n")
+        return 2
+    told = {"date": datetime.now(UTC).date().isoformat(), "quick": arguments.quick, "machine": machine.facts()}
+    told["gb_per_s_of_one_thread"] = machine.ceilings()
+    print(f"{told['machine']}\nGB/s of one thread: {told['gb_per_s_of_one_thread']}", flush=True)
+    for name in arguments.names or QUESTIONS:
+        began = time.monotonic()
+        told[name] = found = QUESTIONS[name].measure(quick=arguments.quick)
+        print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{QUESTIONS[name].render(found)}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(told, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmarks/run",
+        description="Measure, with the real daemon and real CRIU on this machine, and print tables of medians and ratios. Questions: "
+        + "; ".join(f"{name}: {(module.__doc__ or '').split(chr(10))[0]}" for name, module in QUESTIONS.items()),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all questions if none is named")
+    parser.add_argument("--quick", action="store_true", help="less memory, fewer rounds: a look, and no figure to quote")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with facts of the machine")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
