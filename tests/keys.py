@@ -1,4 +1,4 @@
-"""ed25519 keys for tests, as `openssl genpkey` would write them."""
+"""Keys for tests: of ed25519 as `openssl genpkey` would write them, and what data keys are wrapped with."""
 
 from __future__ import annotations
 
@@ -18,3 +18,12 @@ def pair(directory: Path, name: str = "node") -> tuple[str, str]:
     public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     public.chmod(0o644)
     return str(private), str(public)
+
+
+def wrapper(directory: Path, name: str = "wrapper") -> str:
+    """A new key that wraps data keys: the path of its file."""
+    path = directory / f"{name}.key"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(fd, "w") as file:
+        file.write(os.urandom(32).hex() + "\n")
+    return str(path)

@@ -48,6 +48,7 @@ metrics = {{ listen = "" }}
 log = {{ format = "json" }}
 watchdog = {{ interval = 0.1, grace = {grace} }}
 
+{keys}
 [limits]
 attempts = 2
 retry_delay = 0.05
@@ -58,6 +59,18 @@ pause = {limit}
 transfer = {limit}
 commit = {limit}
 restore = {limit}
+"""
+# Where it has keys: what one node writes is signed and encrypted, what another reads may be.
+WRITES = """
+[signing]
+key = "{signer}"
+trusted = ["{public}"]
+[encryption]
+key = "{wrapper}"
+"""
+READS = """
+[encryption]
+former = ["{wrapper}"]
 """
 # CRIU's own fault injection is switched by its environment; a file beside it says which, so that a daemon need not be started for it.
 CRIU = """#!/bin/sh
@@ -178,8 +191,10 @@ class Daemon:
 class Bench:
     """`with Bench(...) as bench:` has a daemon running. One thread."""
 
-    def __init__(self, home: Path, work: Path, binary: Path, criu: str, *, stores: Sequence[Path] = (), bus: bool = True) -> None:
-        """`stores`: others that it may restore from. Without `bus` it is asked over gRPC only."""
+    def __init__(
+        self, home: Path, work: Path, binary: Path, criu: str, *, stores: Sequence[Path] = (), bus: bool = True, keys: str = ""
+    ) -> None:
+        """`stores`: others that it may restore from. Without `bus` it is asked over gRPC only. `keys`: further tables of settings."""
         self.home, self.work, self.binary = home, work, binary
         self.home.mkdir(parents=True)
         self.node = home.name
@@ -194,7 +209,7 @@ class Bench:
         allowed = ", ".join(f'"file://{store}"' for store in stores)
         url = self._bus.url if self._bus else ""
         text = SETTINGS.format(
-            node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed, limit=LIMIT, grace=GRACE
+            node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed, limit=LIMIT, grace=GRACE, keys=keys
         )
         self.settings.write_text(text)
         self.subjects = {kind: Subject(self, kind) for kind in SUBJECTS}

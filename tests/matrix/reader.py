@@ -38,13 +38,13 @@ class Report:
     why: list[str] = field(default_factory=list)
 
 
-def read(runner: Connection, home: Path, work: Path, benches: Iterable[Path], binary: Path, criu: str) -> None:
+def read(runner: Connection, home: Path, work: Path, benches: Iterable[Path], binary: Path, criu: str, keyed: str) -> None:
     """Until the runner says that it is over; the report is what it gets. A process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     room.enter(f"{home.parent.name}-{home.name}", [runner.fileno()])
     report = Report()
     try:
-        with Bench(home, work, binary, criu, stores=[place / "store" for place in benches], bus=False) as bench:
+        with Bench(home, work, binary, criu, stores=[place / "store" for place in benches], bus=False, keys=keyed) as bench:
             _Reader(bench, list(benches), report).read(runner)
     except (EOFError, BrokenPipeError):
         return

@@ -1,4 +1,5 @@
-"""A run: several benches side by side, each in a process of its own, which are dealt the cases in blocks; the reader beside them."""
+"""A run: several benches side by side, each in a process of its own, which are dealt the cases in blocks; the reader beside them. Every
+second bench signs and encrypts."""
 
 from __future__ import annotations
 
@@ -18,10 +19,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests import keys
 from tests.keeper import wait_until
 from tests.matrix import checks, programs, room, table
 from tests.matrix.act import Player
-from tests.matrix.bench import Bench
+from tests.matrix.bench import READS, WRITES, Bench
 from tests.matrix.cases import Case, Survey, parse
 from tests.matrix.checks import Finding, Findings
 from tests.matrix.reader import read
@@ -76,6 +78,8 @@ class _Run:
         self._began = self._saved = time.monotonic()
         self._total = 0
         self._reader: dict[str, Any] = {}
+        signer, public = keys.pair(home)
+        self._keys = {"signer": signer, "public": public, "wrapper": keys.wrapper(home)}
 
     def run(self) -> dict[str, Any]:
         binary = programs.build(self._home)
@@ -84,7 +88,8 @@ class _Run:
         for number in range(self._settings.benches):
             ours, theirs = _fork.Pipe()
             name = f"bench{number}"
-            arguments = (theirs, self._home / name, self._work / name, binary, self._settings.criu, self._settings.seed)
+            keyed = WRITES.format(**self._keys) if number % 2 else ""
+            arguments = (theirs, self._home / name, self._work / name, binary, self._settings.criu, self._settings.seed, keyed)
             process = _fork.Process(target=_bench, args=arguments, name=name)
             process.start()
             theirs.close()
@@ -106,7 +111,8 @@ class _Run:
     def _start_reader(self, binary: Path) -> tuple[BaseProcess, Connection]:
         ours, theirs = _fork.Pipe()
         benches = [self._home / f"bench{number}" for number in range(self._settings.benches)]
-        arguments = (theirs, self._home / "reader", self._work / "reader", benches, binary, self._settings.criu)
+        keyed = READS.format(**self._keys)
+        arguments = (theirs, self._home / "reader", self._work / "reader", benches, binary, self._settings.criu, keyed)
         process = _fork.Process(target=read, args=arguments, name="reader")
         process.start()
         theirs.close()
@@ -189,12 +195,12 @@ def _blocks(cases: Sequence[Case]) -> list[list[Case]]:
 # --- in the process of a bench ------------------------------------------------------------------------------------------------
 
 
-def _bench(runner: Connection, home: Path, work: Path, binary: Path, criu: str, seed: int) -> None:
+def _bench(runner: Connection, home: Path, work: Path, binary: Path, criu: str, seed: int, keyed: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     room.enter(f"{home.parent.name}-{home.name}", [runner.fileno()])
     ended: Findings = []
     try:
-        with Bench(home, work, binary, criu) as bench:
+        with Bench(home, work, binary, criu, keys=keyed) as bench:
             player = Player(bench, seed)
             runner.send(("surveyed", player.survey()))
             while block := runner.recv():
