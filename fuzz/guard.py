@@ -28,6 +28,7 @@ SECONDS = 5.0  # of processor time; the slowest honest input here takes a tenth 
 MEMORY = 128 << 20  # bytes; the inputs here are small, and so are the limits that they are read with
 _PAGE = resource.getpagesize()
 _HELD = 16 << 20  # bytes that are still there afterwards, until a cycle of objects is found
+_PILE = 256 << 20  # bytes of it, from many runs, that may lie about until they are looked for
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS = {  # audit events -> how many of their first arguments are paths
     "os.mkdir": 1, "os.rmdir": 1, "os.remove": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1,
@@ -152,15 +153,16 @@ class _Held:
 
 
 def _freeze() -> None:
-    """Whatever lies about from before is none of what is collected at the end. Until `gc.unfreeze`."""
-    global _runs  # noqa: PLW0603 - of this process
-    _runs += 1
-    if _runs % 4096 == 0:
+    """Whatever lies about from before is none of what is collected at the end. Until `gc.unfreeze`. It must not pile up, though: what is
+    frozen is old afterwards, and Python seldom looks through what is old."""
+    global _clean  # noqa: PLW0603 - of this process
+    if _resident() > _clean + _PILE:
         gc.collect()
+        _clean = _resident()
     gc.freeze()
 
 
-_runs = 0
+_clean = 0  # bytes that were resident after the last collection
 
 
 def _resident() -> int:
