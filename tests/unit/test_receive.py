@@ -5,11 +5,13 @@ from __future__ import annotations
 import struct
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from hibernode.errors import Corrupt
-from hibernode.model import ImageRef, Meter, ObjectRef, TaskFacts
-from hibernode.transfer import format
+from hibernode.flow import Threads
+from hibernode.model import Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
+from hibernode.transfer import codec, format
 from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
 from tests.fakes.store import MemoryStore
@@ -50,3 +52,37 @@ def test_an_index_object_larger_than_any_index_is_not_read() -> None:
     receiver._image = receiver._image.model_copy(update={"index": huge})
     with pytest.raises(Corrupt, match="larger"):
         receiver.fetch_index()
+
+
+def without_a_page(size: int, digest: str, stored: bytes) -> Receiver:
+    """An image of nothing, and its one stream: what the manifest says of it, and what it is."""
+    index = codec.deflate(format.encode_index(NOTHING))
+    receiver = received(index, pages=0, zero_pages=0)
+    receiver._store.put("id/main/pages-0.zst", stored)
+    stream = StreamRef(key="main/pages-0.zst", size=size, digest=digest, frames=0)
+    receiver._image = receiver._image.model_copy(update={"streams": [stream]})
+    return receiver
+
+
+NOTHING = format.Index(np.zeros(0, format.SEGMENT), np.zeros(0, format.FRAME), {})
+TABLE = format.seek_table([], [])
+
+
+def test_every_byte_of_a_stream_without_a_frame_is_compared_too() -> None:
+    """It is a seek table and nothing else."""
+    whole = without_a_page(len(TABLE), format.stream_digest([], TABLE), TABLE)
+    with Threads(Cancel()) as threads:
+        whole.verify_pages(whole.fetch_index(), threads)
+    for at in range(len(TABLE)):
+        damaged = TABLE[:at] + bytes([TABLE[at] ^ 1]) + TABLE[at + 1 :]
+        receiver = without_a_page(len(TABLE), format.stream_digest([], TABLE), damaged)
+        with pytest.raises(Corrupt, match="seek table"), Threads(Cancel()) as threads:
+            receiver.verify_pages(receiver.fetch_index(), threads)
+
+
+@pytest.mark.parametrize("size", [0, len(TABLE) - 1, len(TABLE) + 1])
+def test_a_stream_without_a_frame_has_the_size_and_digest_of_one(size: int) -> None:
+    with pytest.raises(Corrupt, match="fill"):
+        without_a_page(size, format.stream_digest([], TABLE), bytes(size)).fetch_index()
+    with pytest.raises(Corrupt, match="digest"):
+        without_a_page(len(TABLE), "0" * 64, TABLE).fetch_index()

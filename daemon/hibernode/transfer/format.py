@@ -189,11 +189,15 @@ def _check_segments(index: Index, image: ImageRef) -> None:
 
 
 def _check_frames(index: Index, image: ImageRef) -> None:
-    frames = index.frames
-    if not len(frames):
-        if any(s.frames for s in image.streams) or image.zero_pages != image.pages:
-            raise Corrupt("index: no frames, the manifest knows some")
-        return
+    if len(index.frames):
+        _check_runs(index.frames, image)
+    elif image.zero_pages != image.pages:
+        raise Corrupt("index: no frames, the manifest knows some")
+    for n, stream in enumerate(image.streams):
+        _check_stream(index.frames[index.frames["stream"] == n], stream.frames, stream.size, stream.digest)
+
+
+def _check_runs(frames: FrameTable, image: ImageRef) -> None:
     if (frames["kept"] < 1).any() or (frames["pages"] < frames["kept"]).any() or (frames["stored"] > MAX_STORED).any():
         raise Corrupt("index: a frame has impossible sizes")
     if frames["first_page"].max() > image.pages or frames["offset"].max() > 1 << 60:
@@ -205,8 +209,6 @@ def _check_frames(index: Index, image: ImageRef) -> None:
         raise Corrupt("index: the count of zero pages differs from the manifest's")
     if (frames["stream"] >= len(image.streams)).any():
         raise Corrupt("index: a frame names a stream that is not there")
-    for n, stream in enumerate(image.streams):
-        _check_stream(frames[frames["stream"] == n], stream.frames, stream.size, stream.digest)
 
 
 def _check_stream(frames: FrameTable, count: int, size: int, wanted: str) -> None:

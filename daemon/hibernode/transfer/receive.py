@@ -40,6 +40,15 @@ class _Batch:
         return int(self.frames["stored"].sum())
 
 
+@dataclass(frozen=True)
+class _Table:
+    """The seek table at the end of one stream, as the index has it."""
+
+    key: str
+    offset: int
+    content: bytes
+
+
 class Receiver:
     """One image on its way out of the store."""
 
@@ -91,10 +100,12 @@ class Receiver:
         self._each_frame(index, threads, None)
 
     def _each_frame(self, index: Index, threads: Threads, pages: PageFiles | None) -> None:
-        batches: Channel[_Batch] = threads.channel(1 << 20)
+        batches: Channel[_Batch | _Table] = threads.channel(1 << 20)
         workers = [threads.start(f"{self._image.name} read {n}", self._work, batches, index, pages) for n in range(self._threads)]
         for batch in self._plan(index):
             batches.put(batch)
+        for table in self._tables(index):
+            batches.put(table)
         batches.close()
         threads.join(workers)
         holes = (self._image.pages - int(index.frames["pages"].sum())) * PAGE  # runs of zero pages have no frame at all
@@ -104,18 +115,30 @@ class Receiver:
         """Batches of every stream in turn, so that the threads read from all of them at once."""
         rows = []
         for n, stream in enumerate(self._image.streams):
-            frames = np.sort(index.frames[index.frames["stream"] == n], order="offset")
+            frames = _of_stream(index, n)
             cuts = np.flatnonzero(np.diff(frames["offset"] // BATCH)) + 1 if len(frames) else np.array([], np.int64)
             for turn, (first, part) in enumerate(zip((0, *cuts), np.split(frames, cuts), strict=True)):
                 if len(part):
                     rows.append((turn, n, _Batch(stream.key, int(first), part)))
         return [batch for _, _, batch in sorted(rows, key=lambda row: row[:2])]
 
-    def _work(self, batches: Channel[_Batch], index: Index, pages: PageFiles | None) -> None:
+    def _tables(self, index: Index) -> list[_Table]:
+        """What no frame's digest covers of a stream. No restore needs it, but a stream of which a byte has changed is damaged."""
+        found = []
+        for n, stream in enumerate(self._image.streams):
+            frames = _of_stream(index, n)
+            table = format.seek_table(frames["stored"], frames["kept"] * PAGE)
+            found.append(_Table(stream.key, stream.size - len(table), table))
+        return found
+
+    def _work(self, batches: Channel[_Batch | _Table], index: Index, pages: PageFiles | None) -> None:
         unpacker = codec.Unpacker()
         opened_into = self._seal.of("").scratch(format.MAX_STORED)
         buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
         for batch in batches:
+            if isinstance(batch, _Table):
+                self._compare(batch)
+                continue
             if batch.size > len(buffer):
                 raise Corrupt(f"{batch.key}: frames are larger than they can be")
             data = buffer[: batch.size]
@@ -125,11 +148,15 @@ class Receiver:
             for number, frame in enumerate(batch.frames, batch.first):
                 at = int(frame["offset"]) - batch.offset
                 stored = data[at : at + int(frame["stored"])]
-                if format.digest(stored) != frame["digest"].tobytes():
-                    raise Corrupt(
-                        f"{batch.key}: the frame at {frame['offset']} is damaged", key=batch.key, offset=int(frame["offset"])
-                    )
+                _insist_whole(frame, stored, batch.key)
                 self._frame(frame, seal.open(number, stored, opened_into), unpacker, index, pages)
+
+    def _compare(self, table: _Table) -> None:
+        data = memoryview(bytearray(len(table.content)))
+        self._store.read_into(f"{self._prefix}/{table.key}", table.offset, data)
+        self._meter.add(io=len(data))
+        if data != table.content:
+            raise Corrupt(f"{table.key}: its seek table is damaged", key=table.key, offset=table.offset)
 
     def _frame(self, frame: np.void, packed: memoryview, unpacker: codec.Unpacker, index: Index, pages: PageFiles | None) -> None:
         first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
@@ -138,3 +165,14 @@ class Receiver:
             numbers = np.arange(first, first + count, dtype=np.int64)
             pages.write(numbers if kept == count else numbers[index.keeps[first]], content)
         self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
+
+
+def _of_stream(index: Index, number: int) -> FrameTable:
+    """The frames of one stream, as they lie in it."""
+    return np.sort(index.frames[index.frames["stream"] == number], order="offset")
+
+
+def _insist_whole(frame: np.void, stored: memoryview, key: str) -> None:
+    """Nothing is made of bytes that are not those of the index."""
+    if format.digest(stored) != frame["digest"].tobytes():
+        raise Corrupt(f"{key}: the frame at {frame['offset']} is damaged", key=key, offset=int(frame["offset"]))
