@@ -157,12 +157,7 @@ class Rig:
 
     def leftovers(self, checkpoint_id: str) -> list[str]:
         """What an action must not leave behind, whatever happened."""
-        work = self.node.config.work_dir
-        found = [f"open upload {upload.key}" for upload in self.store.uploads]
-        found += [f"work directory {name}" for name in os.listdir(work)] if work.exists() else []
-        found += [f"{ARENA.used_bytes} bytes of the arena"] if ARENA.used_bytes else []
-        found += [f"{self.machine.prepared} prepared places"] if self.machine.prepared else []
-        found += [f"claim {key}" for key in self.node.claims._taken]
+        found = self.at_work()
         keys = [key for key in self.store.objects if key.startswith(checkpoint_id)]
         if (
             keys
@@ -173,6 +168,15 @@ class Rig:
         if Status.READY in self.statuses and not self.whole(checkpoint_id):
             found.append("`ready`, and no whole checkpoint")
         return found
+
+    def at_work(self) -> list[str]:
+        """What an action has only while it runs, beside what it writes into the store."""
+        work = self.node.config.work_dir
+        found = [f"open upload {upload.key}" for upload in self.store.uploads]
+        found += [f"work directory {name}" for name in os.listdir(work)] if work.exists() else []
+        found += [f"{ARENA.used_bytes} bytes of the arena"] if ARENA.used_bytes else []
+        found += [f"{self.machine.prepared} prepared places"] if self.machine.prepared else []
+        return found + [f"claim {key}" for key in self.node.claims._taken]
 
     def whole(self, checkpoint_id: str) -> bool:
         """Is the checkpoint there, with every object it names?"""
