@@ -75,12 +75,17 @@ def _signed(name: str, directory: Path) -> Stored:
     return _dumped(name, directory, _few, {"streams": 2}, signing={"key": key, "trusted": [public]})
 
 
+def _encrypted(name: str, directory: Path) -> Stored:
+    return _dumped(name, directory, _few, {"streams": 2}, encryption={"key": keys.wrapper(directory)})
+
+
 KINDS: Mapping[str, Callable[[str, Path], Stored]] = {
     "golden": _golden,
     "sparse": lambda name, directory: _dumped(name, directory, _sparse, {"streams": 3}),
     "raw": lambda name, directory: _dumped(name, directory, _few, {"streams": 1, "compression": "none"}),
     "zeros": lambda name, directory: _dumped(name, directory, _zeros, {"streams": 2}),
     "signed": _signed,
+    "encrypted": _encrypted,
 }
 
 

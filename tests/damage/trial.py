@@ -97,4 +97,4 @@ class Bench:
 
 
 def _verify(rig: Rig, stored: Stored) -> None:
-    catalog.verify(rig.store, stored.checkpoint_id, rig.node.notary, 2, Cancel(), lambda verdict: None)
+    catalog.verify(rig.store, stored.checkpoint_id, rig.node.notary, rig.node.keyring, 2, Cancel(), lambda verdict: None)

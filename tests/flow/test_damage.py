@@ -195,5 +195,5 @@ def test_a_signature_does(tmp_path: Path, code: str) -> None:
     assert not rig.criu.restores
     assert not rig.at_work()
     with pytest.raises(Refused) as refused:
-        catalog.verify(rig.store, checkpoint_id, rig.node.notary, 2, Cancel(), lambda verdict: None)
+        catalog.verify(rig.store, checkpoint_id, rig.node.notary, rig.node.keyring, 2, Cancel(), lambda verdict: None)
     assert refused.value.code == code

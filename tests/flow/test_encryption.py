@@ -11,6 +11,7 @@ from hibernode import catalog
 from hibernode.errors import Corrupt, Refused
 from hibernode.model import PAGE, Cancel, Verdict
 from hibernode.transfer import codec
+from tests import keys
 from tests.fakes.machine import ROOT, Run
 from tests.flow.rig import Rig
 from tests.flow.test_pages import memory
@@ -18,18 +19,11 @@ from tests.flow.test_pages import memory
 WORD = b"the password is swordfish"
 
 
-def key(directory: Path, name: str = "key") -> str:
-    path = directory / name
-    path.write_bytes(os.urandom(32).hex().encode())
-    path.chmod(0o600)
-    return str(path)
-
-
 def encrypting(directory: Path, **more: object) -> Rig:
     """Memory of every kind: pages of zeros, pages that compress, pages that do not (their frames are raw), and a word to look for."""
     page = (WORD + bytes(PAGE))[:PAGE]
     secret = Run(ROOT << 8 | 1, 0x7F0000000000, page + os.urandom(1500 * PAGE))
-    return Rig(directory, [*memory(2500), secret], encryption={"key": key(directory)}, **more)
+    return Rig(directory, [*memory(2500), secret], encryption={"key": keys.wrapper(directory)}, **more)
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
@@ -80,7 +74,7 @@ def test_verify_decrypts(tmp_path: Path) -> None:
 def test_who_has_not_the_key_touches_nothing(tmp_path: Path) -> None:
     rig = encrypting(tmp_path)
     made = rig.checkpoint()
-    for encryption in ({}, {"key": key(tmp_path, "other")}):
+    for encryption in ({}, {"key": keys.wrapper(tmp_path, "other")}):
         stranger = Rig(tmp_path / f"stranger{len(encryption)}", encryption=encryption)
         stranger.store.objects.update(rig.store.objects)
         with pytest.raises(Refused) as refused:

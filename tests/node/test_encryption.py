@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import sys
 from pathlib import Path
@@ -30,20 +29,13 @@ else:
 """
 
 
-def key(directory: Path, name: str) -> str:
-    path = directory / name
-    path.write_bytes(os.urandom(32))
-    path.chmod(0o600)
-    return str(path)
-
-
 def stored(daemon: Daemon) -> bytes:
     return b"".join(path.read_bytes() for path in Path(daemon.store.removeprefix("file://")).rglob("*") if path.is_file())
 
 
 def test_it_is_restored_by_who_has_the_key_and_by_nobody_else(tmp_path: Path) -> None:
     """Encrypted and signed; the second daemon has a new key, and the old one to read with."""
-    old, new = key(tmp_path, "old"), key(tmp_path, "new")
+    old, new = keys.wrapper(tmp_path, "old"), keys.wrapper(tmp_path, "new")
     pair = keys.pair(tmp_path)
     store, signing = f"file://{tmp_path}/store", {"key": pair[0], "trusted": [pair[1]]}
     with Program(tmp_path, python("memory.py", "large", "32")) as program:
@@ -83,8 +75,8 @@ def test_a_program_keeps_the_keys(tmp_path: Path) -> None:
 
 
 def test_no_key_is_in_any_file_of_the_daemon(tmp_path: Path) -> None:
-    path = key(tmp_path, "key")
-    secret = Path(path).read_bytes()
+    path = keys.wrapper(tmp_path, "key")
+    secret = Path(path).read_text().strip()
     with Program(tmp_path, python("counter.py", "0.01")) as program, Daemon(settings={"encryption": {"key": path}}) as daemon:
         program.beat()
         ready(daemon.checkpoint(program.target))
@@ -92,6 +84,6 @@ def test_no_key_is_in_any_file_of_the_daemon(tmp_path: Path) -> None:
         assert len(files) > 5
         for file in files:
             data = file.read_bytes()
-            assert secret not in data
-            assert secret.hex().encode() not in data
+            assert secret.encode() not in data
+            assert bytes.fromhex(secret) not in data
             assert not stat.S_IMODE(file.stat().st_mode) & 0o077 or file in (daemon.log_path, daemon.config), file
