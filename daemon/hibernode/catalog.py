@@ -95,17 +95,19 @@ def describe(
     )
 
 
-def commit(store: Store, manifest: Manifest, notary: Notary) -> None:
-    """Make it a checkpoint: every object is there with its size, then the manifest, read back and compared. Raises with no manifest
-    left behind; OutcomeUnknown if it cannot be removed: then nothing that it names may be."""
+def commit(store: Store, manifest: Manifest, notary: Notary, cancel: Cancel) -> None:
+    """Make it a checkpoint: every object is there with its size, then the manifest, read back and compared; then no cancel counts any
+    more. Raises with no manifest left behind; OutcomeUnknown if it cannot be removed: then nothing that it names may be."""
     check_sizes(store, manifest)
     data = format.encode_manifest(manifest, notary)
     format.decode_manifest(data, manifest.checkpoint_id, notary)  # what we could not read we do not write
     key = manifest_key(manifest.checkpoint_id)
+    cancel.check()
     try:
         store.put(key, data)
         if store.get(key, limit=format.MAX_MANIFEST) != data:
             raise Corrupt("the manifest came back from the store different from what was written")
+        cancel.close()
     except Refused:  # there is one, and it is not ours
         raise
     except BaseException as e:  # of the put, too: a store may have written what it says it could not

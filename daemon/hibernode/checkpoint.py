@@ -35,7 +35,8 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             store.check()
             seal = catalog.new_seal(node.keyring, command.checkpoint_id)
         node.arena.wait_for_room(meter.bytes_total, attempt.cancel)  # for as long as it takes: nobody is frozen for it
-        capture = undo.enter_context(Capture(node, store, seal, workload.roots(), options, attempt, work))
+        with attempt.phase("preflight", limits.preflight):  # a store that hangs now hangs before anybody is frozen
+            capture = undo.enter_context(Capture(node, store, seal, workload.roots(), options, attempt, work))
         trees = tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes)
         let_go = calmly("letting the workload go on", workload.thaw if options.kill else _runs_already)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
@@ -48,12 +49,12 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
                 undo.push(on_error(held.pop_all()))  # stays stopped until it is killed, or let go if anything fails
         attempt.report(Status.CHECKPOINT_CREATED)
 
-        with attempt.phase("shipping", limits.transfer_of(meter.bytes_total), let_go), attempt.cancel.waking(let_go):
+        with attempt.phase("shipping", limits.transfer_of(meter.bytes_total)), attempt.cancel.waking(let_go):
             images = capture.finish()
-        with attempt.phase("committing", limits.commit, let_go):  # a cancel comes too late: the store decides
+        with attempt.phase("committing", limits.commit), attempt.cancel.waking(let_go):
             manifest = catalog.describe(node, command, workload, options, meter, images, seal)
             with capture.keeping():
-                catalog.commit(store, manifest, node.notary)
+                catalog.commit(store, manifest, node.notary, attempt.cancel)
         attempt.report(Status.READY)
         if options.kill:
             attempt.entry.enter("killing", limits.preflight)

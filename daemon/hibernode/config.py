@@ -136,9 +136,7 @@ class Watchdog(Section):
     """The process that gives workloads back when the daemon cannot."""
 
     interval: float = Field(default=1.0, gt=0)  # seconds between two looks
-    grace: float = Field(
-        default=15.0, ge=0
-    )  # seconds a daemon that ended has to come back, and a phase to end after its deadline
+    grace: float = Field(default=15.0, ge=0)  # seconds for a daemon to come back, and for a phase to end after its deadline
 
 
 class Metrics(Section):

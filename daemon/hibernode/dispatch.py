@@ -85,8 +85,7 @@ class Dispatcher:
     async def start(self) -> None:
         """Recover what a crash left; before the first command is taken."""
         open_entries = [(entry, entry.record) for entry in self._node.journal.all() if not entry.record.done]
-        for entry, _ in open_entries:
-            await self._recover(entry)
+        await asyncio.gather(*(self._recover(entry) for entry, _ in open_entries))  # a store that hangs holds up its own only
         for _, record in open_entries:  # when every workload is free: a store may be slow
             await in_thread(gc.tidy, self._node, record)
         self._tasks.spawn(self._reap_forever())

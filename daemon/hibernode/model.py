@@ -451,12 +451,13 @@ class Cancel:
         self._lock = threading.Lock()
         self._reason = ""
         self._error: HibernodeError | None = None
+        self._closed = False
         self._wakes: list[Callable[[], None]] = []
 
     def set(self, reason: str, error: HibernodeError | None = None) -> None:
         """The first one counts. `error` is what stopping means then; a cancellation if nothing is said."""
         with self._lock:
-            if self._reason:
+            if self._reason or self._closed:
                 return
             self._reason, self._error = reason, error
             wakes = list(self._wakes)
@@ -476,6 +477,12 @@ class Cancel:
         """Raise `error` if somebody asked for it."""
         if self._reason:
             raise self.error
+
+    def close(self) -> None:
+        """The point of no return: raise `error` if somebody asked before it; who asks later is too late."""
+        with self._lock:
+            self.check()
+            self._closed = True
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:

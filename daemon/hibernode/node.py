@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hibernode.config import Config
-from hibernode.errors import Busy, DeadlineExceeded, HibernodeError, NoRoom, Stuck
+from hibernode.errors import Busy, Cancelled, DeadlineExceeded, HibernodeError, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
 from hibernode.model import Cancel, Meter, Status
 from hibernode.ports import Criu, Host, Jobs, Keyring, Notary, Store, Workloads
@@ -69,19 +69,19 @@ class Attempt:
     report: Callable[[Status], None]
 
     @contextmanager
-    def phase(self, name: str, limit: float, late: Callable[[], None] | None = None) -> Iterator[None]:
+    def phase(self, name: str, limit: float) -> Iterator[None]:
         """Journal the phase before its step, count its time, and cancel the action with `deadline` if it takes more than `limit` seconds.
-        `late` is called then, too: for a step that no cancel can interrupt. A cancelled action begins no further phase."""
+        What fails after a cancel has failed because of it. A cancelled action begins no further phase."""
         self.cancel.check()
         self.entry.enter(name, limit)
-
-        def expire() -> None:
-            self.cancel.set(f"{name} took too long", _too_late(name, limit))
-            if late is not None:
-                late()
-
-        with self.meter.phase(name), _alarm(limit, expire):
-            yield
+        late = _too_late(name, limit)
+        with self.meter.phase(name), alarm(limit, lambda: self.cancel.set(late.message, late)):
+            try:
+                yield
+            except HibernodeError as e:
+                if self.cancel.reason and not isinstance(e, Stuck | Cancelled | DeadlineExceeded):
+                    raise self.cancel.error from e
+                raise
 
     @contextmanager
     def work_directory(self, parent: Path) -> Iterator[Path]:
@@ -105,18 +105,19 @@ _HINTS = {
     "shipping": "the store is slow; raise `limits.transfer`",
     "fetching": "the store is slow; raise `limits.transfer`",
     "committing": "does the store answer? Else raise `limits.commit`",
+    "probing": "is the machine too busy? Else raise `limits.preflight`",
     "restoring": "CRIU did not come to its end; raise `limits.restore` if the tree is very large",
 }
 
 
 def _too_late(phase: str, limit: float) -> DeadlineExceeded:
     return DeadlineExceeded(
-        f"{phase} was not done after {limit:.0f} s", hint=_HINTS.get(phase, ""), phase=phase, limit=round(limit, 3)
+        f"{phase} was not done after {round(limit, 2):g} s", hint=_HINTS.get(phase, ""), phase=phase, limit=round(limit, 3)
     )
 
 
 @contextmanager
-def _alarm(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
+def alarm(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
     """`ring` is called, from a thread of its own, if what is done inside takes longer. No thread outlives it."""
     timer = threading.Timer(seconds, ring)
     timer.daemon = True

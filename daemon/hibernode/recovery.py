@@ -9,7 +9,7 @@ from hibernode import catalog
 from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, OutcomeUnknown, Refused, Transient
 from hibernode.journal import Entry, Record, remedy
 from hibernode.model import Outcome, Status, TaskFacts
-from hibernode.node import Node, insist
+from hibernode.node import Node, alarm, calmly, insist
 
 _log = logging.getLogger("hibernode.recovery")
 
@@ -40,11 +40,15 @@ def _interrupted(record: Record) -> Outcome:
 
 
 def _settle(node: Node, record: Record) -> Outcome:
-    """The commit had begun: the store knows whether it came to its end. Who was told of an error is not killed any more."""
+    """The commit had begun: the store knows whether it came to its end. Who was told of an error is not killed any more; and nobody is
+    held longer than a commit may take, because a store does not answer."""
     if not record.kill:
         _thaw(node, record)  # before a store is asked that may be slow
+    let_go = calmly("letting the workload go on", lambda: _thaw(node, record))
     try:
-        if record.status != Status.ERROR and _committed(node, record):
+        with alarm(node.config.limits.commit, let_go):
+            whole = record.status != Status.ERROR and _committed(node, record)
+        if whole:
             return _ready(node, record)
     except Transient as e:
         _thaw(node, record)

@@ -38,16 +38,17 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     claim = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)
     old = node.claims.claim(f"pid {tasks[0].pid}", command.action_id)  # a checkpoint that says `ready` may still be killing it
     with claim, old, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
-        node.workloads.insist_free(manifest.workload, command.overrides.pod_name)
-        preflight.pids(node.workloads.blockers(tasks))
+        with attempt.phase("preflight", limits.preflight):
+            node.workloads.insist_free(manifest.workload, command.overrides.pod_name)
+            preflight.pids(node.workloads.blockers(tasks))
         reading = gc.using(store, command.checkpoint_id, command.action_id)
         with attempt.phase("fetching", limits.transfer_of(manifest.raw_bytes)), reading:
             for image in manifest.images:
                 _fetch(store, seal, image, work, attempt)
                 _compare(image, node.criu.tasks(work / image.name))
-        prepared = node.workloads.prepare(manifest.workload, command.overrides.pod_name)
-        undo.callback(prepared.discard)
-        preflight.pids(node.workloads.blockers(tasks))  # again: the fetch took its time
+            prepared = node.workloads.prepare(manifest.workload, command.overrides.pod_name)
+            undo.callback(prepared.discard)
+            preflight.pids(node.workloads.blockers(tasks))  # again: the fetch took its time
         attempt.entry.update(place=prepared.place, trees=tuple(Tree(pid=task.pid, start_time=0) for task in tasks))
 
         with attempt.phase("restoring", limits.restore_of(manifest.raw_bytes)):
@@ -57,7 +58,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
         with attempt.phase("probing", limits.preflight):
             _probe(workload, tasks)
-            attempt.cancel.check()
+            attempt.cancel.close()
         undo.pop_all()  # it runs, and it stays
     attempt.report(Status.READY)
 

@@ -470,7 +470,7 @@ async def test_a_dump_that_holds_its_workload_too_long_is_ended(tmp_path: Path) 
         command = checkpoint_command()
         await desk.send(command)
         last = await desk.end(command.action_id)
-        assert (last.status, last.code, last.details["reason"]) == (ERROR, "dump_failed", "pause_deadline")
+        assert (last.status, last.code, last.details["phase"]) == (ERROR, "deadline", "dumping")
         assert "limits.pause" in last.hint
     assert not rig.machine.stopped
 

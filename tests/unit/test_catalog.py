@@ -11,7 +11,7 @@ from hibernode import catalog
 from hibernode.config import Signing
 from hibernode.drivers.notary import Notary
 from hibernode.errors import Corrupt, NotFound, OutcomeUnknown, Refused, StoreUnavailable
-from hibernode.model import PAGE, HostFacts, ImageRef, Manifest, ObjectRef, StreamRef, TaskFacts, WorkloadFacts
+from hibernode.model import PAGE, Cancel, HostFacts, ImageRef, Manifest, ObjectRef, StreamRef, TaskFacts, WorkloadFacts
 from hibernode.transfer import format
 from tests.fakes.script import Script
 from tests.fakes.store import MemoryStore
@@ -38,7 +38,7 @@ def stored(script: Script | None = None, *, commit: bool = True) -> tuple[Memory
         compression="zstd", pause_ns=0, raw_bytes=0, zero_bytes=0, stored_bytes=0, images=[image],
     )  # fmt: skip
     if commit:
-        catalog.commit(store, manifest, NOBODY)
+        catalog.commit(store, manifest, NOBODY, Cancel())
     return store, manifest
 
 
@@ -56,7 +56,7 @@ def test_the_manifest_is_written_after_every_object_was_seen_and_is_read_back() 
     script = Script()
     store, manifest = stored(script, commit=False)
     script.calls.clear()
-    catalog.commit(store, manifest, NOBODY)
+    catalog.commit(store, manifest, NOBODY, Cancel())
     assert script.calls == [*(f"store.stat {name}" for name in NAMES), "store.put manifest.json", "store.get manifest.json"]
 
 
@@ -69,7 +69,7 @@ def test_nothing_is_committed_that_is_not_all_there(name: str, damage: Callable[
     if data is not None:
         store.objects[object_key] = data
     with pytest.raises(Corrupt, match=name):
-        catalog.commit(store, manifest, NOBODY)
+        catalog.commit(store, manifest, NOBODY, Cancel())
     assert key(manifest) not in store.objects
 
 
@@ -77,7 +77,7 @@ def test_an_existing_checkpoint_is_neither_replaced_nor_removed() -> None:
     store, manifest = stored()
     before = store.objects[key(manifest)]
     with pytest.raises(Refused) as refused:
-        catalog.commit(store, manifest.model_copy(update={"node": "other"}), NOBODY)
+        catalog.commit(store, manifest.model_copy(update={"node": "other"}), NOBODY, Cancel())
     assert refused.value.code == "exists"
     assert store.objects[key(manifest)] == before
     with pytest.raises(Refused):
@@ -104,7 +104,7 @@ def test_the_manifest_of_another_action_is_not_withdrawn() -> None:
             raise StoreUnavailable("no answer")
 
     with pytest.raises(StoreUnavailable):
-        catalog.commit(Races(store), manifest, NOBODY)
+        catalog.commit(Races(store), manifest, NOBODY, Cancel())
     assert store.objects[key(manifest)] == theirs
 
 
@@ -137,14 +137,14 @@ class Lies(MemoryStore):
 def test_a_manifest_in_doubt_is_removed(fault: dict[str, bool], error: type[Exception], deletes_fail: int) -> None:
     store, manifest = stored(commit=False)
     with pytest.raises(error):
-        catalog.commit(Lies(store, **fault, deletes_fail=deletes_fail), manifest, NOBODY)
+        catalog.commit(Lies(store, **fault, deletes_fail=deletes_fail), manifest, NOBODY, Cancel())
     assert key(manifest) not in store.objects
 
 
 def test_a_manifest_in_doubt_that_cannot_be_removed_is_told() -> None:
     store, manifest = stored(commit=False)
     with pytest.raises(OutcomeUnknown) as raised:
-        catalog.commit(Lies(store, lose=True, deletes_fail=100), manifest, NOBODY)
+        catalog.commit(Lies(store, lose=True, deletes_fail=100), manifest, NOBODY, Cancel())
     assert raised.value.code == "outcome_unknown"
     assert "no answer" in raised.value.message
     assert raised.value.hint

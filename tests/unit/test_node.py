@@ -135,10 +135,10 @@ def test_a_disk_that_fills_up_is_no_room(attempt: Attempt, tmp_path: Path, numbe
 
 
 def test_a_phase_is_written_down_and_counted_and_none_begins_after_a_cancel(attempt: Attempt) -> None:
-    with attempt.phase("dumping"):
+    with attempt.phase("dumping", 60):
         assert attempt.entry.record.phase == "dumping"
     attempt.cancel.set("enough")
-    with pytest.raises(Cancelled), attempt.phase("shipping"):
+    with pytest.raises(Cancelled), attempt.phase("shipping", 60):
         pytest.fail("it began")
     assert attempt.entry.record.phase == "dumping"
     assert attempt.meter.profile().phases.keys() == {"dumping"}

@@ -2,7 +2,8 @@
 
 We spawn the worker ourselves (pycriu would fork inside a threaded process) and hand pycriu our end of the socket: so its pid, its
 time limit and its log are ours. A worker that dumps is not killed for a cancel: 4 of 118 such kills cost the tree a process
-(docs/crashes.md). Closing the page socket makes it roll back instead, and only one that does not do even that is killed.
+(docs/crashes.md). Closing the page socket makes it roll back instead (one that somebody has stopped needs a SIGCONT, too), and only one
+that does not do even that is killed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -206,8 +208,8 @@ class Criu:
 
 @contextmanager
 def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cancel: Cancel, patience: float) -> Iterator[None]:
-    """`patience` seconds after a cancel the worker is killed, and whoever waits for its answer wakes up: those it was restoring hold
-    the other end of the socket, too."""
+    """A cancel lets a worker that is stopped go on. `patience` seconds later it is killed, and whoever waits for its answer wakes up:
+    those it was restoring hold the other end of the socket, too."""
     timers: list[threading.Timer] = []
 
     def end() -> None:
@@ -216,6 +218,7 @@ def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cance
             ours.shutdown(socket.SHUT_RDWR)
 
     def soon() -> None:
+        worker.send_signal(signal.SIGCONT)
         timer = threading.Timer(patience, end)
         timer.daemon = True
         timers.append(timer)
