@@ -173,7 +173,8 @@ class S3:
             )
         )
         while True:
-            with self._translating("cannot list uploads"):
+            page = None
+            with suppress(_NoSuchUpload), self._translating("cannot list uploads"):  # rclone says so where there never was one
                 page = next(pages, None)
             if page is None:
                 return
