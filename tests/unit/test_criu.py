@@ -1,8 +1,13 @@
-"""What CRIU's images say, read without CRIU: who the tasks are; and images that say nothing are Corrupt."""
+"""What CRIU's images say, read without CRIU: who the tasks are; and images that say nothing are Corrupt. And workers that hang."""
 
 from __future__ import annotations
 
+import os
+import socket
 import struct
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +16,10 @@ from pycriu.images import core_pb2, magic, pstree_pb2
 
 from hibernode.children import Children
 from hibernode.drivers.criu import Criu
-from hibernode.errors import Corrupt
-from hibernode.model import TaskFacts
+from hibernode.errors import Corrupt, DumpFailed, RestoreFailed
+from hibernode.model import Cancel, TaskFacts
+from hibernode.ports import CriuOptions, Prepared
+from tests import keeper
 
 ALIVE, DEAD, STOPPED = 1, 2, 3
 
@@ -67,3 +74,80 @@ def test_images_that_cannot_be_read_are_corrupt(criu: Criu, tmp_path: Path, name
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(Corrupt):
         criu.tasks(tmp_path)
+
+
+# --- workers that hang ------------------------------------------------------------------------------------------------------------
+
+PATIENCE = 0.2
+# Takes the request and never answers; says its pid first. `stop`: stopped until somebody lets it go on, then it ends.
+WORKER = """#!{python} -SE
+import os, signal, socket, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open({pid!r}, "w").write(str(os.getpid()) + " ")
+peer = socket.socket(fileno=int(sys.argv[2]))
+peer.recv(1 << 20)
+if {stop}:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    sys.exit(1)
+while True:
+    signal.pause()
+"""
+
+
+def worker(directory: Path, patience: float = PATIENCE, *, stop: bool = False) -> tuple[Criu, Path]:
+    """A driver whose CRIU hangs, and where that writes its pid."""
+    program, pid = directory / "criu", directory / "pid"
+    program.write_text(WORKER.format(python=sys.executable, pid=str(pid), stop=stop))
+    program.chmod(0o700)
+    return Criu(str(program), Children(), directory / "plugins", patience), pid
+
+
+def cancel_when_it_hangs(pid: Path, cancel: Cancel, state: str) -> threading.Thread:
+    def hangs() -> bool:
+        return pid.exists() and pid.read_text().endswith(" ") and keeper.state(int(pid.read_text())) == state
+
+    def wait() -> None:
+        try:
+            keeper.wait_until(hangs, 20, "a worker that hangs")
+        finally:
+            cancel.set("enough")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def dump(criu: Criu, directory: Path, cancel: Cancel) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        criu.dump(1, directory, theirs, CriuOptions(), cancel)
+
+
+def restore(criu: Criu, directory: Path, cancel: Cancel) -> None:
+    criu.restore(directory, CriuOptions(), Prepared(), cancel)
+
+
+@pytest.mark.parametrize(("act", "error", "least"), [(dump, DumpFailed, PATIENCE), (restore, RestoreFailed, 0.0)])
+def test_a_worker_that_hangs_is_killed(
+    tmp_path: Path, act: Callable[[Criu, Path, Cancel], None], error: type[Exception], least: float
+) -> None:
+    """One that dumps after its patience; one that restores at once, because what it has made is killed anyway."""
+    (criu, pid), cancel, threads = worker(tmp_path), Cancel(), set(threading.enumerate())
+    cancelling = cancel_when_it_hangs(pid, cancel, "S")
+    began = time.monotonic()
+    with pytest.raises(error):
+        act(criu, tmp_path, cancel)
+    assert time.monotonic() - began >= least
+    cancelling.join()
+    assert not set(threading.enumerate()) - threads
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_worker_that_is_stopped_is_let_go_on(tmp_path: Path) -> None:
+    """It ends by itself: long before a patience that would kill it."""
+    (criu, pid), cancel = worker(tmp_path, patience=1000, stop=True), Cancel()
+    cancelling = cancel_when_it_hangs(pid, cancel, "T")
+    with pytest.raises(DumpFailed):
+        dump(criu, tmp_path, cancel)
+    cancelling.join()

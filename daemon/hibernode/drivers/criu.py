@@ -59,8 +59,9 @@ _KNOWN = (
 class Criu:
     """ports.Criu on the binary at `path`."""
 
-    def __init__(self, path: str, children: Children, plugins: Path) -> None:
-        self._path, self._children = path, children
+    def __init__(self, path: str, children: Children, plugins: Path, rollback: float = _ROLLBACK) -> None:
+        """`rollback`: seconds a worker has to end by itself, after a cancel as after its answer."""
+        self._path, self._children, self._rollback = path, children, rollback
         plugins.mkdir(parents=True, exist_ok=True)
         self._env = {
             **os.environ,
@@ -105,7 +106,7 @@ class Criu:
     def dump(self, pid: int, images: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
         cancel.check()
         try:
-            with self._worker(images, "dump.log", options, cancel, _ROLLBACK, pass_fds=[pages.fileno()]) as request:
+            with self._worker(images, "dump.log", options, cancel, self._rollback, pass_fds=[pages.fileno()]) as request:
                 request.opts.pid = pid
                 request.opts.ps.fd = pages.fileno()
                 request.opts.leave_running = not options.leave_stopped
@@ -181,7 +182,7 @@ class Criu:
 
     def _wait(self, worker: subprocess.Popen[bytes]) -> None:
         """It ends when its request is answered, or its socket closed; one that does not (it hangs) is killed."""
-        for patience in (_ROLLBACK, _LAST):
+        for patience in (self._rollback, _LAST):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._children.wait(worker, patience)
                 return
