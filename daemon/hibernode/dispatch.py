@@ -1,8 +1,9 @@
 """Runs each command once, and tells how it goes. asyncio; the work itself runs in threads (`loop.in_thread`).
 
-One action's life: journal it; wait for a slot of the node; run its page (`checkpoint.py`, `restore.py`) in a thread; on a transient
-error before anything was frozen, try again; keep the outcome in the journal, its event in the outbox; only then is a delivery acked. An
-action id that is known is never run again: it is answered from the journal.
+One action's life: journal it; wait for a slot of the node; run its page (`checkpoint.py`, `restore.py`) in a thread; where another action
+has the workload, wait for its end (`limits.second`); on a transient error before anything was frozen, try again; keep the outcome in the
+journal, its event in the outbox; only then is a delivery acked. An action id that is known is never run again: it is answered from the
+journal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import ParamSpec, TypeVar
@@ -40,7 +42,7 @@ from hibernode.model import (
     Progress,
     Status,
 )
-from hibernode.node import Attempt, Node
+from hibernode.node import Attempt, Node, Taken
 from hibernode.recovery import recover
 from hibernode.restore import restore
 
@@ -134,7 +136,7 @@ class Dispatcher:
     async def _outcome(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> Outcome:
         """How it ended. Whatever happens, there is an answer."""
         try:
-            await self._wait_for_slot(action, slot)
+            await self._wait_for_slot(command, action, slot)
             await self._tried(command, action, slot)
         except HibernodeError as e:
             if action.reached != Status.READY:
@@ -148,28 +150,51 @@ class Dispatcher:
                 return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
         return Outcome(Status.READY, profile=action.meter.profile())
 
-    async def _wait_for_slot(self, action: _Running, slot: contextlib.AsyncExitStack) -> None:
-        await self._unless_cancelled(action, self._slots.acquire())
+    async def _wait_for_slot(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
+        async with _in_time(command):
+            await self._unless_cancelled(action, self._slots.acquire())
         slot.callback(self._slots.release)
         self._report(action, Status.PROCESSING)
 
     async def _tried(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
-        """Run the page; again after a transient error, as long as nothing was touched."""
+        """Run the page; again after a transient error, as long as nothing was touched. Waiting for another action is no attempt."""
         limits = self._node.config.limits
-        ticker = self._tasks.spawn(self._tick(action))
+        ticker, left = self._tasks.spawn(self._tick(action)), limits.attempts
         try:
-            for left in reversed(range(limits.attempts)):
+            while True:
                 try:
                     preflight.expired(command.expires_at, time.time())
                     return await self._run_page(command, action, slot)
+                except Taken as e:
+                    if limits.second == "refuse":
+                        raise
+                    await self._wait_for_other(e, command, action, slot)
                 except Transient as e:
+                    left -= 1
                     if not left or action.entry.record.phase not in _UNTOUCHED:
                         raise
                     _log.info("will try again", action=command.action_id, code=e.code, error=str(e), delay=limits.retry_delay)
-                await self._unless_cancelled(action, asyncio.sleep(limits.retry_delay))
+                    await self._unless_cancelled(action, asyncio.sleep(limits.retry_delay))
                 action.meter = Meter()
         finally:
             ticker.cancel()
+
+    async def _wait_for_other(
+        self, taken: Taken, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack
+    ) -> None:
+        """Until nobody has what it wants. Without its slot: else those who wait for one workload would keep all others out."""
+        _log.info("waits for another action", action=command.action_id, why=taken.message)
+        action.entry.enter("starting")
+        await slot.aclose()
+        free = asyncio.Event()
+
+        def wake() -> None:
+            self._loop.call_soon_threadsafe(free.set)
+
+        self._node.claims.when_free(taken.key, wake)
+        async with _in_time(command):
+            await self._unless_cancelled(action, free.wait())
+        await self._wait_for_slot(command, action, slot)
 
     async def _run_page(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
         attempt = Attempt(action.entry, action.meter, action.cancel, functools.partial(self._report, action))
@@ -366,6 +391,17 @@ class Dispatcher:
     @property
     def running(self) -> int:
         return len(self._running)
+
+
+@contextlib.asynccontextmanager
+async def _in_time(command: ActionCommand) -> AsyncIterator[None]:
+    """What is waited for inside is not waited for any longer than the command holds: Refused("expired")."""
+    expires_at = command.expires_at
+    try:
+        async with asyncio.timeout(max(0.0, expires_at - time.time()) if expires_at else None):
+            yield
+    except TimeoutError:
+        preflight.expired(expires_at, max(time.time(), math.nextafter(expires_at, math.inf)))  # this clock may be a little behind
 
 
 _RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}

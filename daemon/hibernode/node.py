@@ -22,24 +22,45 @@ from hibernode.transfer.arena import Arena
 _log = logging.getLogger("hibernode.node")
 
 
+class Taken(Busy):
+    """Another action has the claim on `key`."""
+
+    def __init__(self, key: str, other: str) -> None:
+        super().__init__(f"{key} has another action at work: {other}", hint="wait for it, or cancel it", action=other)
+        self.key = key
+
+
 class Claims:
-    """Workloads that an action works on. One action per workload."""
+    """Workloads that an action works on. One action per workload. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._taken: dict[str, str] = {}
+        self._waiting: dict[str, list[Callable[[], None]]] = {}
 
     @contextmanager
     def claim(self, key: str, action_id: str) -> Iterator[None]:
-        """Hold `key`; Busy if another action has it."""
+        """Hold `key`; Taken if another action has it."""
         with self._lock:
             if (other := self._taken.setdefault(key, action_id)) != action_id:
-                raise Busy(f"{key} has another action at work: {other}", hint="wait for it, or cancel it", action=other)
+                raise Taken(key, other)
         try:
             yield
         finally:
             with self._lock:
                 del self._taken[key]
+                waiting = self._waiting.pop(key, [])
+            for wake in waiting:
+                wake()
+
+    def when_free(self, key: str, wake: Callable[[], None]) -> None:
+        """Call `wake` once, from any thread, when nobody has `key` any more: at once if nobody has. Of many one will get it; the others
+        ask again."""
+        with self._lock:
+            if key in self._taken:
+                self._waiting.setdefault(key, []).append(wake)
+                return
+        wake()
 
 
 @dataclass(frozen=True)

@@ -289,29 +289,6 @@ async def test_a_lost_acknowledgement_does_nothing_twice(tmp_path: Path) -> None
     assert rig.criu.dumps == 1
 
 
-async def test_two_commands_for_one_workload_take_turns(tmp_path: Path) -> None:
-    rig = node(tmp_path, attempts=1000)
-    rig.criu.gate.clear()
-    async with running(rig) as desk:
-        first, second = checkpoint_command(), checkpoint_command()
-        await desk.send(first)
-        await eventually(rig.criu.dumping.is_set, "the first dump")
-        await desk.send(second)
-        await eventually(lambda: desk.record_status(second.action_id) == PROCESSING, "the second action")
-        rig.criu.gate.set()
-        assert (await desk.end(first.action_id)).status == READY
-        assert (await desk.end(second.action_id)).status == READY
-    assert rig.criu.dumps == 2
-
-
-async def test_a_workload_that_stays_busy_is_told(tmp_path: Path) -> None:
-    rig = node(tmp_path)
-    with rig.node.claims.claim(f"pid {ROOT}", "somebody else"):
-        async with running(rig) as desk:
-            last = await desk.end(await desk.send(checkpoint_command()))
-    assert (last.code, last.retry) == ("busy", True)
-
-
 # --- what cannot be done ----------------------------------------------------------------------------------------------------
 
 

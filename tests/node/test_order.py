@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,14 +58,14 @@ def test_the_workload_dies_only_after_ready(daemon: Daemon, tmp_path: Path) -> N
 
 def test_a_restore_waits_for_the_end_of_the_old_tree(tmp_path: Path) -> None:
     """Its parent takes its time to wait for it, so the checkpoint that said `ready` is still killing it when the restore comes."""
-    with Daemon(settings={"limits": {"attempts": 100}}) as daemon:
+    with Daemon() as daemon:
         with open(tmp_path / "output", "ab") as out:
             child = subprocess.Popen(python("counter.py", 0.01), stdin=subprocess.DEVNULL, stdout=out, start_new_session=True)
         try:
             wait_until((tmp_path / "output").read_bytes, LIMIT, "a beat")
             done = ready(daemon.checkpoint(pid_target(child.pid), criu_opts={"leave_running": False}))
             restore = daemon.stub.Restore(pb.RestoreCommand(checkpoint_id=done.checkpoint_id), timeout=LIMIT)
-            wait_until(lambda: "will try again" in daemon.log, LIMIT, "a restore that waits")
+            wait_until(lambda: "waits for another action" in daemon.log, LIMIT, "a restore that waits")
             assert keeper.state(child.pid) == "Z"
         finally:
             child.kill()
@@ -121,9 +122,26 @@ def test_a_cancel_while_shipping(daemon: Daemon, tmp_path: Path) -> None:
         daemon.insist_clean()
 
 
-def test_two_actions_on_one_workload(daemon: Daemon, tmp_path: Path) -> None:
-    """The second is told that the workload is busy, and by whom; the first is not disturbed."""
+def test_two_actions_on_one_workload_take_turns(daemon: Daemon, tmp_path: Path) -> None:
+    """The second waits until the first is through with the workload; a third can be cancelled meanwhile, and does not wait for either."""
     with Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
+        program.beat()
+        updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9", streams=1))
+        first = until(updates, "dumping")
+        second, third = (daemon.begin_checkpoint(program.target, action_id=str(uuid.uuid4())) for _ in range(2))
+        waiting = next(iter(third)).event
+        wait_until(lambda: daemon.log.count(f"another action at work: {first}") == 2, LIMIT, "two that wait")
+        assert daemon.stub.Cancel(pb.ActionId(action_id=waiting.action_id), timeout=10).found
+        failed(list(events(third)), "cancelled")
+        done = list(events(updates))[-1]
+        assert done.status == "ready"
+        assert ready(list(events(second))).time > done.time
+
+
+def test_a_second_action_on_one_workload_is_refused_where_that_is_wished(tmp_path: Path) -> None:
+    """It is told that the workload is busy, and by whom; the first is not disturbed."""
+    settings = {"limits": {"second": "refuse", "attempts": 100, "retry_delay": 100}}
+    with Daemon(arena="16MiB", settings=settings) as daemon, Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
         program.beat()
         updates = iter(daemon.begin_checkpoint(program.target, compression="zstd:9", streams=1))
         first = until(updates, "dumping")

@@ -13,7 +13,7 @@ import pytest
 from hibernode.errors import Busy, Cancelled, DumpFailed, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
 from hibernode.model import Cancel, Meter, RestoreCommand
-from hibernode.node import Attempt, Claims, insist, on_error
+from hibernode.node import Attempt, Claims, Taken, insist, on_error
 
 
 @pytest.fixture
@@ -41,6 +41,21 @@ def test_a_claim_ends_with_whatever_happens() -> None:
         raise DumpFailed("no")
     with claims.claim("pid 5", "b"):
         pass
+
+
+def test_who_waits_for_a_claim_is_told_once_when_it_is_free() -> None:
+    claims, told = Claims(), list[str]()
+    claims.when_free("pid 5", lambda: told.append("at once"))
+    with claims.claim("pid 5", "a"), claims.claim("pid 6", "a"):
+        with pytest.raises(Taken) as taken, claims.claim("pid 5", "b"):
+            pass
+        claims.when_free(taken.value.key, lambda: told.append("first"))
+        claims.when_free(taken.value.key, lambda: told.append("second"))
+        assert told == ["at once"]
+    assert told == ["at once", "first", "second"]
+    with claims.claim("pid 5", "b"):
+        pass
+    assert len(told) == 3
 
 
 def test_of_many_that_claim_one_gets_it() -> None:
