@@ -28,9 +28,9 @@ class Outbox:
         entry.update(published=max(event.seq, entry.record.published))
 
     def again(self, entry: Entry) -> None:
-        """Send the last event once more."""
+        """Send the last event once more, after those that were not sent yet."""
         if (last := entry.record.last) is not None:
-            entry.update(published=last.seq - 1)
+            entry.update(published=min(entry.record.published, last.seq - 1))
 
     def __len__(self) -> int:
         return sum(1 for _ in self.waiting())

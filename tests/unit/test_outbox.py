@@ -78,6 +78,15 @@ def test_the_last_event_again(tmp_path: Path) -> None:
     assert waiting(outbox) == [(entry.action_id, 3)]
 
 
+def test_the_last_event_again_leaves_out_none_that_waits(tmp_path: Path) -> None:
+    """A command comes again as soon as the broker is back, before what it missed was sent."""
+    journal = Journal(tmp_path)
+    entry, outbox = action(journal), Outbox(journal)
+    outbox.sent(entry, entry.record.events[0])
+    outbox.again(entry)
+    assert waiting(outbox) == [(entry.action_id, 2), (entry.action_id, 3)]
+
+
 def test_an_event_and_its_status_are_one_write(tmp_path: Path) -> None:
     """Whatever a crash leaves, both are there or neither."""
     journal = Journal(tmp_path / "journal")
