@@ -70,6 +70,7 @@ class Dispatcher:
     def __init__(self, node: Node, observe: Callable[[Event | Progress], None] = lambda _: None) -> None:
         self._node, self._observe = node, observe
         self._running: dict[str, _Running] = {}
+        self._unwanted: dict[str, asyncio.Event] = {}  # actions that were cancelled before they came
         self._slots = asyncio.Semaphore(node.config.limits.actions)
         self._watchers: set[asyncio.Queue[Event | Progress]] = set()
         self._tasks = Tasks()
@@ -121,6 +122,9 @@ class Dispatcher:
         if self._node.journal.find(command.action_id) is None:
             action = _Running(self._node.journal.begin(command))
             self._running[command.action_id] = action
+            if (unwanted := self._unwanted.get(command.action_id)) is not None:
+                action.cancel.set("cancelled by command, before it came")
+                unwanted.set()
             action.task = self._tasks.spawn(self._act(command, action))
         running = self._running.get(command.action_id)
         return running.task if running else None
@@ -358,6 +362,20 @@ class Dispatcher:
         if action is not None:
             action.cancel.set("cancelled by command")
         return action is not None
+
+    async def cancel_when_it_comes(self, action_id: str, seconds: float) -> bool:
+        """An action nobody has heard of yet never begins, if it comes within so many seconds; whether it did."""
+        came = self._unwanted.setdefault(action_id, asyncio.Event())
+        try:
+            await asyncio.wait_for(came.wait(), seconds)
+        except TimeoutError:
+            return False
+        finally:
+            self._unwanted.pop(action_id, None)
+        return True
+
+    def knows(self, action_id: str) -> bool:
+        return self._node.journal.find(action_id) is not None
 
     async def action(self, action_id: str) -> ActionView:
         entry = self._node.journal.find(action_id)
