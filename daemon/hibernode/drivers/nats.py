@@ -26,10 +26,10 @@ import logging
 import random
 import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from nats.aio.client import Client
@@ -71,6 +71,7 @@ FORGET = 300.0  # seconds until the server removes the place of a follower that 
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 PERMANENT = {10052, 10058, 10065, 10069, 10074}  # the server's codes for settings it will never take
 
+T = TypeVar("T")
 log = logging.getLogger("hibernode.bus")
 
 _SLIPS = (AssertionError, AttributeError, LookupError, TypeError, ValueError)  # nats-py's, when a connection ends badly
@@ -291,6 +292,7 @@ class _Link:
         self._config, self._name, self._prepare = config, name, prepare
         self._where = ", ".join(_hide(url) for url in config.url.split(","))
         self._client: Client | None = None
+        self._lost = asyncio.Event()  # of the client of now
         self._up = asyncio.Event()  # there is a client, or there will never be one again
         self._stopped = False
         self._task: asyncio.Task[None] | None = None
@@ -334,7 +336,7 @@ class _Link:
             except Refused as e:
                 first.set_result(e)
                 return
-            self._client = client
+            self._client, self._lost = client, lost
             self._up.set()
             if not first.done():
                 first.set_result(None)
@@ -443,14 +445,26 @@ class _Link:
         with self.translated() as client:
             headers: dict[str, Any] | None = {"Nats-Msg-Id": message_id} if message_id else None
             try:
-                await client.jetstream(timeout=CALL).publish(subject, data, headers=headers)
+                await self._answered(client.jetstream(timeout=CALL).publish(subject, data, headers=headers))
             except NoStreamResponseError:
                 await self._prepare(client)  # for the next attempt
                 raise
 
     async def ask(self, subject: str, data: bytes) -> bytes:
         with self.translated() as client:
-            return (await client.request(subject, data, timeout=CALL)).data
+            return (await self._answered(client.request(subject, data, timeout=CALL))).data
+
+    async def _answered(self, call: Coroutine[Any, Any, T]) -> T:
+        """Its answer, or BusUnavailable as soon as the connection is lost: nats-py would wait for its whole time."""
+        calling, losing = asyncio.ensure_future(call), asyncio.ensure_future(self._lost.wait())
+        try:
+            await asyncio.wait({calling, losing}, return_when=asyncio.FIRST_COMPLETED)
+            if not calling.done():
+                raise BusUnavailable(f"the connection to the broker at {self._where} was lost")
+            return calling.result()
+        finally:
+            for each in (calling, losing):
+                each.cancel()
 
 
 async def _watch(client: Client, lost: asyncio.Event) -> None:
