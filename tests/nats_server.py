@@ -38,6 +38,10 @@ class NatsServer:
         path = self._directory / "nats-server.out"
         return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
     def start(self) -> None:
         """Returns when the server takes clients and has JetStream."""
         self._directory.mkdir(parents=True, exist_ok=True)
