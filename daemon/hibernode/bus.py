@@ -40,7 +40,7 @@ class NodeBus(Protocol):
     def connected(self) -> bool: ...
 
     async def start(self) -> None:
-        """Connect (waiting for the broker is fine), make streams and the consumer if they are not there."""
+        """Connect (waiting for the broker is fine), make streams and the consumer if they are not there and it may."""
 
     def commands(self) -> AsyncIterator[Delivery]:
         """Commands for this node, for ever, those sent while it was down first. Ends after `stop`."""
@@ -68,6 +68,9 @@ class ControlBus(Protocol):
     """The control plane's side (REST API, demo, tests)."""
 
     async def start(self) -> None: ...
+
+    async def admit(self, node: str) -> None:
+        """Make what a node needs that may make nothing itself. Harmless when repeated. Before its first start."""
 
     async def send(self, node: str, verb: str, action_id: str, data: bytes) -> None:
         """File a command; returns when the stream has stored it. The same action id and verb twice is stored once."""

@@ -42,6 +42,7 @@ class Bus(Section):
     max_deliver: int = Field(default=5, ge=1)
     ack_wait: float = Field(default=30.0, ge=1)  # seconds without a sign of life until a command is given out again
     replicas: int = Field(default=1, ge=1, le=5)
+    make_streams: bool = True  # False: the control plane makes them, and this node's login may not
 
 
 class S3(Section):

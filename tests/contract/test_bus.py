@@ -102,6 +102,17 @@ async def test_commands_sent_before_the_node_ever_started_arrive_in_order(bench:
     assert got == [("checkpoint", b"%d" % i, 1) for i in range(5)]
 
 
+async def test_a_node_can_be_admitted_again_and_again(bench: Bench) -> None:
+    """Before it was ever there, and with commands on their way to it."""
+    control = await bench.control()
+    await control.admit("n1")
+    await control.send("n1", "checkpoint", new_id(), b"x")
+    await control.admit("n1")
+    assert (await take((await bench.node()).commands())).data == b"x"
+    with pytest.raises(BadCommand):
+        await control.admit("n1.>")
+
+
 async def test_commands_sent_while_the_node_listens_arrive(bench: Bench) -> None:
     control, commands = await bench.control(), (await bench.node()).commands()
     waiting = asyncio.create_task(take(commands))

@@ -238,6 +238,10 @@ class MemoryNode(_End):
 
 
 class MemoryControl(_End):
+    async def admit(self, node: str) -> None:
+        self._check()
+        self._bus._queue(self._cluster, _token(node, "node"))
+
     async def send(self, node: str, verb: str, action_id: str, data: bytes) -> None:
         self._check()
         if verb not in ("checkpoint", "restore", "cancel"):

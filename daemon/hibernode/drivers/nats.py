@@ -10,6 +10,8 @@ What only this file knows: the names of streams, consumers and subjects, and how
 - `HIBERNODE_EVENTS`, kept for `events_max_age`: `hibernode.evt.<cluster>.<node>.<action_id>`.
 - `HIBERNODE_NODES`, a key-value bucket whose keys `<cluster>.<node>` live for `record_ttl` seconds.
 - `hibernode.progress.<cluster>.<node>.<action_id>` and `hibernode.find.<cluster>`: not stored.
+- `_INBOX.<cluster>.<node>.>`: where a node is answered, so that its login can be kept from reading what others are told.
+  `examples/nats-users.conf` has all that a node needs where it makes nothing itself (`bus.make_streams`).
 
 nats-py's own reconnect is off. It keeps what is published meanwhile and sends it later, also after the caller was told
 that it failed; it ends for good on some errors of the server; and it can wait for ever on a half-open connection. Here
@@ -86,7 +88,7 @@ class NatsNode:
         self._record_ttl = record_ttl
         self._answer: Callable[[bytes], Awaitable[bytes | None]] | None = None
         self._answering: Subscription | None = None
-        self._link = _Link(config, f"hibernode node {cluster}.{node}", self._prepare)
+        self._link = _Link(config, f"hibernode node {cluster}.{node}", self._prepare, inbox=f"_INBOX.{cluster}.{node}")
 
     @property
     def connected(self) -> bool:
@@ -100,27 +102,21 @@ class NatsNode:
         await self._link.stop()
 
     async def _prepare(self, client: Client) -> None:
-        for stream in (*_streams(self._config), _bucket(self._config, self._record_ttl)):
-            await _ensure(client, stream)
-        await _ensure_consumer(client, COMMANDS, self._consumer())
+        if self._config.make_streams:
+            for stream in (*_streams(self._config), _bucket(self._config, self._record_ttl)):
+                await _ensure(client, stream)
+            await _ensure_consumer(client, COMMANDS, self._consumer())
         await self._listen(client)
 
     def _consumer(self) -> ConsumerConfig:
-        return ConsumerConfig(
-            name=f"{self._cluster}={self._node}",  # "=" is in no token: a-b + c is not a + b-c
-            durable_name=f"{self._cluster}={self._node}",
-            filter_subject=f"hibernode.cmd.{self._cluster}.{self._node}.>",
-            deliver_policy=DeliverPolicy.ALL,
-            ack_policy=AckPolicy.EXPLICIT,
-            ack_wait=self._config.ack_wait,
-            max_deliver=-1,
-        )
+        return _taker(self._config, self._cluster, self._node)
 
     async def commands(self) -> AsyncIterator[Delivery]:
         config = self._consumer()
         async for client in self._link.clients():
             with self._link.logged(client, "commands"):
-                await _ensure_consumer(client, COMMANDS, config)
+                if self._config.make_streams:
+                    await _ensure_consumer(client, COMMANDS, config)
                 async with aclosing(_pull(client, COMMANDS, str(config.name), batch=1)) as messages:
                     async for message in messages:
                         yield _Delivery(self._link, message)
@@ -179,6 +175,12 @@ class NatsControl:
     async def _prepare(self, client: Client) -> None:
         for stream in _streams(self._config):
             await _ensure(client, stream)
+
+    async def admit(self, node: str, *, record_ttl: float = 30.0) -> None:
+        consumer = _taker(self._config, self._cluster, _token(node, "node"))
+        with self._link.translated() as client:
+            await _ensure(client, _bucket(self._config, record_ttl))
+            await _ensure_consumer(client, COMMANDS, consumer)
 
     async def send(self, node: str, verb: str, action_id: str, data: bytes) -> None:
         if verb not in VERBS:
@@ -288,8 +290,8 @@ class _Delivery:
 class _Link:
     """Makes a client, prepares it, watches it, and makes another when it is lost, until `stop`."""
 
-    def __init__(self, config: Bus, name: str, prepare: Callable[[Client], Awaitable[None]]) -> None:
-        self._config, self._name, self._prepare = config, name, prepare
+    def __init__(self, config: Bus, name: str, prepare: Callable[[Client], Awaitable[None]], *, inbox: str = "_INBOX") -> None:
+        self._config, self._name, self._prepare, self._inbox = config, name, prepare, inbox
         self._where = ", ".join(_hide(url) for url in config.url.split(","))
         self._client: Client | None = None
         self._lost = asyncio.Event()  # of the client of now
@@ -384,6 +386,7 @@ class _Link:
                 await client.connect(
                     **_options(self._config, client),
                     name=self._name,
+                    inbox_prefix=self._inbox,
                     error_cb=on_error,
                     closed_cb=on_closed,
                     allow_reconnect=False,
@@ -642,7 +645,7 @@ def _streams(config: Bus) -> tuple[StreamConfig, StreamConfig]:
 
 
 def _bucket(config: Bus, ttl: float) -> StreamConfig:
-    """As every NATS client makes a bucket that keeps one value per key."""
+    """As every NATS client makes a bucket that keeps one value per key; but nobody who may write a key may empty it (`rollup`)."""
     return StreamConfig(
         name=NODES,
         subjects=[f"{RECORDS}.>"],
@@ -653,13 +656,26 @@ def _bucket(config: Bus, ttl: float) -> StreamConfig:
         max_age=ttl,
         max_msgs_per_subject=1,
         discard=DiscardPolicy.NEW,
-        allow_rollup_hdrs=True,
+        allow_rollup_hdrs=False,
         allow_direct=True,
         deny_delete=True,
     )
 
 
-_OURS = ("subjects", "retention", "num_replicas", "duplicate_window", "max_age", "max_msgs_per_subject")
+def _taker(config: Bus, cluster: str, node: str) -> ConsumerConfig:
+    """The consumer of one node."""
+    return ConsumerConfig(
+        name=f"{cluster}={node}",  # "=" is in no token: a-b + c is not a + b-c
+        durable_name=f"{cluster}={node}",
+        filter_subject=f"hibernode.cmd.{cluster}.{node}.>",
+        deliver_policy=DeliverPolicy.ALL,
+        ack_policy=AckPolicy.EXPLICIT,
+        ack_wait=config.ack_wait,
+        max_deliver=-1,
+    )
+
+
+_OURS = ("subjects", "retention", "num_replicas", "duplicate_window", "max_age", "max_msgs_per_subject", "allow_rollup_hdrs")
 
 
 async def _ensure(client: Client, wanted: StreamConfig) -> None:
