@@ -57,7 +57,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
                 catalog.commit(store, manifest, node.notary, attempt.cancel)
         attempt.report(Status.READY)
         if options.kill:
-            attempt.entry.enter("killing", limits.preflight)
+            calmly("writing down that it is killed", lambda: attempt.entry.enter("killing", limits.preflight))()
             insist("killing the workload", workload.kill)
 
 

@@ -42,7 +42,7 @@ from hibernode.model import (
     Progress,
     Status,
 )
-from hibernode.node import Attempt, Node, Taken
+from hibernode.node import Attempt, Node, Taken, is_full, no_room
 from hibernode.recovery import recover
 from hibernode.restore import restore
 
@@ -148,7 +148,9 @@ class Dispatcher:
             _log.error("after it was ready", action=command.action_id, code=e.code, error=str(e))  # nobody else hears of it
             if isinstance(e, Stuck) and action.entry.record.status == Status.READY:
                 return Outcome.of(e)  # no event any more, but the entry stays open for recovery
-        except Exception:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
+        except Exception as e:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
+            if isinstance(e, OSError) and is_full(e) and action.reached != Status.READY:  # of the journal: the page minds its own
+                return Outcome.of(no_room(e), action.meter.profile())
             _log.exception("defect", action=command.action_id)
             if action.reached != Status.READY:
                 return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
@@ -244,10 +246,16 @@ class Dispatcher:
     # --- events ---------------------------------------------------------------------------------------------------------------
 
     def _report(self, action: _Running, status: Status) -> None:
-        """A status was reached. Any thread; durable when it returns."""
+        """A status was reached. Any thread; durable when it returns, but that it is `ready` need not be: where the disk is full the
+        rest is done all the same, and `_end_surely` says it."""
         action.reached = status
         profile = action.meter.profile() if status != Status.PROCESSING else None
-        self._emit(action.entry, Outcome(status, code="ok" if status == Status.READY else "", profile=profile))
+        try:
+            self._emit(action.entry, Outcome(status, code="ok" if status == Status.READY else "", profile=profile))
+        except OSError as e:
+            if status != Status.READY:
+                raise
+            _log.error("cannot write down that it is ready", action=action.entry.action_id, error=str(e))
         if status == Status.CHECKPOINT_CREATED:
             self._loop.call_soon_threadsafe(action.slot_free.set)
 

@@ -113,11 +113,20 @@ class Attempt:
         try:
             yield work
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise NoRoom(f"no space left: {e}", hint="make the file systems of work_dir and state_dir larger") from e
+            if is_full(e):
+                raise no_room(e) from e
+            raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def no_room(error: OSError) -> NoRoom:
+    """What a disk that is full is to people."""
+    return NoRoom(f"no space left: {error}", hint="make the file systems of work_dir and state_dir larger")
 
 
 _HINTS = {

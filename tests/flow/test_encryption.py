@@ -95,7 +95,7 @@ def test_objects_of_two_checkpoints_cannot_be_mixed(tmp_path: Path) -> None:
     for name in ("pages-0.zst", "index.zst", "images.tar.zst"):
         rig.store.objects[f"{one}/main/{name}"] = rig.store.objects[f"{two}/main/{name}"]
     rig.store.objects.pop(f"{one}/manifest.json")
-    catalog.commit(rig.store, mixed, rig.node.notary)
+    catalog.commit(rig.store, mixed, rig.node.notary, Cancel())
     rig.end_of_original()
     with pytest.raises(Corrupt):
         rig.restore(one)
@@ -106,7 +106,7 @@ def test_another_checkpoints_wrapped_key_is_refused(tmp_path: Path) -> None:
     rig = encrypting(tmp_path)
     one, two = (catalog.read(rig.store, rig.checkpoint(streams=1), rig.node.notary) for _ in range(2))
     rig.store.objects.pop(f"{one.checkpoint_id}/manifest.json")
-    catalog.commit(rig.store, one.model_copy(update={"encryption": two.encryption}), rig.node.notary)
+    catalog.commit(rig.store, one.model_copy(update={"encryption": two.encryption}), rig.node.notary, Cancel())
     with pytest.raises(Corrupt, match="data key"):
         rig.restore(one.checkpoint_id)
 

@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 
 from hibernode._pb import hibernode_pb2 as pb
+from hibernode.errors import Internal
 from hibernode.model import CancelCommand, CheckpointCommand, Event, Overrides, RestoreCommand, Status, Target
 from tests import keeper as processes
 from tests.matrix import checks
@@ -259,6 +260,8 @@ class Player:
         row.findings += checks.statuses(events)
         last = events[-1] if events else None
         row.status, row.code, row.message = (last.status.value, last.code, last.message) if last else ("", "", "")
+        if row.code == Internal.code and case.argument != "eio":  # that one is what no code of ours stands for
+            row.findings.append(Finding("defects", row.message))
         if isinstance(command, RestoreCommand):
             self._judge_restore(subject, row)
         else:

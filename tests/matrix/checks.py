@@ -28,6 +28,7 @@ MORE = (
     "not_killed",
     "ran_twice",
     "daemon_failed",
+    "defects",
     "harness",
 )
 PATIENCE = 3.0  # seconds something may take to go away by itself

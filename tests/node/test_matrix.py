@@ -25,6 +25,9 @@ PLAYED = (
     "kill/process/raise:store_unavailable@store.put.manifest.before#1",
     "restore/process/die@criu.restore.after#1",
     "restore/job/cancel@journal.restoring.before#1",
+    "keep/process/raise:enospc@journal.preflight.before#1",
+    "kill/process/raise:enospc*4@event.ready.before#1",
+    "kill/job/raise:enospc@journal.killing.before#1",
 )
 SURVEY = {
     (direction, subject): {"journal.dumping.before": 1, "store.write.stream.before": 9, "criu.dump.after": 1}
@@ -43,7 +46,7 @@ def test_a_few_cases_leave_nothing_frozen_half_done_or_behind(tmp_path: Path) ->
     result = table.read(tmp_path / "result.json")
     assert [row["case"] for row in result["rows"] if not row["fired"]] == []
     assert {row["case"]: row["code"] for row in result["rows"]} == dict(
-        zip(PLAYED, ("interrupted", "ok", "store_unavailable", "interrupted", "cancelled"), strict=True)
+        zip(PLAYED, ("interrupted", "ok", "store_unavailable", "interrupted", "cancelled", "no_room", "ok", "ok"), strict=True)
     )
     assert result["reader"]["bad"] == 0
 
