@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from tests.keeper import Kept, wait_until
 pytestmark = pytest.mark.timeout(50)
 
 LIMIT = 10.0  # seconds for what takes a few milliseconds
+PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH = 0x4206, 0x4207, 17
 
 # Every process forks a child a millisecond, as long as there are fewer than 300; each ends by itself after 30 s.
 FORKING = """
@@ -144,6 +146,22 @@ def test_another_process_of_that_pid_is_not_met(running: Running, who: Callable[
 
 
 # --- thaw ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_who_is_about_to_stop_goes_on(running: Running) -> None:
+    """As CRIU leaves a tree: SIGSTOP is on its way, and the process has not come to run yet."""
+    pid = running.start("import time; time.sleep(60)")
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.ptrace(PTRACE_SEIZE, pid, None, None) == 0, os.strerror(ctypes.get_errno())
+    assert libc.ptrace(PTRACE_INTERRUPT, pid, None, None) == 0, os.strerror(ctypes.get_errno())
+    wait_until(lambda: proc.state(pid) == "t", LIMIT, "a held process")
+    os.kill(pid, signal.SIGSTOP)
+    assert proc.state(pid) == "t"
+    assert proc.stops(pid)
+    trees.thaw([identity(pid)])
+    assert not proc.stops(pid)
+    assert libc.ptrace(PTRACE_DETACH, pid, None, None) == 0, os.strerror(ctypes.get_errno())
+    wait_until(lambda: proc.state(pid) == "S", LIMIT, "a process that goes on")
 
 
 def test_everything_of_a_tree_goes_on_also_who_was_born_later(running: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -80,6 +81,16 @@ def thread_states(pid: int) -> set[str]:
         except GONE:
             continue
     return states
+
+
+def stops(pid: int) -> bool:
+    """Whether it is stopped, or will be as soon as it comes to run: CRIU sends SIGSTOP and detaches, and on a busy machine the process
+    still looks as if it ran for some milliseconds. What is pending is read first: a signal that is taken in between is seen as a state."""
+    try:
+        status = _status(pid)
+    except GONE:
+        return False
+    return bool(int(status["ShdPnd"], 16) >> (signal.SIGSTOP - 1) & 1) or "T" in thread_states(pid)
 
 
 def tracers(pid: int) -> set[int]:

@@ -67,7 +67,7 @@ class ProcessWorkload:
     def freeze(self) -> None:
         """CRIU stops a single tree by itself; here it is only noted who was stopped before, because `thaw` leaves him so."""
         self._seen.update(proc.forest(self._seen))
-        self._stopped_before = {process for process in self._seen if "T" in proc.thread_states(process[0])}
+        self._stopped_before = {process for process in self._seen if proc.stops(process[0])}
 
     def thaw(self) -> None:
         trees.thaw(self._seen, self._stopped_before)

@@ -29,9 +29,9 @@ _log = logging.getLogger("hibernode.trees")
 
 
 def thaw(processes: Iterable[Identity], leave: Collection[Identity] = ()) -> None:
-    """SIGCONT to what is stopped of these and of what descends from them, except those in `leave`."""
+    """SIGCONT to what is stopped of these and of what descends from them, or is about to stop, except those in `leave`."""
     for process in proc.forest(processes):
-        if process not in leave and "T" in proc.thread_states(process[0]):
+        if process not in leave and proc.stops(process[0]):
             send(process, signal.SIGCONT)
 
 
