@@ -45,8 +45,11 @@ class NodeBus(Protocol):
     def commands(self) -> AsyncIterator[Delivery]:
         """Commands for this node, for ever, those sent while it was down first. Ends after `stop`."""
 
-    async def publish_event(self, action_id: str, message_id: str, data: bytes) -> None:
-        """Returns when the stream has stored it. The same message id twice within the window is stored once."""
+    async def publish_event(self, action_id: str, message_id: str, data: bytes, *, after: int | None = None) -> int:
+        """Returns when the stream has stored it: its place there. The same message id twice within the window is stored once.
+
+        `after` is the place of the action's event before it, 0 if it is the first: then it is stored once however late it comes
+        again, and the place is the one that it has already. A stream that was made anew stores it after what there is."""
 
     async def publish_progress(self, action_id: str, data: bytes) -> None:
         """Best effort: lost when nobody listens or the broker is away."""

@@ -178,8 +178,10 @@ class Courier:
 
     async def _publish_waiting(self) -> None:
         for entry, event in self._outbox.waiting():
-            await self._bus.publish_event(event.action_id, wire.message_id(event), wire.encode_event(event))
-            self._outbox.sent(entry, event)
+            place = await self._bus.publish_event(
+                event.action_id, wire.message_id(event), wire.encode_event(event), after=entry.record.stored_at
+            )
+            self._outbox.sent(entry, event, place)
 
     async def _publish_node(self) -> None:
         while True:

@@ -55,6 +55,7 @@ class Record(Value):
     kill: bool = False  # the workload is to be killed when the checkpoint is ready
     events: tuple[Event, ...] = ()  # every status it reached, written together with it
     published: int = 0  # the sequence number up to which the broker has confirmed them
+    stored_at: int | None = None  # the place of the last confirmed one in the broker's stream, 0: of none; None: not known
 
     @property
     def last(self) -> Event | None:
@@ -195,6 +196,7 @@ class Journal:
             target=target,
             command=command.model_dump_json(),
             began_at=self._clock(),
+            stored_at=0,
         )
         self._prune()
         entry = Entry(self._directory / f"{command.action_id}.json", record)

@@ -1,7 +1,8 @@
 """Events the broker has not confirmed: a broker that is away delays a status and never loses one.
 
 They lie in the journal, each written together with the status it tells, so that there is no moment in which one is on disk and the other
-is not; what is sent is noted there too. Events of one action go out in order; the broker drops one that comes twice by its message id.
+is not; what is sent is noted there too, and which place it got. Events of one action go out in order; by the place of the one before, the
+broker knows one that comes twice, however late that is.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ class Outbox:
         for entry in self._journal.all():
             yield from ((entry, event) for event in entry.record.events if event.seq > entry.record.published)
 
-    def sent(self, entry: Entry, event: Event) -> None:
-        """The broker has it. Durable when it returns."""
-        entry.update(published=max(event.seq, entry.record.published))
+    def sent(self, entry: Entry, event: Event, place: int | None = None) -> None:
+        """The broker has it, at this place of its stream. Durable when it returns."""
+        if event.seq > entry.record.published:
+            entry.update(published=event.seq, stored_at=place)
 
     def again(self, entry: Entry) -> None:
         """Send the last event once more, after those that were not sent yet."""
-        if (last := entry.record.last) is not None:
-            entry.update(published=min(entry.record.published, last.seq - 1))
+        last = entry.record.last
+        if last is not None and entry.record.published >= last.seq:
+            entry.update(published=last.seq - 1, stored_at=0)  # where there is anything of the action, there is its last event
 
     def __len__(self) -> int:
         return sum(1 for _ in self.waiting())

@@ -239,6 +239,21 @@ async def test_an_event_is_stored_once_per_message_id(bench: Bench) -> None:
     assert [await take(events) for _ in range(3)] == [b"1", b"2", b"3"]
 
 
+async def test_an_event_is_stored_once_per_place_however_late_it_comes_again(bench: Bench) -> None:
+    """Another message id is what an old one is to a broker that has forgotten it."""
+    control, node, action = await bench.control(), await bench.node(), new_id()
+    first = await node.publish_event(action, new_id(), b"1", after=0)
+    assert await node.publish_event(action, new_id(), b"1 again", after=0) == first
+    await node.publish_event(new_id(), new_id(), b"of another action", after=0)
+    second = await node.publish_event(action, message := new_id(), b"2", after=first)
+    assert second > first
+    assert await node.publish_event(action, new_id(), b"2 again", after=first) == second
+    assert await node.publish_event(action, message, b"2 again", after=first) == second
+    assert await node.publish_event(action, new_id(), b"3", after=second) > second
+    events = control.follow(action)
+    assert [await take(events) for _ in range(3)] == [b"1", b"2", b"3"]
+
+
 async def test_following_begins_at_the_beginning_and_goes_on_live(bench: Bench) -> None:
     control, nodes = await bench.control(), [await bench.node("a"), await bench.node("b")]
     action, other = new_id(), new_id()

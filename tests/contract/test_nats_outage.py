@@ -254,6 +254,21 @@ async def test_writers_make_streams_anew_that_somebody_deleted(server: NatsServe
             await write()
 
 
+async def test_a_stream_made_anew_takes_an_event_whose_place_was_in_the_old_one(server: NatsServer) -> None:
+    async with ends(server.url) as (node, control):
+        action = new_id()
+        for other in range(3):
+            place = await node.publish_event(action, f"{action}.{other}", b"old")
+        await delete_streams(server)
+        with pytest.raises(BusUnavailable):
+            await node.publish_event(action, f"{action}.4", b"4", after=place)
+        first = await node.publish_event(action, f"{action}.4", b"4", after=place)
+        assert first < place
+        assert await node.publish_event(action, f"{action}.5", b"5", after=first) > first
+        events = control.follow(action)
+        assert [await take(events), await take(events)] == [b"4", b"5"]
+
+
 async def test_commands_outlive_the_server(server: NatsServer) -> None:
     async with ends(server.url) as (_, control):
         await control.send("n", "checkpoint", new_id(), b"x")

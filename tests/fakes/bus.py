@@ -91,6 +91,10 @@ class MemoryBus:
                 queue.items.append(_Item("", data))
         self._notify()
 
+    def _last_event(self, cluster: str, action_id: str) -> int:
+        """Its place; 0 if there is none."""
+        return max((at for at, (c, a, _) in enumerate(self.events, 1) if (c, a) == (cluster, action_id)), default=0)
+
     def _nodes(self, cluster: str) -> dict[str, bytes]:
         self._check()
         now = _now()
@@ -219,10 +223,12 @@ class MemoryNode(_End):
         async for delivery in self._deliveries(lambda: self._bus._queue(self._cluster, self._node)):
             yield delivery
 
-    async def publish_event(self, action_id: str, message_id: str, data: bytes) -> None:
+    async def publish_event(self, action_id: str, message_id: str, data: bytes, *, after: int | None = None) -> int:
         self._check()
-        if self._bus._once(f"event {message_id}"):
-            self._bus._store_event(self._cluster, _token(action_id, "action_id"), data)
+        last = self._bus._last_event(self._cluster, _token(action_id, "action_id"))
+        if self._bus._once(f"event {message_id}") and (after is None or last <= after):
+            self._bus._store_event(self._cluster, action_id, data)
+        return self._bus._last_event(self._cluster, action_id)
 
     async def publish_progress(self, action_id: str, data: bytes) -> None:
         if self.connected:

@@ -20,6 +20,7 @@ from hibernode.config import Bus as Settings
 from hibernode.drivers.nats import COMMANDS, EVENTS, NatsControl
 from hibernode.errors import BusUnavailable
 from hibernode.model import CancelCommand, CheckpointCommand, Event, RestoreCommand
+from tests.keeper import wait_until
 from tests.nats_server import NatsServer
 
 T = TypeVar("T")
@@ -102,6 +103,15 @@ class Bus:
         """All these streams."""
         return set(names) <= self._do(self._streams())
 
+    def forget_ids(self) -> None:
+        """An hour later: it knows the id of no event any more. It reads them when it starts, as many as it has to know."""
+        window = 0.1
+        self._do(self._keep_ids(window))
+        self.server.stop()
+        over = time.monotonic() + window
+        wait_until(lambda: time.monotonic() > over, CALL, "an hour")
+        self.server.start()
+
     def nodes(self) -> list[str]:
         return sorted(self._do(self._control.nodes()))
 
@@ -176,6 +186,11 @@ class Bus:
                 await client.jetstream().delete_stream(stream)
             if consumer:
                 await client.jetstream().delete_consumer(COMMANDS, self._consumer)
+
+    async def _keep_ids(self, seconds: float) -> None:
+        async with self._client() as client:
+            stream = client.jetstream()
+            await stream.update_stream((await stream.stream_info(EVENTS)).config.evolve(duplicate_window=seconds))
 
     async def _streams(self) -> set[str]:
         async with self._client() as client:

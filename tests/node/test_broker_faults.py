@@ -300,10 +300,18 @@ def test_broker_redelivers_a_command_at_work(bench: Bench, program: Program) -> 
     assert bench.checkpoints() == [command.checkpoint_id]
 
 
-def test_broker_redelivers_a_command_whose_acknowledgement_was_lost(bench: Bench, program: Program) -> None:
-    """It is answered with what was written down; the workload, which was killed, is not killed again after its restore."""
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+def test_broker_redelivers_a_command_whose_acknowledgement_was_lost(bench: Bench, program: Program, later: bool) -> None:
+    """It is answered with what was written down; the workload, which was killed, is not killed again after its restore. Also after so
+    long that the broker knows no message ids any more."""
+
+    def lose() -> None:
+        if later:
+            bench.bus.forget_ids()
+        bench.proxy.reset()
+
     before = program.beat()
-    lost = bench.proxy.at(ACK, bench.proxy.reset)
+    lost = bench.proxy.at(ACK, lose)
     command = bench.checkpoint(program, kill=True)
     lost.wait()
     bench.killed(program)
@@ -485,12 +493,18 @@ def test_broker_breaks_off_in_the_middle_of_an_event(bench: Bench, program: Prog
         assert bench.told(command).status.value == "ready"
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 @pytest.mark.parametrize("marker", [PROCESSING, READY], ids=["processing", "ready"])
-def test_broker_stores_an_event_and_breaks_off_before_it_says_so(bench: Bench, program: Program, marker: bytes) -> None:
-    """The daemon cannot know, and tells it again: it is in the stream once."""
+def test_broker_stores_an_event_and_breaks_off_before_it_says_so(
+    bench: Bench, program: Program, marker: bytes, later: bool
+) -> None:
+    """The daemon cannot know, and tells it again: it is in the stream once. Also after so long that the broker knows no message ids
+    any more."""
 
     def lose_the_answer() -> None:
         wait_until(lambda: bench.stored(command.action_id, marker), LIMIT, "the event in the stream")
+        if later:
+            bench.bus.forget_ids()
         bench.proxy.reset()
 
     command = checkpoint_of(program)

@@ -87,6 +87,23 @@ def test_the_last_event_again_leaves_out_none_that_waits(tmp_path: Path) -> None
     assert waiting(outbox) == [(entry.action_id, 2), (entry.action_id, 3)]
 
 
+def test_the_place_of_the_last_one_sent(tmp_path: Path) -> None:
+    """0: of none. Whoever sends the last one again has to say so: a broker that has it has something after that."""
+    journal = Journal(tmp_path)
+    entry, outbox = action(journal), Outbox(journal)
+    first, second, last = entry.record.events
+    assert entry.record.stored_at == 0
+    outbox.sent(entry, first, 7)
+    outbox.again(entry)
+    assert entry.record.stored_at == 7
+    outbox.sent(entry, second, 8)
+    outbox.sent(entry, last, 11)
+    outbox.sent(entry, first, 7)
+    assert entry.record.stored_at == 11
+    outbox.again(entry)
+    assert entry.record.stored_at == 0
+
+
 def test_an_event_and_its_status_are_one_write(tmp_path: Path) -> None:
     """Whatever a crash leaves, both are there or neither."""
     journal = Journal(tmp_path / "journal")

@@ -67,7 +67,7 @@ ALIVE = 5.0  # seconds between two signs of life; a dead connection is noticed w
 PULL = 10.0  # seconds a request for messages waits at the server; the price of losing one unnoticed
 PAUSE = 0.2  # seconds until something that failed on a live connection is tried again
 RETRY = (0.2, 5.0)  # seconds between two attempts to connect: the first, the longest
-DUPLICATES = 3600.0  # seconds the server remembers message ids: so long may an outbox not know whether it got through
+DUPLICATES = 3600.0  # seconds the server remembers message ids: of commands; events have their place as well
 FOLLOW = 256  # events asked for at once by a follower that does not acknowledge
 FORGET = 300.0  # seconds until the server removes the place of a follower that is gone
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -121,9 +121,9 @@ class NatsNode:
                     async for message in messages:
                         yield _Delivery(self._link, message)
 
-    async def publish_event(self, action_id: str, message_id: str, data: bytes) -> None:
+    async def publish_event(self, action_id: str, message_id: str, data: bytes, *, after: int | None = None) -> int:
         subject = f"hibernode.evt.{self._cluster}.{self._node}.{_token(action_id, 'action_id')}"
-        await self._link.store(subject, data, message_id)
+        return await self._link.store(subject, data, message_id, after)
 
     async def publish_progress(self, action_id: str, data: bytes) -> None:
         subject = f"hibernode.progress.{self._cluster}.{self._node}.{_token(action_id, 'action_id')}"
@@ -443,15 +443,27 @@ class _Link:
         with self.translated() as client:
             await client.publish(subject, data)
 
-    async def store(self, subject: str, data: bytes, message_id: str) -> None:
-        """Returns when a stream has it."""
+    async def store(self, subject: str, data: bytes, message_id: str, after: int | None = None) -> int:
+        """Returns when a stream has it: its place. `after`: of the message before it on this subject, which nobody else writes to."""
         with self.translated() as client:
-            headers: dict[str, Any] | None = {"Nats-Msg-Id": message_id} if message_id else None
             try:
-                await self._answered(client.jetstream(timeout=CALL).publish(subject, data, headers=headers))
+                return await self._store(client, subject, data, message_id, after)
             except NoStreamResponseError:
                 await self._prepare(client)  # for the next attempt
                 raise
+            except APIError as e:
+                if after is None or (last := _wrong_last(e)) is None:
+                    raise
+                if last > after:  # it got there before, and nobody heard of it
+                    return last
+                return await self._store(client, subject, data, message_id, last)  # the stream was made anew
+
+    async def _store(self, client: Client, subject: str, data: bytes, message_id: str, after: int | None) -> int:
+        headers: dict[str, Any] = {"Nats-Msg-Id": message_id} if message_id else {}
+        if after is not None:
+            headers["Nats-Expected-Last-Subject-Sequence"] = str(after)
+        publishing = client.jetstream(timeout=CALL).publish(subject, data, headers=headers or None)
+        return (await self._answered(publishing)).seq
 
     async def ask(self, subject: str, data: bytes) -> bytes:
         with self.translated() as client:
@@ -611,6 +623,12 @@ def _refusal(config: Bus, error: Exception, where: str) -> Exception:
             hint="set bus.tls_ca, and bus.tls_cert and bus.tls_key where the broker asks for a certificate",
         )
     return error
+
+
+def _wrong_last(error: APIError) -> int | None:
+    """The place of the last message on a subject, where it is not the one that was expected."""
+    found = re.fullmatch(r"wrong last sequence: (\d+)", error.description or "")
+    return int(found[1]) if found and error.err_code == 10071 else None
 
 
 def _describe(error: BaseException) -> str:
