@@ -67,9 +67,6 @@ class Courier:
         for work in (self._publish_outbox(), self._publish_node()):
             self._serving.spawn(work)
         async for delivery in self._bus.commands():
-            if self._dispatcher.stopping:
-                await delivery.later(0)
-                continue
             self._deliveries.spawn(self._take(delivery))
 
     async def _connect(self) -> None:
@@ -84,16 +81,17 @@ class Courier:
 
     async def _take(self, delivery: Delivery) -> None:
         try:
+            if self._dispatcher.stopping:  # the next daemon's
+                await delivery.later(0)
+                return
             try:
                 command = wire.decode_command(delivery.verb, delivery.data)
             except BadCommand as e:
                 await self._refuse_unreadable(delivery, e)
                 return
             if isinstance(command, CancelCommand):
-                if not self._dispatcher.knows(command.action_id):
-                    self._serving.spawn(self._cancel_early(command.action_id, delivery))
-                    return
-                await self._dispatcher.cancel(command.action_id)
+                if not await self._dispatcher.cancel(command.action_id):
+                    self._dispatcher.forestall(command.action_id)
             else:
                 await self._run_delivered(command, delivery)
             await delivery.done()
@@ -103,19 +101,6 @@ class Courier:
             _log.error("could not begin", verb=delivery.verb, error=str(e))
             with contextlib.suppress(BusUnavailable):
                 await delivery.later(self._node.config.limits.retry_delay)
-
-    async def _cancel_early(self, action_id: str, delivery: Delivery) -> None:
-        """A cancel that has overtaken its action waits for it: that may have been given to a daemon that died before it wrote it down,
-        and comes again after `ack_wait`. Until then the cancel stays with the broker, so that a crash does not lose it."""
-        third = self._node.config.bus.ack_wait / 3
-        for _ in range(6):
-            if self._dispatcher.knows(action_id) or await self._dispatcher.cancel_when_it_comes(action_id, third):
-                break
-            with contextlib.suppress(BusUnavailable):
-                await delivery.working()
-        await self._dispatcher.cancel(action_id)
-        with contextlib.suppress(BusUnavailable):
-            await delivery.done()
 
     async def _run_delivered(self, command: ActionCommand, delivery: Delivery) -> None:
         if delivery.attempt > self._node.config.bus.max_deliver and self._node.journal.find(command.action_id) is None:

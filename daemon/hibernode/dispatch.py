@@ -50,6 +50,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _UNTOUCHED = ("starting", "preflight", "fetching")  # phases in which trying again is harmless
+_FORESTALLED = 1000  # cancels without a command that are remembered; the oldest are forgotten first
 _WATCHER_QUEUE = 1000  # updates a slow watcher may lag behind before it loses progress (never events)
 _log = structlog.get_logger("hibernode")
 
@@ -70,8 +71,8 @@ class Dispatcher:
     def __init__(self, node: Node, observe: Callable[[Event | Progress], None] = lambda _: None) -> None:
         self._node, self._observe = node, observe
         self._running: dict[str, _Running] = {}
-        self._unwanted: dict[str, asyncio.Event] = {}  # actions that were cancelled before they came
         self._slots = asyncio.Semaphore(node.config.limits.actions)
+        self._forestalled: dict[str, None] = {}  # actions that were cancelled before they came
         self._watchers: set[asyncio.Queue[Event | Progress]] = set()
         self._tasks = Tasks()
         self._posted: Callable[[], None] | None = None
@@ -121,10 +122,10 @@ class Dispatcher:
         """Begin an action, unless its id is known. The task that ends with it; None: it has ended before."""
         if self._node.journal.find(command.action_id) is None:
             action = _Running(self._node.journal.begin(command))
+            if command.action_id in self._forestalled:
+                del self._forestalled[command.action_id]
+                action.cancel.set("cancelled by a command that came before it")
             self._running[command.action_id] = action
-            if (unwanted := self._unwanted.get(command.action_id)) is not None:
-                action.cancel.set("cancelled by command, before it came")
-                unwanted.set()
             action.task = self._tasks.spawn(self._act(command, action))
         running = self._running.get(command.action_id)
         return running.task if running else None
@@ -366,24 +367,18 @@ class Dispatcher:
             self._watchers.discard(queue)
 
     async def cancel(self, action_id: str) -> bool:
+        """Ask a running action to stop; False if there is none: it has ended, or nobody knows it."""
         action = self._running.get(action_id)
         if action is not None:
             action.cancel.set("cancelled by command")
         return action is not None
 
-    async def cancel_when_it_comes(self, action_id: str, seconds: float) -> bool:
-        """An action nobody has heard of yet never begins, if it comes within so many seconds; whether it did."""
-        came = self._unwanted.setdefault(action_id, asyncio.Event())
-        try:
-            await asyncio.wait_for(came.wait(), seconds)
-        except TimeoutError:
-            return False
-        finally:
-            self._unwanted.pop(action_id, None)
-        return True
-
-    def knows(self, action_id: str) -> bool:
-        return self._node.journal.find(action_id) is not None
+    def forestall(self, action_id: str) -> None:
+        """A cancel has overtaken its command, as a broker that gives it out again may let it: it ends as cancelled when it comes."""
+        if self._node.journal.find(action_id) is None:
+            self._forestalled[action_id] = None
+            while len(self._forestalled) > _FORESTALLED:
+                del self._forestalled[next(iter(self._forestalled))]
 
     async def action(self, action_id: str) -> ActionView:
         entry = self._node.journal.find(action_id)

@@ -473,27 +473,6 @@ async def test_a_running_action_is_cancelled(tmp_path: Path) -> None:
     assert not rig.machine.stopped
 
 
-async def test_a_cancel_that_overtakes_its_action(tmp_path: Path) -> None:
-    """It waits for it at the broker; a daemon that stops meanwhile does not wait, and leaves it there."""
-    bus, command = MemoryBus(), checkpoint_command()
-    async with running(node(tmp_path), bus) as desk:
-        await desk.send(CancelCommand(action_id=command.action_id))
-        await eventually(lambda: command.action_id in desk.dispatcher._unwanted, "the cancel")
-    async with running(node(tmp_path), bus) as desk:
-        bus.redeliver()
-        await eventually(lambda: command.action_id in desk.dispatcher._unwanted, "the cancel again")
-        await desk.send(command)
-        assert (await desk.end(command.action_id)).code == "cancelled"
-        await desk.acked()
-        assert desk.statuses(command.action_id) == [ERROR]
-
-
-async def test_a_cancel_of_what_never_comes_is_given_up(tmp_path: Path) -> None:
-    async with running(Rig(tmp_path, memory(10), None, node="n", cluster="c", bus={"ack_wait": 1.0})) as desk:
-        await desk.send(CancelCommand(action_id=new_id()))
-        await desk.acked()
-
-
 async def test_a_waiting_action_is_cancelled(tmp_path: Path) -> None:
     rig = node(tmp_path, Gate("criu.dump"), actions=1)
     async with running(rig) as desk:
