@@ -121,13 +121,9 @@ class Courier:
             self._filled.set()
 
     async def _refuse_unreadable(self, delivery: Delivery, error: BadCommand) -> None:
-        """Answer it if it says which action it is; drop it either way. A cancel is no action: nobody waits for its end."""
-        _log.warning(
-            "malformed command",
-            verb=delivery.verb,
-            error=str(error),
-            start=delivery.data[:200].decode(errors="replace"),
-        )
+        """Answer it if it says which action it is; drop it either way. A cancel is no action: nobody waits for its end. Nothing of it is
+        logged but what is wrong with it: what somebody has put into a wrong place may be secret."""
+        _log.warning("malformed command", verb=delivery.verb, error=str(error), size=len(delivery.data))
         if delivery.verb != "cancel":
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, BadCommand):
                 self._answer_unreadable(delivery, error)

@@ -70,11 +70,12 @@ def _criu_opts(text: str) -> CriuOpts:
     except ValidationError as e:
         first = e.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
+        known = key in CriuOpts.model_fields  # else nobody knows what it is: it may be secret
         raise Refused(
             "criu_opts",
             f"criu_opts: {key or 'the text'}: {first['msg'].lower()}",
             prop=f"criu_opts.{key}" if key else "criu_opts",
-            found=json.dumps(first.get("input"), default=str)[:200],
+            found=json.dumps(first.get("input"), default=str)[:200] if known else key or "no JSON object",
             wanted="one of " + ", ".join(CriuOpts.model_fields),
             hint='a JSON object in a string, for example {"tcp": "close", "leave_running": false}',
         ) from None

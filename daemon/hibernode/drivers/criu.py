@@ -62,7 +62,7 @@ class Criu:
     def __init__(self, path: str, children: Children, plugins: Path, rollback: float = _ROLLBACK) -> None:
         """`rollback`: seconds a worker has to end by itself, after a cancel as after its answer."""
         self._path, self._children, self._rollback = path, children, rollback
-        plugins.mkdir(parents=True, exist_ok=True)
+        plugins.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._env = {
             **os.environ,
             "CRIU_LIBS_DIR": str(plugins),
