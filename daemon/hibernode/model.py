@@ -452,6 +452,7 @@ class Cancel:
         self._reason = ""
         self._error: HibernodeError | None = None
         self._closed = False
+        self._woken = threading.Event()
         self._wakes: list[Callable[[], None]] = []
 
     def set(self, reason: str, error: HibernodeError | None = None) -> None:
@@ -461,8 +462,11 @@ class Cancel:
                 return
             self._reason, self._error = reason, error
             wakes = list(self._wakes)
-        for wake in wakes:
-            wake()
+        try:
+            for wake in wakes:
+                wake()
+        finally:
+            self._woken.set()
 
     @property
     def reason(self) -> str:
@@ -486,7 +490,8 @@ class Cancel:
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """While inside, `wake` is called (from another thread, at most once) when the action is cancelled."""
+        """While inside, `wake` is called (from another thread, at most once) when the action is cancelled; and never afterwards, when
+        its workload may be another action's."""
         with self._lock:  # with `set`: either it sees the wake-up, or we see the reason
             self.check()
             self._wakes.append(wake)
@@ -495,6 +500,9 @@ class Cancel:
         finally:
             with self._lock:
                 self._wakes.remove(wake)
+                being_woken = bool(self._reason)
+            if being_woken:
+                self._woken.wait()
 
 
 class Meter:

@@ -250,6 +250,33 @@ def test_the_first_reason_counts() -> None:
     assert woken == [1]
 
 
+def test_no_wake_up_comes_after_its_scope() -> None:
+    """What it lets go on may be somebody else's by then."""
+    cancel, begun, go_on, order = Cancel(), threading.Event(), threading.Event(), list[str]()
+
+    def wake() -> None:
+        begun.set()
+        assert go_on.wait(10)
+        order.append("woken")
+
+    def scope() -> None:
+        with cancel.waking(wake):
+            assert begun.wait(10)
+            leaving.set()
+        order.append("left")
+
+    leaving = threading.Event()
+    threads = [threading.Thread(target=scope), threading.Thread(target=cancel.set, args=("enough",))]
+    threads[0].start()
+    until(lambda: cancel._wakes)
+    threads[1].start()
+    assert leaving.wait(10)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["woken", "left"]
+
+
 def test_two_scopes_of_one_action_are_both_woken() -> None:
     cancel, entered = Cancel(), threading.Barrier(3)
     ended: list[str] = []
