@@ -136,6 +136,7 @@ def test_pieces_of_a_small_object_cannot_be_cut_off_swapped_or_doubled() -> None
     cut = PIECE + TAG
     one, two, three, four = stored[:cut], stored[cut : 2 * cut], stored[2 * cut : 3 * cut], stored[3 * cut :]
     for wrong in (
+        b"",
         one,
         one + two,
         one + two + three,

@@ -127,6 +127,8 @@ class Closer:
 def opened(seal: ObjectSeal, size: int, read: Callable[[int, int], memoryview]) -> Iterable[memoryview]:
     """A small object of `size` bytes on its way in: `read` is given offset and length of what is stored. What comes is good until the
     next. Corrupt for any other object than was written."""
+    if size < seal.extra:
+        raise Corrupt("an encrypted object is too short to be one")  # of nothing it has a tag
     step, into = PIECE + seal.extra, seal.scratch(PIECE + TAG)
     for number, at in enumerate(range(0, size, step)):
         length = min(step, size - at)
