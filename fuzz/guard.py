@@ -12,6 +12,7 @@ An endless wait uses no processor time: the engine's own clock ends that one, an
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import resource
@@ -27,6 +28,7 @@ from pathlib import Path
 SECONDS = 5.0  # of processor time; the slowest honest input here takes a tenth of one
 MEMORY = 128 << 20  # bytes; the inputs here are small, and so are the limits that they are read with
 _PAGE = resource.getpagesize()
+_LIBC = ctypes.CDLL(None)
 _HELD = 16 << 20  # bytes that are still there afterwards, until a cycle of objects is found
 _PILE = 256 << 20  # bytes of it, from many runs, that may lie about until they are looked for
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -148,6 +150,7 @@ class _Held:
     def _let_go(self) -> None:
         if (resident := _resident()) - self._resident > _HELD:
             cycles = gc.collect()
+            _LIBC.malloc_trim(0)  # what is free may still be there: it is the allocator's, and none of the run's
             if cycles and (freed := resident - _resident()) > _HELD // 2:
                 raise Finding(f"{freed >> 20} MiB were held until the collector of cycles came by")
 
