@@ -1,9 +1,8 @@
 """The local gRPC service: decode, ask the desk, encode; and who may call it.
 
-Who may call: whoever can open the socket. It is made with mode 0600 (and its directory, where we make it, with 0700),
-so the kernel lets in only root and the user the daemon runs as. That is the whole check: grpc for Python shows a
-handler nothing of SO_PEERCRED (over a unix socket `context.peer()` is "unix:" and `auth_context()` names no user, with
-"local" credentials too), so there is no second one per call.
+Who may call: root, and the user the daemon runs as. The socket is made with mode 0600 (and its directory, where we make
+it, with 0700), so the kernel lets in nobody else; and whoever gets a connection all the same, because somebody has changed a
+mode, is asked for by his uid (`door.py`).
 
 Watching is not owning: a client that goes away ends its stream and nothing else; the action goes on.
 """
@@ -36,6 +35,7 @@ from grpc_reflection.v1alpha import reflection
 from hibernode import wire
 from hibernode._pb import hibernode_pb2 as pb
 from hibernode._pb import hibernode_pb2_grpc as pb_grpc
+from hibernode.door import Door
 from hibernode.errors import BadCommand, Cancelled, HibernodeError, Internal, NotFound, Refused, Transient
 from hibernode.model import (
     ActionView,
@@ -119,6 +119,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined] # "aio" is its public name
         self._held = contextlib.ExitStack()  # the lock on the socket's name
         self._server: grpc.aio.Server | None = None
+        self._door = Door(path)
 
     async def start(self) -> None:
         """Answer calls. Raises Refused("daemon_running" | "socket_path") and leaves what it found as it was."""
@@ -128,10 +129,13 @@ class RpcServer:
             pb_grpc.add_NodeServicer_to_server(self._node, server)
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-            _bind(server, self._path)
-            await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-            await server.start()
+            with _refused(self._path):
+                self._door.build(server.add_insecure_port)
+                await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+                await server.start()
+                await self._door.open()
         except BaseException:
+            await self._door.close()
             self._held.close()
             raise
         self._server = server
@@ -140,9 +144,11 @@ class RpcServer:
         """Take no more calls, end the streams at once, give other calls `grace` seconds. Harmless when repeated."""
         server, self._server = self._server, None
         if server is not None:
+            self._door.shut()
             await self._health.enter_graceful_shutdown()
             self._node.end_streams()
-            await server.stop(grace)  # removes the socket too
+            await server.stop(grace)
+            await self._door.close()
             self._held.close()
 
 
@@ -227,16 +233,13 @@ def _running(path: Path) -> Refused:
     )
 
 
-def _bind(server: grpc.aio.Server, path: Path) -> None:
-    # grpc binds inside this call and knows no mode. The mask is the process's: for this moment every thread makes files
-    # that are private, which harms nobody.
-    before = os.umask(0o177)
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """A socket that cannot be made, as Refused."""
     try:
-        server.add_insecure_port(f"unix:{quote(str(path))}")
-    except RuntimeError as e:
-        raise Refused("socket_path", f"cannot listen on {path}", prop="socket", found=str(path), wanted="bound") from e
-    finally:
-        os.umask(before)
+        yield
+    except (RuntimeError, OSError) as e:  # grpc's, ours
+        raise Refused("socket_path", f"cannot listen on {path}: {e}", prop="socket", found=str(path), wanted="bound") from e
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

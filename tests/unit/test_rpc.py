@@ -135,6 +135,38 @@ except PermissionError:
     assert out == b"kept out\n"
 
 
+@pytest.mark.node
+async def test_another_user_is_turned_away_where_the_mode_would_let_him_in(desk: FakeDesk) -> None:
+    """The kernel names him, and he hears nothing; root comes in at the same door."""
+    with tempfile.TemporaryDirectory() as directory:
+        open_to_all = Path(directory) / "h.sock"
+        open_to_all.parent.chmod(0o755)
+        server = RpcServer(desk, open_to_all)
+        await server.start()
+        open_to_all.chmod(0o666)
+        for uid, outcome in ((65534, b"turned away\n"), (0, b"let in\n")):
+            program = f"""
+import os, socket
+os.setgid({uid}); os.setuid({uid})
+caller = socket.socket(socket.AF_UNIX)
+caller.settimeout({DEADLINE})
+caller.connect({str(open_to_all)!r})
+try:
+    greeting = caller.recv(1)
+except ConnectionResetError:
+    greeting = b""
+print("let in" if greeting else "turned away")
+"""
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=subprocess.PIPE)
+            out, _ = await asyncio.wait_for(process.communicate(), DEADLINE)
+            assert out == outcome
+        await server.stop(0)
+
+
+async def test_what_is_behind_the_door_has_no_name(server: RpcServer, path: Path) -> None:
+    assert sorted(each.name for each in path.parent.iterdir()) == ["h.sock", "h.sock.lock"]
+
+
 async def test_the_socket_of_a_dead_daemon_is_replaced(desk: FakeDesk, path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as dead:
