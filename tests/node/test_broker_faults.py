@@ -217,23 +217,23 @@ def test_broker_is_away_for_long(bench: Bench, program: Program) -> None:
     bench.bus.server.stop()
     with Untouched(program):
         ready(bench.daemon.checkpoint(program.target))
-        for _ in range(20):
+        for _ in range(10):
             failed(bench.daemon.checkpoint(pid_target(NOBODY)), "not_found")
         assert bench.daemon.stop() == 0
         bench.daemon.start()
         ready(bench.daemon.checkpoint(program.target))
-        for _ in range(20):
+        for _ in range(10):
             failed(bench.daemon.checkpoint(pid_target(NOBODY)), "not_found")
         bench.daemon.kill()
         bench.daemon.start()
     waiting = [record for record in bench.records().values() if record["published"] < record["seq"]]
-    assert len(waiting) == 42
+    assert len(waiting) == 22
     assert not any(record["published"] for record in waiting)
     for record in waiting:
         bench.expect(record["action_id"])
     bench.bus.server.start()
     bench.insist()
-    began = [event.action_id for event in bench.bus.stream() if event.seq == 1][-42:]
+    began = [event.action_id for event in bench.bus.stream() if event.seq == 1][-22:]
     assert began == [record["action_id"] for record in sorted(waiting, key=lambda record: record["began_at"])]
 
 
