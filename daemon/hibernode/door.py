@@ -40,8 +40,8 @@ class Door:
         with tempfile.TemporaryDirectory(prefix=".door-", dir=self._path.parent) as private:
             directory = os.open(private, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                bind(f"unix:/proc/self/fd/{directory}/s")  # as long as any path may be
-                self._within = os.open("s", os.O_PATH | os.O_CLOEXEC, dir_fd=directory)
+                bind(f"unix:/proc/self/fd/{directory}/behind")  # as long as any path may be
+                self._within = os.open("behind", os.O_PATH | os.O_CLOEXEC, dir_fd=directory)
             finally:
                 os.close(directory)
 

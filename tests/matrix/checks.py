@@ -173,7 +173,7 @@ def _descriptors(pid: int) -> list[str]:
         except FileNotFoundError:
             continue
         what = sockets.get(at, "socket") if at.startswith("socket:") else at.partition("[")[0].partition(":[")[0]
-        if not what.endswith("/d.sock"):
+        if not what.endswith(("/d.sock", "/behind", "/behind (deleted)")):  # the door of the daemon, and what is behind it
             found.append(what)
     return found
 

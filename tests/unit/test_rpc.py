@@ -167,6 +167,21 @@ async def test_what_is_behind_the_door_has_no_name(server: RpcServer, path: Path
     assert sorted(each.name for each in path.parent.iterdir()) == ["h.sock", "h.sock.lock"]
 
 
+async def test_who_has_left_leaves_no_descriptor_at_the_door(server: RpcServer, path: Path, stub: NodeStub) -> None:
+    """Neither one who asked something, nor one who said nonsense, nor one who only looked in."""
+    await stub.Doctor(pb.Empty(), timeout=DEADLINE)
+    before = len(os.listdir("/proc/self/fd"))
+    for word in (b"", b"nonsense\r\n\r\n") * 5:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        writer.write(word)
+        writer.close()
+        await reader.read()
+    for _ in range(5):
+        async with grpc.aio.insecure_channel(f"unix:{path}", options=[("grpc.use_local_subchannel_pool", 1)]) as passing:
+            await NodeStub(passing).Doctor(pb.Empty(), timeout=DEADLINE)
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
 async def test_the_socket_of_a_dead_daemon_is_replaced(desk: FakeDesk, path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as dead:
