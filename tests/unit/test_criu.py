@@ -79,16 +79,20 @@ def test_images_that_cannot_be_read_are_corrupt(criu: Criu, tmp_path: Path, name
 # --- workers that hang ------------------------------------------------------------------------------------------------------------
 
 PATIENCE = 0.2
-# Takes the request and never answers; says its pid first. `stop`: stopped until somebody lets it go on, then it ends.
+# Takes the request and never answers; says its pid first. `stop`: it waits for a child that is stopped until somebody lets it go on.
 WORKER = """#!{python} -SE
 import os, signal, socket, sys
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-open({pid!r}, "w").write(str(os.getpid()) + " ")
 peer = socket.socket(fileno=int(sys.argv[2]))
-peer.recv(1 << 20)
-if {stop}:
-    os.kill(os.getpid(), signal.SIGSTOP)
+child = os.fork() if {stop} else -1
+if child > 0:
+    os.waitpid(child, 0)
     sys.exit(1)
+open({pid!r}, "w").write(str(os.getpid()) + " ")
+if not child:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    os._exit(0)
+peer.recv(1 << 20)
 while True:
     signal.pause()
 """
@@ -127,6 +131,15 @@ def restore(criu: Criu, directory: Path, cancel: Cancel) -> None:
     criu.restore(directory, CriuOptions(), Prepared(), cancel)
 
 
+def test_what_a_worker_has_forked_is_killed_with_it(tmp_path: Path) -> None:
+    (criu, pid), cancel = worker(tmp_path, stop=True), Cancel()
+    cancelling = cancel_when_it_hangs(pid, cancel, "T")
+    with pytest.raises(RestoreFailed):
+        restore(criu, tmp_path, cancel)
+    cancelling.join()
+    keeper.wait_until(lambda: not keeper.alive(int(pid.read_text())), 20, "the end of its child")
+
+
 @pytest.mark.parametrize(("act", "error", "least"), [(dump, DumpFailed, PATIENCE), (restore, RestoreFailed, 0.0)])
 def test_a_worker_that_hangs_is_killed(
     tmp_path: Path, act: Callable[[Criu, Path, Cancel], None], error: type[Exception], least: float
@@ -145,7 +158,7 @@ def test_a_worker_that_hangs_is_killed(
 
 
 def test_a_worker_that_is_stopped_is_let_go_on(tmp_path: Path) -> None:
-    """It ends by itself: long before a patience that would kill it."""
+    """And what it has forked: it ends by itself, long before a patience that would kill it."""
     (criu, pid), cancel = worker(tmp_path, patience=1000, stop=True), Cancel()
     cancelling = cancel_when_it_hangs(pid, cancel, "T")
     with pytest.raises(DumpFailed):

@@ -174,6 +174,7 @@ class Criu:
                     yield request
             finally:
                 ours.close()
+                _disconnect(request)
                 self._wait(worker)
         finally:
             os.close(directory)
@@ -187,7 +188,7 @@ class Criu:
                 self._children.wait(worker, patience)
                 return
             _log.error("criu (pid %d) does not end, and is killed", worker.pid)
-            worker.kill()
+            _signal(worker, signal.SIGKILL)
         raise Stuck(f"criu (pid {worker.pid}) does not end after SIGKILL", hint="its state in `ps` says what it waits for")
 
     def _failed(self, kind: type[HibernodeError], what: str, error: Exception, log: Path) -> HibernodeError:
@@ -214,12 +215,12 @@ def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cance
     timers: list[threading.Timer] = []
 
     def end() -> None:
-        worker.kill()
+        _signal(worker, signal.SIGKILL)
         with contextlib.suppress(OSError):
             ours.shutdown(socket.SHUT_RDWR)
 
     def soon() -> None:
-        worker.send_signal(signal.SIGCONT)
+        _signal(worker, signal.SIGCONT)
         timer = threading.Timer(patience, end)
         timer.daemon = True
         timers.append(timer)
@@ -232,6 +233,19 @@ def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cance
         for timer in timers:
             timer.cancel()
             timer.join()
+
+
+def _disconnect(request: pycriu.criu) -> None:
+    """pycriu works on a copy of our descriptor, and leaves it open where no answer came: a worker that reads would wait for more."""
+    if (copy := getattr(request._comm, "sk", None)) is not None:
+        copy.close()
+
+
+def _signal(worker: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """To the worker and those it has forked for a moment: they are a group of their own, and one that is stopped holds up the others."""
+    if worker.returncode is None:  # nobody has waited for it: its pid is nobody else's
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, number)
 
 
 def _apply(opts: pycriu.rpc.criu_opts, options: CriuOptions, directory: int, log: str) -> None:
