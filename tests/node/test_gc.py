@@ -161,6 +161,7 @@ def test_a_daemon_that_comes_back_takes_away_what_it_left_itself(tmp_path: Path)
 
         made = str(ready(daemon.checkpoint(program.target, streams=1, criu_opts={"leave_running": False})).checkpoint_id)
         program.kill()
+        wait_until(lambda: not any(key.endswith("/attempt") for key in contents(shared.store)[0]), LIMIT, "the end of the action")
         whole = contents(shared.store)
         with held(shared, "GetObject", "pages-0.zst") as hold:
             restore = daemon.stub.Restore(pb.RestoreCommand(checkpoint_id=made), timeout=60)

@@ -175,20 +175,24 @@ class Criu:
             finally:
                 ours.close()
                 _disconnect(request)
-                self._wait(worker)
+                self._wait(worker, restores=leave_for is not None)
         finally:
             os.close(directory)
             ours.close()
             theirs.close()
 
-    def _wait(self, worker: subprocess.Popen[bytes]) -> None:
-        """It ends when its request is answered, or its socket closed; one that does not (it hangs) is killed."""
+    def _wait(self, worker: subprocess.Popen[bytes], *, restores: bool) -> None:
+        """It ends when its request is answered, or its socket closed; one that does not (it hangs) is killed. Alone, if it `restores`: what
+        it has restored well may be in its group (`shell_job`), and what has not is killed with its cgroup."""
         for patience in (self._rollback, _LAST):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._children.wait(worker, patience)
                 return
             _log.error("criu (pid %d) does not end, and is killed", worker.pid)
-            _signal(worker, signal.SIGKILL)
+            if restores:
+                worker.kill()
+            else:
+                _signal(worker, signal.SIGKILL)
         raise Stuck(f"criu (pid {worker.pid}) does not end after SIGKILL", hint="its state in `ps` says what it waits for")
 
     def _failed(self, kind: type[HibernodeError], what: str, error: Exception, log: Path) -> HibernodeError:
@@ -211,7 +215,8 @@ class Criu:
 @contextmanager
 def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cancel: Cancel, patience: float) -> Iterator[None]:
     """A cancel lets a worker that is stopped go on. `patience` seconds later it is killed, and whoever waits for its answer wakes up:
-    those it was restoring hold the other end of the socket, too."""
+    those it was restoring hold the other end of the socket, too. Without patience it does not go on at all: a tree that is to be killed
+    must not run for a moment, and write to its files."""
     timers: list[threading.Timer] = []
 
     def end() -> None:
@@ -220,11 +225,14 @@ def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cance
             ours.shutdown(socket.SHUT_RDWR)
 
     def soon() -> None:
+        if not patience:
+            return end()
         _signal(worker, signal.SIGCONT)
         timer = threading.Timer(patience, end)
         timer.daemon = True
         timers.append(timer)
         timer.start()
+        return None
 
     try:
         with cancel.waking(soon):
