@@ -32,7 +32,7 @@ pytestmark = pytest.mark.node
 
 INTERVAL, GRACE = 0.05, 0.4
 _SPLICE = "275"  # how CRIU sends pages; x86-64
-PAUSE = 0.8  # seconds a dump may hold a workload here, beside 1 s for each 64 MiB
+PAUSE = 1.3  # seconds a dump may hold a workload here, beside 1 s for each 64 MiB
 FAMILY = ["counter.py", 0.01, "slow:32", "thread", "thread"]  # memory that takes zstd seconds, so that CRIU waits for us
 
 
