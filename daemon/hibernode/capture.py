@@ -15,13 +15,14 @@ from typing import Self
 
 from hibernode.errors import DumpFailed, OutcomeUnknown
 from hibernode.flow import Threads
-from hibernode.model import PAGE, Cancel, ImageRef
+from hibernode.model import PAGE, Cancel, ImageRef, Meter
 from hibernode.node import Attempt, Node
 from hibernode.ports import Store
 from hibernode.preflight import Options
 from hibernode.transfer import files
 from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.pageproto import Wire
+from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
 from hibernode.transfer.send import Packing, Sender
 
@@ -33,6 +34,7 @@ class Capture(AbstractContextManager["Capture"]):
         self, node: Node, store: Store, seal: Seal, roots: Mapping[str, int], options: Options, attempt: Attempt, work: Path
     ) -> None:
         self._node, self._roots, self._options, self._work = node, roots, options, work
+        self._store, self._seal = store, seal
         self._wire = Wire(node.criu.facts().version)
         self._threads = Threads(attempt.cancel)
         packing = Packing(options.streams, options.level)
@@ -87,7 +89,9 @@ class Capture(AbstractContextManager["Capture"]):
 
     def _finish(self, name: str, sender: Sender) -> ImageRef:
         collector, tasks = self._collected[name], self._node.criu.tasks(self._work / name)
-        return sender.finish(collector.table, collector.pages, tasks, functools.partial(files.pack, self._work / name))
+        image = sender.finish(collector.table, collector.pages, tasks, functools.partial(files.pack, self._work / name))
+        Receiver(self._store, self._seal, image, 1, Meter()).fetch_index()  # what could not be read must never be `ready`
+        return image
 
     @contextmanager
     def keeping(self) -> Iterator[None]:

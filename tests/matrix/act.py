@@ -242,8 +242,8 @@ class Player:
                 fault.over()
         row.findings += fault.findings
         row.fired = row.fired or case.fault in ("none", "die_at_random") or fault.done
-        if fault.stopping:
-            action.wait_for_end()
+        if fault.asked is not None:
+            action.wait_for_end(fault.asked)
         action.linger(0 if fault.done or case.fault == "none" else LATE, fault.fire)
         row.restarts = action.restarts
         self._hits = self._bench.insist_running().plan(Plan())
@@ -400,16 +400,14 @@ class _Action:
             elif said is None and time.monotonic() > until:
                 return
 
-    def wait_for_end(self) -> None:
-        """Of the daemon, which was asked to stop: it drains."""
+    def wait_for_end(self, asked: Daemon) -> None:
+        """Of the daemon that was asked to stop: it drains. It may have ended, and another one run by now."""
         deadline = time.monotonic() + SETTLE
-        while self._bench.daemon is not None and not self._bench.daemon.ended:
-            self._bench.daemon.hear(0.02)
+        while self._bench.daemon is asked and not asked.ended:
+            asked.hear(0.02)
             if time.monotonic() > deadline:
-                self.row.findings.append(
-                    Finding("daemon_failed", f"it does not end after SIGTERM: {self._bench.daemon.census()[1]}")
-                )
-                self._bench.daemon.signal(signal.SIGKILL)
+                self.row.findings.append(Finding("daemon_failed", f"it does not end after SIGTERM: {asked.census()[1]}"))
+                asked.signal(signal.SIGKILL)
                 deadline += SETTLE
 
     def _ended(self) -> bool:
@@ -443,7 +441,7 @@ class _Fault:
     def __init__(self, case: Case, bench: Bench, subject: Subject, command: Command, rng: random.Random) -> None:
         self._case, self._bench, self._subject, self._command, self._rng = case, bench, subject, command, rng
         self.done = False
-        self.stopping = False  # the daemon was asked to stop
+        self.asked: Daemon | None = None  # the daemon that was asked to stop
         self.findings: Findings = []
         self.left_alone = False  # the daemon stands still, and nobody lets it go on
         self._seen = False
@@ -547,8 +545,8 @@ class _Fault:
     # --- what outsiders do: one method for each fault of that name -----------------------------------------------------------
 
     def _sigterm(self) -> None:
-        self.stopping = True
-        self._daemon.signal(signal.SIGTERM)
+        self.asked = self._daemon
+        self.asked.signal(signal.SIGTERM)
 
     def _sigterm_twice(self) -> None:
         self._sigterm()

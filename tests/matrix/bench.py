@@ -225,6 +225,9 @@ class Bench:
 
     def start(self, plan: Plan | None = None) -> bool:
         """A daemon, which takes calls when this returns; False if it has ended before it did."""
+        if self.daemon is not None and self.daemon.ended:  # its channel is closed; its lock and its socket may not be yet
+            before = self.daemon.pid
+            wait_until(lambda: not processes.alive(before), ASK, f"the end of daemon {before}")
         self._forget_daemon()
         self.starts += 1
         pid, channel = self.keeper.start_daemon(self.settings, self.log, encode_plan(plan or Plan()))

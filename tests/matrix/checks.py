@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ MORE = (
     "defects",
     "harness",
 )
+_UNNAMED = re.compile(r"^Thread-\d+ \(")  # numbered as they come
 PATIENCE = 3.0  # seconds something may take to go away by itself
 _RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}
 
@@ -159,7 +161,7 @@ class Census:
 def census(bench: Bench) -> Census:
     """Of the running daemon. Pool threads and sockets of calls come and go: they are counted apart, by the bench's end."""
     daemon = bench.insist_running()
-    threads = [name for name in daemon.census()[0] if not name.startswith("hibernode_")]
+    threads = [_UNNAMED.sub("Thread (", name) for name in daemon.census()[0] if not name.startswith("hibernode_")]
     mounts = len(Path(f"/proc/{daemon.pid}/mountinfo").read_text().splitlines())
     return Census.of(_descriptors(daemon.pid), threads, mounts)
 

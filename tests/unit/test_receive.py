@@ -10,10 +10,11 @@ import pytest
 
 from hibernode.errors import Corrupt
 from hibernode.flow import Threads
-from hibernode.model import Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
+from hibernode.model import PAGE, Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
 from hibernode.transfer import codec, format
+from hibernode.transfer.pageproto import PRESENT
 from hibernode.transfer.receive import Receiver
-from hibernode.transfer.seal import Seal
+from hibernode.transfer.seal import PIECE, Closer, Seal
 from tests.fakes.store import MemoryStore
 
 _ZSTD = struct.Struct("<IBQ")  # magic, descriptor: single segment + 8-byte content size, content size
@@ -86,3 +87,20 @@ def test_a_stream_without_a_frame_has_the_size_and_digest_of_one(size: int) -> N
         without_a_page(size, format.stream_digest([], TABLE), bytes(size)).fetch_index()
     with pytest.raises(Corrupt, match="digest"):
         without_a_page(len(TABLE), "0" * 64, TABLE).fetch_index()
+
+
+@pytest.mark.parametrize("data_key", [None, bytes(range(32))], ids=["plain", "encrypted"])
+def test_an_index_of_several_pieces_comes_back(data_key: bytes | None) -> None:
+    """Scattered memory, whose index is larger than what is encrypted at once."""
+    count, seal, out = 400_000, Seal("id", data_key), list[bytes]()
+    segments = np.zeros(count, format.SEGMENT)
+    segments["dst_id"], segments["pages"], segments["flags"] = 7 << 8 | 1, 1, PRESENT
+    segments["vaddr"] = np.random.default_rng(1).integers(1, 1 << 34, count, np.uint64) * PAGE
+    closer = Closer(seal.of("main/index.zst"), lambda piece: out.append(bytes(piece)))
+    closer.write(codec.deflate(format.encode_index(format.Index(segments, np.zeros(0, format.FRAME), {}))))
+    closer.end()
+    stored = b"".join(out)
+    assert len(stored) > 2 * PIECE
+    receiver = received(stored, pages=count, zero_pages=count)
+    receiver._seal = seal
+    assert (receiver.fetch_index().segments == segments).all()

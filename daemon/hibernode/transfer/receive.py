@@ -6,6 +6,7 @@ the pages files themselves (tmpfs, the image's pages that are not zero): threads
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hibernode.ports import Store
 from hibernode.transfer import codec, files, format
 from hibernode.transfer.format import FrameTable, Index
 from hibernode.transfer.pagemap import PageFiles
-from hibernode.transfer.seal import PIECE, Seal, opened
+from hibernode.transfer.seal import PIECE, ObjectSeal, Seal, opened
 
 BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request's latency is paid rarely
 
@@ -88,7 +89,7 @@ class Receiver:
         if format.digest(data).hex() != ref.digest:
             raise Corrupt(f"{ref.key} is damaged: its digest is not the manifest's", key=ref.key)
         self._meter.add(io=len(data))
-        return memoryview(b"".join(opened(seal, len(data), lambda at, size: data[at : at + size]))) if seal.extra else data
+        return _opened(seal, data) if seal.extra else data
 
     def fetch_pages(self, index: Index, directory: Path, threads: Threads) -> None:
         """All pages into pages files in `directory`, verified; returns when they are there."""
@@ -176,3 +177,11 @@ def _insist_whole(frame: np.void, stored: memoryview, key: str) -> None:
     """Nothing is made of bytes that are not those of the index."""
     if format.digest(stored) != frame["digest"].tobytes():
         raise Corrupt(f"{key}: the frame at {frame['offset']} is damaged", key=key, offset=int(frame["offset"]))
+
+
+def _opened(seal: ObjectSeal, data: memoryview) -> memoryview:
+    """The whole of a small object."""
+    whole = io.BytesIO()
+    for piece in opened(seal, len(data), lambda at, size: data[at : at + size]):
+        whole.write(piece)  # at once: the next one takes its place
+    return whole.getbuffer()
