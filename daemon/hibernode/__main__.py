@@ -89,7 +89,7 @@ def _check_config(words: Sequence[str]) -> int:
 
     try:
         settings = config.load(None, {}) if arguments.defaults else _load(arguments)
-        service.store_opener(settings)("")
+        service.insist_usable(settings)
     except HibernodeError as e:
         return _complain(e)
     sys.stdout.write(config.render(settings))

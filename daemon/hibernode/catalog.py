@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from hibernode.errors import Corrupt, NotFound, OutcomeUnknown, Refused, Stuck
+from hibernode.errors import Corrupt, KeyService, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
 from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, ImageRef, Manifest, Meter, Verdict
 from hibernode.node import Node, insist
@@ -40,19 +40,14 @@ def insist_new(store: Store, checkpoint_id: str) -> None:
 
 def new_seal(keyring: Keyring, checkpoint_id: str) -> Seal:
     """With a data key of its own, if this node encrypts. It is unwrapped once, before anybody is frozen: what nobody could decrypt must
-    not be written. Refused("key_service") if that gives another key."""
+    not be written. KeyService if that gives another key."""
     data_key = new_key()
     wrapped = keyring.wrap(data_key, checkpoint_id)
     if wrapped is None:
         return Seal(checkpoint_id)
     if keyring.unwrap(wrapped, checkpoint_id) != data_key:
-        raise Refused(
-            "key_service",
-            "what was wrapped comes back as another key",
-            prop="encryption.command",
-            found="another key",
-            wanted="the key that was wrapped",
-            hint="look at what the program does",
+        raise KeyService(
+            "what was wrapped comes back as another key", hint="look at what the program of `encryption.command` does"
         )
     return Seal(checkpoint_id, data_key, wrapped)
 

@@ -247,12 +247,17 @@ def render(config: Config) -> str:
         inner = {k: v for k, v in section if isinstance(v, BaseModel)}
         if path:
             lines.append(f"\n[{path}]")
-        lines.extend(f"{k} = {_toml(v)}" for k, v in section if k not in inner)
+        lines.extend(f"{k} = {_toml(v if k != 'command' else _program(v))}" for k, v in section if k not in inner)
         for k, v in inner.items():
             table(v, f"{path}.{k}" if path else k)
 
     table(config, "")
     return "\n".join(lines) + "\n"
+
+
+def _program(argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Its arguments may hold a secret."""
+    return argv[:1] + ("(hidden)",) * len(argv[1:])
 
 
 def _toml(value: object) -> str:

@@ -71,7 +71,9 @@ class Desk:
         node, store = self._node, self._node.open_store("")
 
         def work(tell: Callable[[Verdict], None], cancel: Cancel) -> None:
-            tell(catalog.verify(store, checkpoint_id, node.notary, node.keyring, node.host.load().cpus, cancel, tell))
+            claim = node.claims.claim(f"checkpoint {checkpoint_id}", f"verify {uuid.uuid4()}")
+            with claim, gc.using(store, checkpoint_id, str(uuid.uuid4())):  # what is removed meanwhile would look damaged
+                tell(catalog.verify(store, checkpoint_id, node.notary, node.keyring, node.host.load().cpus, cancel, tell))
 
         return _told_by(work)
 
@@ -91,7 +93,7 @@ class Desk:
     async def delete(self, checkpoint_id: str) -> None:
         """Remove it; Busy while an action writes it or reads it."""
         with self._node.claims.claim(f"checkpoint {checkpoint_id}", f"delete {uuid.uuid4()}"):
-            await in_thread(catalog.delete, self._node.open_store(""), checkpoint_id)
+            await in_thread(gc.remove, self._node.open_store(""), checkpoint_id)
 
     async def doctor(self) -> list[Check]:
         connected = self._courier.connected if self._courier else None

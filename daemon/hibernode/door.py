@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import struct
@@ -16,13 +17,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
-
 from hibernode.loop import Tasks
 
 _PIECE = 1 << 16  # bytes passed on at once
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
-_log = structlog.get_logger("hibernode")
+_log = logging.getLogger("hibernode.door")
 
 
 class Door:
@@ -79,7 +78,7 @@ class Door:
             self._guests.spawn(self._connect(reader, writer))
             return
         if uid not in self._turned_away:
-            _log.warning("turned away from the socket, once for all its calls", uid=uid, pid=pid)
+            _log.warning("user %d (pid %d) is turned away from the socket; said once", uid, pid)
         self._turned_away.add(uid)
         writer.transport.abort()
 

@@ -251,13 +251,20 @@ def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
     try:
         there = tuple(store.list(f"{checkpoint_id}/"))
         if Place(checkpoint_id, there).used(time.time()):
-            raise Busy(f"a restore uses {checkpoint_id}")
+            raise Busy(f"a restore uses {checkpoint_id}", hint="wait for it; what a node left that died counts for a day")
         if time.monotonic() - began > _REMOVAL_BEGINS:
             raise StoreUnavailable(f"the store is too slow to remove {checkpoint_id} safely", hint="try again")
         yield
     except BaseException:
         calmly("removing the mark of the removal", lambda: store.delete(_removing(checkpoint_id)))()
         raise
+
+
+def remove(store: Store, checkpoint_id: str) -> None:
+    """Somebody has asked for it: remove this checkpoint. NotFound if there is none, Busy if a restore, on whatever node, uses it."""
+    store.stat(catalog.manifest_key(checkpoint_id))
+    with _removing_alone(store, checkpoint_id):
+        catalog.delete(store, checkpoint_id)
 
 
 def _put_removing(store: Store, checkpoint_id: str) -> None:
@@ -383,7 +390,9 @@ def _tidy(node: Node, record: Record) -> None:
     store = node.open_store(command.overrides.directory)
     if isinstance(command, RestoreCommand):
         release(store, command.checkpoint_id, command.action_id)
-    elif record.phase != "committing" or _is_there(store, catalog.manifest_key(command.checkpoint_id)):
+    elif record.phase == "committing" and store.lingers and not _is_there(store, catalog.manifest_key(command.checkpoint_id)):
+        _log.info("left for a collection: %s may still get its manifest", command.checkpoint_id)
+    else:
         sweep(store, command.checkpoint_id, command.action_id)
 
 

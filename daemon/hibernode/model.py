@@ -278,8 +278,8 @@ class HostFacts(Value):
 
     arch: str
     kernel: str
-    page_size: int
-    criu_version: int  # as CRIU counts: 40201 is 4.2.1
+    page_size: Count
+    criu_version: Count  # as CRIU counts: 40201 is 4.2.1
     cpu_model: str = ""
     hibernode: str = ""
 
@@ -325,7 +325,7 @@ class Manifest(Value):
     host: HostFacts
     compression: str
     criu_opts: CriuOpts = CriuOpts()
-    pause_ns: int
+    pause_ns: Count
     raw_bytes: Count
     zero_bytes: Count
     stored_bytes: Count

@@ -63,6 +63,10 @@ class Store(Protocol):
     def location(self) -> str:
         """The address people know it by: `file:///path` or `s3://bucket/prefix`."""
 
+    @property
+    def lingers(self) -> bool:
+        """Whether what a process has begun to write may still become visible when it is dead: a request on its way through a network."""
+
     def check(self) -> None:
         """Write, read and remove a small object. Raises StoreUnavailable or NoRoom, with a hint."""
 
@@ -120,7 +124,7 @@ class Keyring(Protocol):
 
     def unwrap(self, wrapped: WrappedKey, checkpoint_id: str) -> bytes:
         """The data key. Refused("key_unknown") if this keyring has not the key that wrapped it; Corrupt if it is not what was wrapped;
-        Refused("key_service") if the service does not answer."""
+        KeyService if the service does not answer as it must."""
 
 
 # --- CRIU -------------------------------------------------------------------------------------------------------------------

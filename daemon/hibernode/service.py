@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,7 @@ class Alone(contextlib.AbstractContextManager["Alone"]):
         with contextlib.ExitStack() as held:
             for path in self._paths:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                _insist_ours(path.parent)
                 lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 held.callback(os.close, lock)
                 _lock(lock, path.parent)
@@ -97,6 +99,21 @@ class Alone(contextlib.AbstractContextManager["Alone"]):
             with contextlib.suppress(OSError):  # a full disk: the lock holds without
                 os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{os.getpid()} {state}\n".encode(), 0)
+
+
+def _insist_ours(directory: Path) -> None:
+    """Nobody else may make files there, nor have made it: what is verified and what CRIU reads afterwards must be the same files."""
+    facts = directory.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        kind = "directory" if stat.S_ISDIR(facts.st_mode) else "link, or something else,"
+        raise Refused(
+            "config",
+            f"others can change what is in {directory}",
+            prop="state_dir, work_dir",
+            found=f"a {kind} of user {facts.st_uid} with mode {stat.S_IMODE(facts.st_mode):04o}",
+            wanted=f"a directory of user {os.geteuid()} that nobody else can write to",
+            hint=f"look at what is in it, remove it, and let the daemon make it; or `chmod go-w {directory}`",
+        )
 
 
 def _lock(lock: int, directory: Path) -> None:
@@ -211,6 +228,13 @@ def build(settings: Config) -> Node:
         notary=Notary(settings.signing),
         keyring=Keyring(settings.encryption, children),
     )
+
+
+def insist_usable(settings: Config) -> None:
+    """What a daemon would refuse of its configuration when it starts, without starting one."""
+    store_opener(settings)("")
+    Notary(settings.signing)
+    Keyring(settings.encryption, Children())
 
 
 def open_bus(settings: Config) -> NodeBus | None:

@@ -28,6 +28,8 @@ class MemoryStore:
     def check(self) -> None:
         self._script.step("store.check")
 
+    lingers = False
+
     def free_bytes(self) -> int | None:
         return None
 

@@ -218,7 +218,8 @@ def test_recovery_tidies_up_after_a_checkpoint(rig: Rig, phase: str) -> None:
 
 
 def test_recovery_leaves_objects_whose_manifest_may_be_on_its_way(rig: Rig) -> None:
-    """The daemon died while it put the manifest, and a store may finish what it was sent."""
+    """The daemon died while it put the manifest, and a store behind a network may finish what it was sent."""
+    rig.store.lingers = True
     rig.store.put(f"{CHECKPOINT}/attempt", MINE.encode())
     shipped(rig.store)
     record, before = recorded(rig, "committing", CheckpointCommand), dict(rig.store.objects)
@@ -227,6 +228,13 @@ def test_recovery_leaves_objects_whose_manifest_may_be_on_its_way(rig: Rig) -> N
     rig.store.put(f"{CHECKPOINT}/manifest.json", b"{}")
     gc.tidy(rig.node, record)
     assert rig.store.objects.keys() == before.keys() - {f"{CHECKPOINT}/attempt"} | {f"{CHECKPOINT}/manifest.json"}
+
+
+def test_recovery_tidies_up_after_a_commit_where_nothing_is_on_its_way(rig: Rig) -> None:
+    rig.store.put(f"{CHECKPOINT}/attempt", MINE.encode())
+    shipped(rig.store)
+    gc.tidy(rig.node, recorded(rig, "committing", CheckpointCommand))
+    assert (rig.store.objects, rig.store.uploads) == ({}, [])
 
 
 def test_recovery_takes_back_the_use_of_a_restore(rig: Rig) -> None:

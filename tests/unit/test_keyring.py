@@ -16,6 +16,7 @@ from hibernode.config import Encryption
 from hibernode.drivers.keyring import Keyring
 from hibernode.errors import Corrupt, HibernodeError, Refused
 from hibernode.model import WrappedKey
+from tests.keeper import alive, wait_until
 
 ID, OTHER = "0d1cbd6c-2b9f-4b5a-9b43-7a3c1f6fd2a0", "9d1cbd6c-2b9f-4b5a-9b43-7a3c1f6fd2a0"
 DATA_KEY = bytes(range(32))
@@ -205,7 +206,27 @@ def test_a_data_key_that_is_none_is_corrupt(tmp_path: Path, said: str) -> None:
 
 
 def test_a_program_that_is_not_there() -> None:
-    assert refused(lambda: keyring(command=("/nowhere/service",)).wrap(DATA_KEY, ID)).code == "key_service"
+    for program in ("/nowhere/service", "true", "/etc/passwd"):
+        error = refused(lambda program=program: keyring(command=(program,)))
+        assert (error.code, error.details["property"]) == ("config", "encryption.command")
+
+
+def test_a_program_that_never_stops_talking_costs_no_memory(tmp_path: Path) -> None:
+    talks = "import os\nfor _ in range(1000): sys.stderr.write('x' * 1000)\nfor _ in range(1000): os.write(1, b'{}' * 1000)\n"
+    error = refused(lambda: keyring(command=service(tmp_path, talks)).wrap(DATA_KEY, ID))
+    assert error.code == "key_service"
+
+
+def test_a_program_that_hangs_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    program = tmp_path / "hangs"
+    program.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {pid}\nwait\n")
+    program.chmod(0o700)
+    ring = Keyring(Encryption(command=(str(program),)), Children(), patience=0.5)
+    error = refused(lambda: ring.wrap(DATA_KEY, ID))
+    assert (error.code, error.retry) == ("key_service", True)
+    assert "no answer" in error.message
+    wait_until(lambda: not alive(int(pid.read_text())), 10, "the end of what it has started")
 
 
 def test_a_program_and_a_key_are_one_too_many(tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,7 +33,7 @@ from pydantic import ValidationError
 from hibernode import keyfile
 from hibernode.children import Children
 from hibernode.config import Encryption
-from hibernode.errors import Corrupt, Refused
+from hibernode.errors import Corrupt, KeyService, Refused
 from hibernode.model import WrappedKey
 
 _CIPHER: Literal["AES-256-GCM"] = "AES-256-GCM"
@@ -45,13 +48,14 @@ _MAKE = "`openssl rand -hex 32 > FILE` makes one, with mode 0600 under `umask 07
 class Keyring:
     """ports.Keyring. Reads its files once: new keys need a restart. Refused("config") for a file that is not as it must be."""
 
-    def __init__(self, encryption: Encryption, children: Children) -> None:
+    def __init__(self, encryption: Encryption, children: Children, *, patience: float = _TIMEOUT) -> None:
+        """`patience`: seconds that a program has."""
         if encryption.key and encryption.command:
             raise Refused(
                 "config",
                 "encryption.key and encryption.command both say how data keys are wrapped",
                 prop="encryption.command",
-                found=" ".join(encryption.command),
+                found=encryption.command[0],
                 wanted="one of them",
                 hint="a key that wrapped older checkpoints goes into encryption.former",
             )
@@ -59,7 +63,7 @@ class Keyring:
         former = [_key(f"encryption.former[{n}]", Path(path)) for n, path in enumerate(encryption.former)]
         self._own = own[0] if own else None
         self._keys = {_name(key): key for key in (*own, *former)}
-        self._program = _Program(encryption.command, children) if encryption.command else None
+        self._program = _program(encryption.command, children, patience) if encryption.command else None
 
     def wrap(self, data_key: bytes, checkpoint_id: str) -> WrappedKey | None:
         if self._program is not None:
@@ -87,11 +91,18 @@ def _unwrapped(key: bytes, wrapped: WrappedKey, checkpoint_id: str) -> bytes:
     return _measured(data_key)
 
 
+def _program(argv: tuple[str, ...], children: Children, patience: float) -> _Program:
+    if not os.path.isabs(argv[0]) or shutil.which(argv[0]) is None:
+        wanted = "the absolute path of a program"
+        raise keyfile.bad("encryption.command", Path(argv[0]), "nothing that can be executed there", wanted)
+    return _Program(argv, children, patience)
+
+
 class _Program:
     """A key management service, behind a program of the operator's."""
 
-    def __init__(self, argv: tuple[str, ...], children: Children) -> None:
-        self._argv, self._children = argv, children
+    def __init__(self, argv: tuple[str, ...], children: Children, patience: float) -> None:
+        self._argv, self._children, self._patience = argv, children, patience
 
     def wrap(self, data_key: bytes, checkpoint_id: str) -> WrappedKey:
         request = {"operation": "wrap", "checkpoint_id": checkpoint_id, "data_key": base64.b64encode(data_key).decode()}
@@ -110,16 +121,16 @@ class _Program:
 
     def _ask(self, request: Mapping[str, str], key: str = "") -> dict[str, object]:
         """Files in memory and no pipes: nothing has to be read while it runs, and no key reaches a disk."""
-        with _memory() as given, _memory() as out, _memory() as err:
+        with _memory() as given, _memory(_ANSWER) as out, _memory(_ANSWER) as err:
             os.pwrite(given, json.dumps(request).encode() + b"\n", 0)
             code = self._run(given, out, err)
-            said = os.pread(err, _ANSWER, 0).decode(errors="replace").strip().rpartition("\n")[2][:300]
+            said = _said(err).decode(errors="replace").strip().rpartition("\n")[2][:300]
             if code == _UNKNOWN and key:
                 raise _unknown(key, f"one that {self._argv[0]} has")
             if code:
                 raise self._failed(said or f"exit status {code}")
             try:
-                answer = json.loads(os.pread(out, _ANSWER, 0))
+                answer = json.loads(_said(out))
             except (ValueError, RecursionError):
                 answer = None
         if not isinstance(answer, dict):
@@ -132,30 +143,34 @@ class _Program:
         except OSError as e:
             raise self._failed((e.strerror or str(e)).lower()) from e
         try:
-            return self._children.wait(child, _TIMEOUT)
+            return self._children.wait(child, self._patience)
         except subprocess.TimeoutExpired as e:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)  # with what it has started: that has the data key on its standard input
             self._children.wait(child)
-            raise self._failed(f"no answer within {_TIMEOUT:.0f} s") from e
+            raise self._failed(f"no answer within {self._patience:.0f} s") from e
 
-    def _failed(self, why: str) -> Refused:
-        return Refused(
-            "key_service",
+    def _failed(self, why: str) -> KeyService:
+        return KeyService(
             f"the key service does not answer as it must: {self._argv[0]}: {why}",
-            prop="encryption.command",
-            found=why,
-            wanted="an answer",
             hint="run it by hand; what it is given and answers is in docs/operations.md",
         )
 
 
 @contextmanager
-def _memory() -> Iterator[int]:
-    descriptor = os.memfd_create("hibernode-key", os.MFD_CLOEXEC)
+def _memory(size: int = 0) -> Iterator[int]:
+    """A file in memory. With a `size` it has that many zeros, and never gets larger: who writes more gets an error."""
+    descriptor = os.memfd_create("hibernode-key", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        if size:
+            os.ftruncate(descriptor, size)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _said(descriptor: int) -> bytes:
+    return os.pread(descriptor, _ANSWER, 0).rstrip(b"\0")
 
 
 def _name(key: bytes) -> str:

@@ -84,6 +84,10 @@ class S3:
     def location(self) -> str:
         return f"s3://{self._bucket}/{self._base}".rstrip("/")
 
+    @property
+    def lingers(self) -> bool:
+        return True
+
     def check(self) -> None:
         key, data = f"check-{uuid.uuid4().hex}", random.randbytes(64)
         self.put(key, data)
@@ -107,8 +111,14 @@ class S3:
         except _Mismatch:
             self.withdraw(key, token)
             raise
-        except (Refused, StoreUnavailable):
-            if not self.landed(key, token, len(data)):  # else only the answer was lost
+        except (Refused, StoreUnavailable) as e:
+            try:
+                ours = self._landed(key, token, len(data))
+            except NotFound:
+                raise e from None
+            except HibernodeError as unseen:  # then it may be there, and ours: nobody may take it for somebody else's
+                raise StoreUnavailable(f"cannot see whether {key} was written: {unseen.message}", hint=unseen.hint) from e
+            if ours is None:  # else only the answer was lost
                 raise
 
     def get(self, key: str, *, limit: int) -> bytes:
@@ -254,10 +264,13 @@ class S3:
     def landed(self, key: str, token: str, size: int, crc: str = "") -> ObjectFacts | None:
         """The object, if it is there and ours, with that size and no other checksum (`crc` as S3 writes it)."""
         try:
-            head = self._head(key)
+            return self._landed(key, token, size, crc)
         except HibernodeError as e:
             _log.warning("cannot see whether %s was written: %s", key, e)
             return None
+
+    def _landed(self, key: str, token: str, size: int, crc: str = "") -> ObjectFacts | None:
+        head = self._head(key)
         if _token(head) != token or head["ContentLength"] != size or _contradicts(head, crc):
             return None
         return _facts(key, head)
