@@ -13,6 +13,7 @@ from hibernode.capture import Capture
 from hibernode.journal import Tree
 from hibernode.model import CheckpointCommand, Status
 from hibernode.node import Attempt, Node, calmly, insist, on_error
+from hibernode.ports import Workload
 
 
 def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None:
@@ -37,8 +38,9 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
         node.arena.wait_for_room(meter.bytes_total, attempt.cancel)  # for as long as it takes: nobody is frozen for it
         with attempt.phase("preflight", limits.preflight):  # a store that hangs now hangs before anybody is frozen
             capture = undo.enter_context(Capture(node, store, seal, workload.roots(), options, attempt, work))
+            processes = workload.processes()  # again: the wait may have been long, and who was stopped then may run now
         trees = tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes)
-        let_go = calmly("letting the workload go on", workload.thaw if options.kill else _runs_already)
+        let_go = calmly("letting the workload go on", lambda: _let_go(workload, attempt) if options.kill else None)
         attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
 
         with attempt.phase("dumping", limits.pause_of(meter.bytes_total)), ExitStack() as held:
@@ -46,7 +48,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             workload.freeze()
             meter.pause_ns = capture.dump()
             if options.kill:
-                undo.push(on_error(held.pop_all()))  # stays stopped until it is killed, or let go if anything fails
+                undo.push(on_error(stopped := held.pop_all()))  # until it is killed, or let go if anything fails
         attempt.report(Status.CHECKPOINT_CREATED)
 
         with attempt.phase("shipping", limits.transfer_of(meter.bytes_total)), attempt.cancel.waking(let_go):
@@ -57,9 +59,12 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
                 catalog.commit(store, manifest, node.notary, attempt.cancel)
         attempt.report(Status.READY)
         if options.kill:
+            stopped.pop_all()  # somebody may restore it now: it never goes on again, also if it cannot be killed at once
             calmly("writing down that it is killed", lambda: attempt.entry.enter("killing", limits.preflight))()
             insist("killing the workload", workload.kill)
 
 
-def _runs_already() -> None:
-    """Its owner alone stops it, or lets it go on."""
+def _let_go(workload: Workload, attempt: Attempt) -> None:
+    """It goes on for good: nobody who finds this action later kills what has run on."""
+    workload.thaw()
+    attempt.entry.update(kill=False)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 from collections.abc import Awaitable, Callable, Iterable
 from typing import ParamSpec, TypeVar
-
-import structlog
 
 from hibernode.errors import HibernodeError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_log = structlog.get_logger("hibernode")
+_log = logging.getLogger("hibernode")
 
 
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -55,7 +54,7 @@ class Tasks:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             known = isinstance(error, HibernodeError)
-            _log.error("a task of the daemon ended", error=str(error), exc_info=None if known else error)
+            _log.error("a task of the daemon ended: %s", error, exc_info=None if known else error)
 
     async def finish(self, seconds: float) -> None:
         """Give them so long to end by themselves."""

@@ -6,6 +6,7 @@ import errno
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from hibernode.model import Cancel, Meter, Status
 from hibernode.ports import Criu, Host, Jobs, Keyring, Notary, Store, Workloads
 from hibernode.transfer.arena import Arena
 
+_AGAIN = 0.05  # seconds between two tries of an undo: a moment without descriptors or memory passes
 _log = logging.getLogger("hibernode.node")
 
 
@@ -165,7 +167,7 @@ def calmly(what: str, undo: Callable[[], None]) -> Callable[[], None]:
     def attempt() -> None:
         try:
             undo()
-        except (HibernodeError, OSError) as e:
+        except Exception as e:  # noqa: BLE001 - no memory, for one: nobody here may end for it
             _log.warning("%s failed, and is tried again: %s", what, e)
 
     return attempt
@@ -176,10 +178,11 @@ def insist(what: str, undo: Callable[[], None], tries: int = 3) -> None:
     for left in reversed(range(tries)):
         try:
             return undo()
-        except (HibernodeError, OSError) as e:
+        except Exception as e:
             _log.warning("%s failed: %s", what, e)
             if not left:
                 raise Stuck(f"{what} failed: {e}", hint="look at the workload by hand, then restart the daemon") from e
+            time.sleep(_AGAIN)
     return None
 
 

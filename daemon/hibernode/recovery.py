@@ -25,7 +25,7 @@ def recover(node: Node, entry: Entry) -> Outcome:
             case "finish_kill":
                 return _ready(node, record)
             case "settle":
-                return _settle(node, record)
+                return _settle(node, entry)
             case "thaw":
                 _thaw(node, record)
             case "kill_restored":
@@ -39,17 +39,18 @@ def _interrupted(record: Record) -> Outcome:
     return Outcome.of(Interrupted(f"the daemon ended while it was {record.phase}", hint="give the command again, with a new id"))
 
 
-def _settle(node: Node, record: Record) -> Outcome:
+def _settle(node: Node, entry: Entry) -> Outcome:
     """The commit had begun: the store knows whether it came to its end. Who was told of an error is not killed any more; and nobody is
-    held longer than a commit may take, because a store does not answer."""
+    held longer than a commit may take, because a store does not answer. Who was let go on for that is not killed either."""
+    record = entry.record
     if not record.kill:
         _thaw(node, record)  # before a store is asked that may be slow
-    let_go = calmly("letting the workload go on", lambda: _thaw(node, record))
+    let_go = calmly("letting the workload go on", lambda: _let_go(node, entry))
     try:
         with alarm(node.config.limits.commit, let_go):
             whole = record.status != Status.ERROR and _committed(node, record)
         if whole:
-            return _ready(node, record)
+            return _ready(node, entry.record)
     except Transient as e:
         _thaw(node, record)
         raise OutcomeUnknown(
@@ -58,6 +59,11 @@ def _settle(node: Node, record: Record) -> Outcome:
         ) from e
     _thaw(node, record)
     return _interrupted(record)
+
+
+def _let_go(node: Node, entry: Entry) -> None:
+    _thaw(node, entry.record)
+    entry.update(kill=False)
 
 
 def _ready(node: Node, record: Record) -> Outcome:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from hibernode import catalog
 from hibernode.errors import DeadlineExceeded, StoreUnavailable
 from hibernode.journal import Tree
 from hibernode.model import Cancel, Outcome, Status
 from hibernode.recovery import recover
+from hibernode.transfer import format
 from tests.fakes.machine import ROOT, memory
 from tests.fakes.script import Script
 from tests.flow.rig import DEADLINE, Background, Rig, checkpoint_command, new_id, until
@@ -215,6 +217,27 @@ def test_a_recovery_holds_nobody_longer_than_a_commit_may_take(tmp_path: Path) -
     assert found is not None
     assert found.code == "interrupted"
     assert rig.machine.alive
+
+
+def test_a_recovery_kills_nobody_whom_it_has_let_go_on(tmp_path: Path) -> None:
+    """As before, but the checkpoint turns out to be whole: it is `ready`, and what has run on meanwhile is not killed."""
+    rig = Rig(tmp_path, limits={"commit": SHORT})
+    manifest = catalog.read(rig.store, made := rig.checkpoint(), rig.node.notary)
+    rig.rescript(script := HangingStore())
+    entry = rig.node.journal.begin(checkpoint_command(made))
+    mine = manifest.model_copy(update={"action_id": entry.action_id})
+    rig.store.objects[catalog.manifest_key(made)] = format.encode_manifest(mine, rig.node.notary)
+    trees = (Tree(pid=ROOT, start_time=1000 + ROOT),)
+    entry.update(phase="committing", status=Status.CHECKPOINT_CREATED, trees=trees, kill=True)
+    rig.machine.stopped = True
+    recovering: Background[Outcome] = Background(lambda: recover(rig.node, entry))
+    until(lambda: not rig.machine.stopped, "a workload that goes on while the store hangs")
+    script.answers.set()
+    found = recovering.result()
+    assert found is not None
+    assert found.status == Status.READY
+    assert rig.machine.alive
+    assert not entry.record.kill, "nor does the next daemon kill it"
 
 
 async def test_a_store_that_hangs_keeps_no_other_workload_waiting(tmp_path: Path) -> None:

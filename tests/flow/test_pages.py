@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from hibernode import catalog
-from hibernode.errors import Busy, Cancelled, Corrupt, DumpFailed, NoRoom, Refused
+from hibernode.errors import Busy, Cancelled, Corrupt, DumpFailed, NoRoom, Refused, Stuck
 from hibernode.model import PAGE, Cancel, Status
 from tests.fakes.criu import Fault
 from tests.fakes.machine import memory
+from tests.fakes.script import Script
 from tests.flow.rig import ARENA, Background, Rig, new_id, nothing_outlives, until
 
 pytestmark = pytest.mark.timeout(30)
@@ -105,6 +107,40 @@ def test_killed_only_after_ready(tmp_path: Path) -> None:
     assert order.index("report ready") < order.index("workload.kill")
     assert "workload.thaw" not in order
     assert not rig.leftovers(made)
+
+
+def test_what_was_told_ready_and_cannot_be_killed_never_goes_on(tmp_path: Path) -> None:
+    """Somebody may restore it from now on: it stays stopped, and the journal says that it is to be killed."""
+
+    class Immortal(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name == "workload.kill":
+                raise OSError(errno.EMFILE, "no descriptors")
+
+    rig = Rig(tmp_path, memory(10), Immortal())
+    with pytest.raises(Stuck):
+        rig.checkpoint(criu_opts='{"leave_running": false}')
+    assert rig.statuses == ALL
+    assert rig.machine.stopped
+    assert "workload.thaw" not in rig.script.notes
+    assert (rig.entry.record.phase, rig.entry.record.kill) == ("killing", True)
+
+
+def test_who_was_stopped_is_asked_last_of_all(tmp_path: Path) -> None:
+    """The wait for room in the arena may be long: who was stopped by its owner before it may run after it."""
+
+    class GoesOn(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name.startswith("store.upload"):
+                rig.machine.stopped = False
+
+    rig = Rig(tmp_path, memory(10), GoesOn())
+    rig.machine.stopped = True
+    rig.checkpoint()
+    assert rig.entry.record.trees
+    assert not any(tree.stopped for tree in rig.entry.record.trees)
 
 
 def test_the_manifest_is_written_after_everything_it_names(tmp_path: Path) -> None:

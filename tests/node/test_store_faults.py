@@ -352,7 +352,7 @@ def truncated_before_the_manifest(bench: Bench) -> Iterator[None]:
     cutter = threading.Thread(target=cut)
     cutter.start()
     try:
-        with bench.playing("HeadObject", hold, times=1, after=2, key=STREAM):
+        with bench.playing("HeadObject", hold, times=9, after=2, key=STREAM):  # whoever loses patience asks again
             yield
     finally:
         cutter.join()
