@@ -341,6 +341,17 @@ def test_put_whose_answers_are_all_lost_is_found(proxy: FaultProxy, bucket: str)
     assert store.get("c1/m", limit=10) == b"manifest"
 
 
+def test_put_that_nobody_can_see_is_not_somebody_elses(proxy: FaultProxy, store: S3) -> None:
+    """Its answer was lost, it meets itself, and then the store does not say whose it is: whoever took it for another's would go on
+    and remove what it names."""
+    proxy.play("PutObject", Reset(), times=1)
+    proxy.play("HeadObject", Answer(403, "AccessDenied"), after=1)
+    with pytest.raises(StoreUnavailable, match="cannot see"):
+        store.put("c1/m", b"manifest")
+    proxy.heal()
+    assert store.get("c1/m", limit=10) == b"manifest"
+
+
 def test_put_damaged_on_its_way_is_withdrawn(proxy: FaultProxy, store: S3) -> None:
     proxy.play("PutObject", Flip())
     with pytest.raises(StoreUnavailable):

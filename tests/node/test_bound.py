@@ -45,7 +45,7 @@ def test_three_gigabytes_through_an_arena_of_half_a_gigabyte(
             figures = {"interpreter": interpreter, "needed": needed, "group_peak": group.peak, "pause_ns": done.profile.pause_ns}
             assert group.oom_kills == 0
         segments = done.profile.raw_bytes // (16 << 10)  # more than there are: large mappings come in segments of a megabyte
-        bound = memory_bound(ARENA, STREAMS, parts_in_flight=0, part_size=0, segments=segments)
+        bound = memory_bound(ARENA, STREAMS, parts_in_flight=0, part_size=0, segments=segments, frames=WORKLOAD >> 22)
         for name, figure in (figures | {"bound": bound}).items():
             record_property(name, figure)
             print(name, figure)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -215,3 +218,20 @@ def test_it_cannot_be_changed_after_it_was_loaded() -> None:
 def test_criu_is_the_configured_one_else_the_one_beside_the_interpreter() -> None:
     assert load(None, {"HIBERNODE_CRIU__PATH": "/opt/criu"}).criu_path() == "/opt/criu"
     assert load(None, {}).criu_path().endswith("criu")
+
+
+def test_the_arguments_of_the_key_service_are_not_shown() -> None:
+    found = Config.model_validate({"encryption": {"command": ("/bin/kms", "--token", "S3CRET")}})
+    assert "S3CRET" not in render(found)
+    assert '"/bin/kms"' in render(found)
+
+
+@pytest.mark.parametrize("table", ["encryption", "signing"])
+def test_what_the_daemon_would_refuse_check_config_refuses(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "hibernode.toml"
+    path.write_text(f'[{table}]\nkey = "{tmp_path}/nothing"\n')
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-m", "hibernode", "check-config", "--config", str(path)]
+    ran = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 78
+    assert f"{table}.key" in ran.stderr

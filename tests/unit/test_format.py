@@ -56,7 +56,7 @@ def images(draw: st.DrawFn) -> tuple[Index, ImageRef]:
         count = min(draw(st.integers(1, FRAME_PAGES)), total - first)
         kept = draw(st.integers(0, count))
         if kept:
-            stream, stored = draw(st.integers(0, streams - 1)), draw(st.integers(9, 5000))
+            stream, stored = draw(st.integers(0, streams - 1)), draw(st.integers(10, 5000))
             digest = np.frombuffer(draw(st.binary(min_size=32, max_size=32)), np.uint8)
             frames.append((first, offsets[stream], stream, stored, count, kept, digest))
             offsets[stream] += stored
@@ -463,6 +463,14 @@ def refusal(data: bytes, notary: Notary, checkpoint_id: str = ID) -> str:
     with pytest.raises((Corrupt, Refused)) as raised:
         format.decode_manifest(data, checkpoint_id, notary)
     return raised.value.code
+
+
+@pytest.mark.parametrize("where", ["pause_ns", "page_size", "criu_version"])
+def test_a_number_that_no_message_can_hold_is_refused(where: str) -> None:
+    """One forged manifest must not keep a list from being shown."""
+    body = json.loads(format.encode_manifest(manifest(), NOBODY).partition(b"\n")[2].join((b"{", b"")))
+    (body if where in body else body["host"])[where] = 10**30
+    assert refusal(sealed(json.dumps(body).encode()[1:]), NOBODY) == "corrupt"
 
 
 def test_a_signed_manifest_comes_back_to_whoever_believes_its_signer(notaries: dict[str, Notary]) -> None:

@@ -153,6 +153,18 @@ def test_an_upload_of_a_daemon_that_died(tmp_path: Path, store: LocalDir) -> Non
     assert list(again.list()) == []
 
 
+def test_a_link_that_was_made_and_answered_otherwise(store: LocalDir) -> None:
+    """As on NFS, where the answer is lost and the request comes again: the object is ours, and there is no other."""
+    upload = store.upload("c1/a")
+    upload.write(b"ours")
+    path = store.path("c1/a")
+    path.parent.mkdir()
+    os.link(upload._temp, path)  # type: ignore[attr-defined]
+    assert upload.commit().size == 4
+    assert store.get("c1/a", limit=10) == b"ours"
+    assert list(store.open_uploads()) == []
+
+
 def test_an_upload_id_cannot_leave_its_directory(tmp_path: Path, store: LocalDir) -> None:
     store.put("c1/a", b"x")
     store.abort_upload(OpenUpload("c1/a", "../c1/a", 0.0))

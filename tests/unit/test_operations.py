@@ -157,10 +157,10 @@ def test_every_check_of_the_doctor_has_a_row() -> None:
 def test_the_memory_bound_is_the_codes_own() -> None:
     s3, mib = DEFAULTS.store.s3, 1 << 20
     for streams in (2, 8):
-        bound = memory_bound(DEFAULTS.arena.size, streams, s3.parts_in_flight, s3.part_size, 100_000)
+        bound = memory_bound(DEFAULTS.arena.size, streams, s3.parts_in_flight, s3.part_size, 100_000, 5_000)
         assert f"{bound // mib} MiB for {streams}" in GUIDE
         by_hand = DEFAULTS.arena.size + streams * (3 * 4 * mib + 8 * mib + (s3.parts_in_flight + 1) * s3.part_size) + 16 * mib
-        assert bound == by_hand + 32 * 100_000
+        assert bound == by_hand + 4 * 32 * 100_000 + 768 * 5_000
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,8 @@ _MAX_VALUES = 2 << 20  # in a manifest; those tasks are 1.7 million. 60 MiB of `
 _MAGIC = b"HNINDEX1"
 _HEADER = struct.Struct("<8sQQQ")  # magic, segments, frames, keep maps
 _KEEP_BYTES = FRAME_PAGES // 8
+_KEEPS_AT_ONCE = 4096  # maps that are unpacked together, to be compared: 4 MiB
+_MIN_STORED = 10  # bytes; no zstd frame that holds a page is shorter
 MAX_STORED = FRAME_PAGES * PAGE * 2  # no zstd frame of 4 MiB is this long
 _PAGES_LIMIT = 1 << 40  # 4 PiB of memory
 
@@ -109,7 +111,7 @@ class Index:
 
     segments: SegmentTable
     frames: FrameTable
-    keeps: dict[int, KeepMap]  # first_page -> bool per page of that frame's run
+    keeps: Mapping[int, KeepMap]  # first_page -> bool per page of that frame's run
 
     @property
     def pages(self) -> int:
@@ -121,7 +123,7 @@ class Index:
 def encode_index(index: Index) -> bytes:
     """The index as bytes. DumpFailed if no reader would take it."""
     frames = np.sort(index.frames, order="first_page")
-    keeps = [np.packbits(_padded(index.keeps[int(f["first_page"])])) for f in frames if f["kept"] < f["pages"]]
+    keeps = [pack_keep(index.keeps[int(f["first_page"])]) for f in frames if f["kept"] < f["pages"]]
     size = _HEADER.size + index.segments.nbytes + frames.nbytes + len(keeps) * _KEEP_BYTES
     if size > MAX_INDEX:
         raise DumpFailed(f"the memory is too scattered: its index would have {size} bytes, at most {MAX_INDEX} can be stored")
@@ -130,13 +132,41 @@ def encode_index(index: Index) -> bytes:
             _HEADER.pack(_MAGIC, len(index.segments), len(frames), len(keeps)),
             index.segments.tobytes(),
             frames.tobytes(),
-            *(k.tobytes() for k in keeps),
+            *keeps,
         ]
     )
 
 
-def _padded(keep: KeepMap) -> KeepMap:
-    return np.pad(keep, (0, FRAME_PAGES - len(keep)))
+def pack_keep(keep: KeepMap) -> bytes:
+    """As it is stored: one bit for each page that a frame can have."""
+    return np.packbits(np.pad(keep, (0, FRAME_PAGES - len(keep)))).tobytes()
+
+
+class KeepMaps(Mapping[int, KeepMap]):
+    """Keep maps by first page, in the 128 bytes each that they have in the index; unpacked when somebody asks."""
+
+    def __init__(self, first_pages: npt.NDArray[Any], pages: npt.NDArray[Any], packed: npt.NDArray[np.uint8]) -> None:
+        """All of one length; in order of `first_pages`."""
+        self._first, self._pages, self._packed = first_pages, pages, packed
+
+    @classmethod
+    def of(cls, packed: Mapping[int, tuple[int, bytes]]) -> Self:
+        """Of (pages of the run, `pack_keep`) by first page."""
+        first = sorted(packed)
+        rows = np.frombuffer(b"".join(packed[page][1] for page in first), np.uint8).reshape(-1, _KEEP_BYTES)
+        return cls(np.array(first, np.uint64), np.array([packed[page][0] for page in first], np.uint32), rows)
+
+    def __getitem__(self, first_page: int) -> KeepMap:
+        at = int(np.searchsorted(self._first, np.uint64(first_page)))
+        if at == len(self._first) or self._first[at] != first_page:
+            raise KeyError(first_page)
+        return np.unpackbits(self._packed[at], count=int(self._pages[at])).astype(bool)
+
+    def __iter__(self) -> Iterator[int]:
+        return map(int, self._first)
+
+    def __len__(self) -> int:
+        return len(self._first)
 
 
 def index_limit(image: ImageRef) -> int:
@@ -165,17 +195,18 @@ def decode_index(data: bytes, image: ImageRef) -> Index:
     return index
 
 
-def _keep_maps(frames: FrameTable, packed: npt.NDArray[np.uint8]) -> dict[int, KeepMap]:
+def _keep_maps(frames: FrameTable, packed: npt.NDArray[np.uint8]) -> KeepMaps:
     partial = frames[frames["kept"] < frames["pages"]]
-    if len(partial) != len(packed) or (frames["pages"] > FRAME_PAGES).any():
+    first, pages, kept = (np.ascontiguousarray(partial[name]) for name in ("first_page", "pages", "kept"))
+    if len(partial) != len(packed) or (frames["pages"] > FRAME_PAGES).any() or (first[:-1] >= first[1:]).any():
         raise Corrupt("index: frames and keep maps do not fit together")
-    keeps = {}
-    for frame, bits in zip(partial, packed, strict=True):
-        keep = np.unpackbits(bits).astype(bool)
-        if keep.sum() != frame["kept"] or keep[frame["pages"] :].any():
+    for at in range(0, len(packed), _KEEPS_AT_ONCE):
+        some = slice(at, at + _KEEPS_AT_ONCE)
+        keep = np.unpackbits(packed[some], axis=1)
+        beyond = np.arange(FRAME_PAGES) >= pages[some, None]
+        if (keep.sum(axis=1, dtype=np.uint32) != kept[some]).any() or keep[beyond].any():
             raise Corrupt("index: a keep map does not fit its frame")
-        keeps[int(frame["first_page"])] = keep[: frame["pages"]]
-    return keeps
+    return KeepMaps(first, pages, packed)
 
 
 def _check_segments(index: Index, image: ImageRef) -> None:
@@ -198,7 +229,11 @@ def _check_frames(index: Index, image: ImageRef) -> None:
 
 
 def _check_runs(frames: FrameTable, image: ImageRef) -> None:
-    if (frames["kept"] < 1).any() or (frames["pages"] < frames["kept"]).any() or (frames["stored"] > MAX_STORED).any():
+    if (
+        (frames["kept"] < 1).any()
+        or (frames["pages"] < frames["kept"]).any()
+        or ((frames["stored"] < _MIN_STORED) | (frames["stored"] > MAX_STORED)).any()
+    ):
         raise Corrupt("index: a frame has impossible sizes")
     if frames["first_page"].max() > image.pages or frames["offset"].max() > 1 << 60:
         raise Corrupt("index: a frame lies outside of its image")
@@ -220,7 +255,7 @@ def _check_stream(frames: FrameTable, count: int, size: int, wanted: str) -> Non
     total = (int(ends[-1]) if len(ends) else 0) + len(table)
     if len(frames) != count or (frames["offset"] != starts).any() or total != size:
         raise Corrupt("index: the frames of a stream do not fill it")
-    if stream_digest((f.tobytes() for f in frames["digest"]), table) != wanted:
+    if stream_digest([frames["digest"].tobytes()], table) != wanted:
         raise Corrupt("index: the frames' digests do not give the stream's digest of the manifest")
 
 

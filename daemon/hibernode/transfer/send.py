@@ -3,7 +3,8 @@
 Each stream is one thread with one upload and one zstd context; all of them take chunks from one channel. Opened before anything is
 frozen. Memory while sending is bounded by
 
-    arena + streams * (frame + zstd context + (parts in flight + 1) * part size) + 2 * socket buffer + 32 bytes * segments
+    arena + streams * (frame + zstd context + (parts in flight + 1) * part size) + 2 * socket buffer
+        + 4 * 32 bytes * segments + 768 bytes * frames
 
 which is `memory_bound`, beside the interpreter and its libraries. Where frames are encrypted, the frame on its way is a copy, and in here.
 """
@@ -27,20 +28,23 @@ from hibernode.ports import Store, Upload
 from hibernode.transfer import codec, format
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
 from hibernode.transfer.collect import SOCKET_BUFFER
-from hibernode.transfer.format import FRAME, Digester, Index, KeepMap, SegmentTable
+from hibernode.transfer.format import FRAME, SEGMENT, Digester, Index, KeepMap, KeepMaps, SegmentTable
 from hibernode.transfer.seal import TAG, Closer, Seal
 
 T = TypeVar("T")
 
 _QUEUE = 1 << 16  # chunks waiting: more than any arena has, so that the arena alone is the bound
 _ZSTD_CONTEXT = 8 << 20  # level 1 to 9 with a 4 MiB input; measured by zstd's own estimate
+_SEGMENT_COPIES = 4  # while the index is encoded: what was collected, as a table, joined with the rest, on its way
+_FRAME_FACTS = 768  # bytes: digest, sizes and keep map as Python objects (554 measured), and what the index has of it (192)
 _log = logging.getLogger("hibernode.send")
 
 
-def memory_bound(arena: int, streams: int, parts_in_flight: int, part_size: int, segments: int) -> int:
+def memory_bound(arena: int, streams: int, parts_in_flight: int, part_size: int, segments: int, frames: int) -> int:
     """Bytes that a checkpoint needs at most, whatever the size of the workload (without the interpreter itself)."""
     per_stream = 3 * CHUNK + _ZSTD_CONTEXT + (parts_in_flight + 1) * part_size  # frame: kept pages, compressed, on its way
-    return arena + streams * per_stream + 2 * SOCKET_BUFFER + 32 * segments
+    index = _SEGMENT_COPIES * SEGMENT.itemsize * segments + _FRAME_FACTS * frames  # frames: memory / 4 MiB, and a few more
+    return arena + streams * per_stream + 2 * SOCKET_BUFFER + index
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Sender(AbstractContextManager["Sender"]):
         self.chunks.close()
         self._threads.join([stream.thread for stream in self._streams if stream.thread])
         frames = np.concatenate([s.table() for s in self._streams])
-        keeps = {page: keep for s in self._streams for page, keep in s.keeps.items()}
+        keeps = KeepMaps.of({page: keep for s in self._streams for page, keep in s.keeps.items()})
         files, files_bytes = self._put("images.tar.zst", pack)
         index = format.encode_index(Index(table, frames, keeps))
         index_ref, _ = self._put("index.zst", lambda write: write(codec.deflate(index)))
@@ -161,7 +165,7 @@ class _Stream:
 
     def __init__(self, key: str, number: int, level: int | None, seal: Seal, arena: Arena, meter: Meter) -> None:
         self.key = key
-        self.keeps: dict[int, KeepMap] = {}
+        self.keeps: dict[int, tuple[int, bytes]] = {}  # first page -> pages, packed keep map
         self.made: _Object | None = None
         self.thread: threading.Thread | None = None
         self._number, self._arena, self._meter = number, arena, meter
@@ -190,7 +194,7 @@ class _Stream:
             stored = sum(len(piece) for piece in pieces)
             self._frames.append(_Frame(chunk.first_page, self._offset, stored, chunk.pages, kept, format.digest(*pieces)))
             if kept < chunk.pages:
-                self.keeps[chunk.first_page] = keep
+                self.keeps[chunk.first_page] = chunk.pages, format.pack_keep(keep)
             for piece in pieces:
                 upload.write(piece)
             self._offset += stored
