@@ -13,7 +13,7 @@ import pytest
 
 from hibernode import catalog
 from hibernode.errors import DeadlineExceeded, StoreUnavailable
-from hibernode.journal import Tree
+from hibernode.journal import Entry, Tree
 from hibernode.model import Cancel, Outcome, Status
 from hibernode.recovery import recover
 from hibernode.transfer import format
@@ -202,11 +202,8 @@ class HangingStore(Script):
             assert self.answers.wait(DEADLINE)
 
 
-def test_a_recovery_holds_nobody_longer_than_a_commit_may_take(tmp_path: Path) -> None:
-    """The daemon died while it committed, the workload is held to be killed, and the store hangs."""
-    rig = Rig(tmp_path, limits={"commit": SHORT})
-    rig.rescript(script := HangingStore())
-    entry = rig.node.journal.begin(checkpoint_command())
+def recovered_while_it_hangs(rig: Rig, entry: Entry, script: HangingStore) -> Outcome:
+    """What recovery makes of a commit with the workload held; the store answers when the workload runs again."""
     trees = (Tree(pid=ROOT, start_time=1000 + ROOT),)
     entry.update(phase="committing", status=Status.CHECKPOINT_CREATED, trees=trees, kill=True)
     rig.machine.stopped = True
@@ -215,6 +212,15 @@ def test_a_recovery_holds_nobody_longer_than_a_commit_may_take(tmp_path: Path) -
     script.answers.set()
     found = recovering.result()
     assert found is not None
+    return found
+
+
+def test_a_recovery_holds_nobody_longer_than_a_commit_may_take(tmp_path: Path) -> None:
+    """The daemon died while it committed, the workload is held to be killed, and the store hangs."""
+    rig = Rig(tmp_path, limits={"commit": SHORT})
+    rig.rescript(script := HangingStore())
+    entry = rig.node.journal.begin(checkpoint_command())
+    found = recovered_while_it_hangs(rig, entry, script)
     assert found.code == "interrupted"
     assert rig.machine.alive
 
@@ -227,14 +233,7 @@ def test_a_recovery_kills_nobody_whom_it_has_let_go_on(tmp_path: Path) -> None:
     entry = rig.node.journal.begin(checkpoint_command(made))
     mine = manifest.model_copy(update={"action_id": entry.action_id})
     rig.store.objects[catalog.manifest_key(made)] = format.encode_manifest(mine, rig.node.notary)
-    trees = (Tree(pid=ROOT, start_time=1000 + ROOT),)
-    entry.update(phase="committing", status=Status.CHECKPOINT_CREATED, trees=trees, kill=True)
-    rig.machine.stopped = True
-    recovering: Background[Outcome] = Background(lambda: recover(rig.node, entry))
-    until(lambda: not rig.machine.stopped, "a workload that goes on while the store hangs")
-    script.answers.set()
-    found = recovering.result()
-    assert found is not None
+    found = recovered_while_it_hangs(rig, entry, script)
     assert found.status == Status.READY
     assert rig.machine.alive
     assert not entry.record.kill, "nor does the next daemon kill it"
