@@ -629,7 +629,14 @@ class _Fault:
 
     def _watch_die_at_random(self) -> None:
         time.sleep(self._rng.uniform(0, 0.3))
-        self._daemon.signal(signal.SIGKILL)
+        self._kill_daemon()
+
+    def _kill_daemon(self) -> None:
+        """It has ended when this returns."""
+        daemon, deadline = self._daemon, time.monotonic() + ASK
+        daemon.signal(signal.SIGKILL)
+        while not daemon.ended and time.monotonic() < deadline:
+            daemon.hear(0.01)
 
     def _watch_stop(self) -> None:
         """For ever: until the watchdog has ended it. Where it holds nobody, that is not the watchdog's business, but systemd's."""
@@ -656,7 +663,7 @@ class _Fault:
     def _watch_criu_stopped_daemon_dies(self) -> None:
         self.done = self._signal_criu(signal.SIGSTOP)
         self._close_found()
-        self._daemon.signal(signal.SIGKILL)
+        self._kill_daemon()
 
     def _watch_criu_dies_daemon_stopped(self) -> None:
         self._daemon.signal(signal.SIGSTOP)

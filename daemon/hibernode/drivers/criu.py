@@ -160,7 +160,8 @@ class Criu:
         directory = os.open(images, os.O_DIRECTORY)
         try:
             argv = [self._path, "swrk", str(theirs.fileno())]
-            worker = self._children.spawn(argv, pass_fds=[theirs.fileno(), *pass_fds], env=self._env)
+            # The directory, too: by it the watchdog knows whose worker this is, from its first moment on.
+            worker = self._children.spawn(argv, pass_fds=[theirs.fileno(), directory, *pass_fds], env=self._env)
             theirs.close()
             if leave_for is not None:
                 unprotect(worker.pid)
