@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 
 import structlog
 
@@ -32,7 +33,8 @@ class Courier:
     def __init__(self, dispatcher: Dispatcher, node: Node, outbox: Outbox, bus: NodeBus) -> None:
         self._dispatcher, self._node, self._outbox, self._bus = dispatcher, node, outbox, bus
         self._filled = asyncio.Event()
-        self._serving, self._deliveries = Tasks(), Tasks()
+        self._serving, self._taking, self._deliveries = Tasks(), Tasks(), Tasks()
+        self._leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what is still kept goes back
         dispatcher.posts_to(self._filled.set, self._progress)
 
     def start(self) -> None:
@@ -40,7 +42,11 @@ class Courier:
         self._serving.spawn(self._serve())
 
     async def stop(self) -> None:
-        """After the dispatcher has stopped: acknowledge what has ended, send what waits, leave. Harmless when repeated."""
+        """After the dispatcher has stopped: take nothing more, give back what was not begun, acknowledge what has ended, send what
+        waits, leave. Harmless when repeated."""
+        await self._taking.cancel()  # first: what is given back must not come again to us
+        if not self._leaving.done():
+            self._leaving.set_result(None)
         await self._deliveries.finish(_LAST_WORDS)
         if self._bus.connected:
             with contextlib.suppress(BusUnavailable, OSError, asyncio.TimeoutError):
@@ -66,6 +72,10 @@ class Courier:
             await self._bus.answer_find(self._find)
         for work in (self._publish_outbox(), self._publish_node()):
             self._serving.spawn(work)
+        if not self._leaving.done():
+            self._taking.spawn(self._take_all())
+
+    async def _take_all(self) -> None:
         async for delivery in self._bus.commands():
             self._deliveries.spawn(self._take(delivery))
 
@@ -80,27 +90,38 @@ class Courier:
                 await asyncio.sleep(_BUS_RETRY)
 
     async def _take(self, delivery: Delivery) -> None:
+        """Until it is answered it is kept: what the broker gives out again it counts, and that count is to tell of crashes only. What
+        could not be begun until we leave is the next daemon's."""
         try:
-            if self._dispatcher.stopping:  # the next daemon's
-                await delivery.later(0)
-                return
-            try:
-                command = wire.decode_command(delivery.verb, delivery.data)
-            except BadCommand as e:
-                await self._refuse_unreadable(delivery, e)
-                return
-            if isinstance(command, CancelCommand):
-                if not await self._dispatcher.cancel(command.action_id):
-                    self._dispatcher.forestall(command.action_id)
-            else:
-                await self._run_delivered(command, delivery)
-            await delivery.done()
+            while not self._leaving.done():
+                try:
+                    if await self._answered(delivery):
+                        return
+                    patience = None
+                except OSError as e:  # the journal's disk: what is not written down is not begun
+                    _log.error("could not begin", verb=delivery.verb, error=str(e))
+                    patience = self._node.config.limits.retry_delay
+                await self._keep(delivery, self._leaving, patience)
+            await delivery.later(0)
         except BusUnavailable as e:  # not acked: it comes again, and is answered from the journal
             _log.warning("could not acknowledge", verb=delivery.verb, error=str(e))
-        except OSError as e:  # the journal's disk: what is not written down is not begun
-            _log.error("could not begin", verb=delivery.verb, error=str(e))
-            with contextlib.suppress(BusUnavailable):
-                await delivery.later(self._node.config.limits.retry_delay)
+
+    async def _answered(self, delivery: Delivery) -> bool:
+        """False while we are stopping and it is of an action that nobody knows yet: a command, or a cancel that has overtaken one."""
+        try:
+            command = wire.decode_command(delivery.verb, delivery.data)
+        except BadCommand as e:
+            await self._refuse_unreadable(delivery, e)
+            return True
+        if self._dispatcher.stopping and self._node.journal.find(command.action_id) is None:
+            return False
+        if isinstance(command, CancelCommand):
+            if not await self._dispatcher.cancel(command.action_id):
+                self._dispatcher.forestall(command.action_id)
+        else:
+            await self._run_delivered(command, delivery)
+        await delivery.done()
+        return True
 
     async def _run_delivered(self, command: ActionCommand, delivery: Delivery) -> None:
         if delivery.attempt > self._node.config.bus.max_deliver and self._node.journal.find(command.action_id) is None:
@@ -109,10 +130,16 @@ class Courier:
         if (running := self._dispatcher.accept(command)) is None:
             self._say_again(command.action_id)
             return
-        while not running.done():
-            await asyncio.wait([running], timeout=self._node.config.bus.ack_wait / 3)
-            with contextlib.suppress(BusUnavailable):
-                await delivery.working()
+        await self._keep(delivery, running)
+
+    async def _keep(self, delivery: Delivery, until: asyncio.Future[None], seconds: float | None = None) -> None:
+        """Until that is done, or for so many seconds, the broker gives it to nobody else."""
+        ends = asyncio.get_running_loop().time() + (math.inf if seconds is None else seconds)
+        while not until.done() and (left := ends - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait([until], timeout=min(left, self._node.config.bus.ack_wait / 3))
+            if not until.done():
+                with contextlib.suppress(BusUnavailable):
+                    await delivery.working()
 
     def _say_again(self, action_id: str) -> None:
         """A command that was answered before: its last event once more, under the same message id."""
@@ -166,8 +193,12 @@ class Courier:
 
     async def _publish_node(self) -> None:
         while True:
-            with contextlib.suppress(BusUnavailable):
+            try:
                 await self._bus.put_node(wire.encode_node(self._dispatcher.record()))
+            except BusUnavailable:
+                pass  # it is said where it is noticed
+            except (HibernodeError, OSError) as e:  # this node's own facts: the others are told when they can be had again
+                _log.warning("cannot say how this node is", error=str(e))
             await asyncio.sleep(self._node.config.limits.node_interval)
 
     async def _progress(self, progress: Progress) -> None:

@@ -26,6 +26,7 @@ class MemoryBus:
         self.events: list[tuple[str, str, bytes]] = []  # cluster, action id, data
         self.progress: list[tuple[str, str, bytes]] = []
         self.lose_acks = 0
+        self.given_out = self.sent_back = 0  # deliveries; how many of them were answered with `later`
         self._away = False
         self._ids: set[str] = set()
         self._queues: dict[tuple[str, str], _Queue] = {}
@@ -152,6 +153,7 @@ class _Delivery:
 
     async def later(self, delay: float) -> None:
         self._bus._check()
+        self._bus.sent_back += 1
         self._item.again_at = _now() + delay
         self._bus._notify()
 
@@ -199,6 +201,7 @@ class _End:
             if not self.connected:
                 await self._bus._wait()
             elif (item := queue().take(self._ack_wait)) is not None:
+                self._bus.given_out += 1
                 yield _Delivery(self._bus, queue(), item, self._ack_wait)
             else:
                 await self._bus._wait(queue().due())

@@ -139,12 +139,12 @@ class Desk:
 
 
 @asynccontextmanager
-async def running(rig: Rig, bus: MemoryBus | None = None, grace: float = 5.0) -> AsyncIterator[Desk]:
+async def running(rig: Rig, bus: MemoryBus | None = None, grace: float = 5.0, ack_wait: float = 5.0) -> AsyncIterator[Desk]:
     bus = bus or MemoryBus()
     updates: list[Event | Progress] = []
     outbox = Outbox(rig.node.journal)
     dispatcher = Dispatcher(rig.node, updates.append)
-    courier = Courier(dispatcher, rig.node, outbox, bus.node("c", "n", ack_wait=5.0))
+    courier = Courier(dispatcher, rig.node, outbox, bus.node("c", "n", ack_wait=ack_wait))
     await dispatcher.start()
     courier.start()
     try:
@@ -527,6 +527,86 @@ async def test_a_stop_cancels_what_does_not_end(tmp_path: Path) -> None:
     assert not rig.machine.stopped
 
 
+async def turns(number: int = 50) -> None:
+    """The loop goes round so many times: whatever would come of itself has come."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def test_a_command_that_comes_while_the_daemon_drains_is_kept_for_the_next_one(tmp_path: Path) -> None:
+    """Sent back at once it would come again at once, and the next daemon would count the deliveries as crashes."""
+    rig, bus = node(tmp_path, Gate("criu.dump")), MemoryBus()
+    async with running(rig, bus) as desk:
+        first, second = checkpoint_command(), for_nobody()
+        await desk.send(first)
+        await eventually(rig.script.reached.is_set, "the dump")
+        stopping = asyncio.ensure_future(desk.stop(DEADLINE))
+        await eventually(lambda: desk.dispatcher.stopping, "the stop")
+        await desk.send(second)
+        await eventually(lambda: bus.given_out == 2, "the second command")
+        await turns()
+        assert (bus.given_out, bus.sent_back) == (2, 0)
+        rig.script.open.set()
+        await stopping
+        assert desk.statuses(first.action_id)[-1] == READY
+        assert (bus.given_out, bus.sent_back) == (2, 1), "given back once, when nobody is there to get it again"
+    async with running(node(tmp_path), bus) as desk:
+        assert (await desk.end(second.action_id)).code == "not_found", "the next daemon does it, at once"
+        await desk.acked()
+
+
+async def test_what_is_kept_while_the_daemon_drains_stays_ours(tmp_path: Path) -> None:
+    """For longer than the broker waits for an answer."""
+    rig, bus = Rig(tmp_path, memory(1100), Gate("criu.dump"), node="n", cluster="c", bus={"ack_wait": 1.0}), MemoryBus()
+    async with running(rig, bus, ack_wait=1.0) as desk:
+        await desk.send(checkpoint_command())
+        await eventually(rig.script.reached.is_set, "the dump")
+        stopping = asyncio.ensure_future(desk.stop(DEADLINE))
+        await eventually(lambda: desk.dispatcher.stopping, "the stop")
+        await desk.send(for_nobody())
+        await eventually(lambda: bus.given_out == 2, "the second command")
+        began = time.monotonic()
+        await eventually(lambda: time.monotonic() - began > 1.5, "more than the broker waits")
+        assert (bus.given_out, bus.sent_back) == (2, 0)
+        rig.script.open.set()
+        await stopping
+
+
+async def test_a_cancel_is_heard_while_the_daemon_drains(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    rig.criu.fault = "hang"
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        await desk.send(command)
+        await eventually(rig.criu.dumping.is_set, "the dump")
+        stopping = asyncio.ensure_future(desk.stop(DEADLINE))
+        await eventually(lambda: desk.dispatcher.stopping, "the stop")
+        await desk.send(CancelCommand(action_id=command.action_id))
+        await stopping
+        last = desk.events(command.action_id)[-1]
+        assert (last.status, last.code, last.message) == (ERROR, "cancelled", "cancelled by command")
+        await desk.acked()
+    assert not rig.machine.stopped
+
+
+async def test_a_cancel_of_what_the_next_daemon_will_begin_is_the_next_daemons(tmp_path: Path) -> None:
+    rig, bus = node(tmp_path, Gate("criu.dump")), MemoryBus()
+    async with running(rig, bus) as desk:
+        await desk.send(checkpoint_command())
+        await eventually(rig.script.reached.is_set, "the dump")
+        stopping = asyncio.ensure_future(desk.stop(DEADLINE))
+        await eventually(lambda: desk.dispatcher.stopping, "the stop")
+        second = for_nobody()
+        await desk.send(CancelCommand(action_id=second.action_id))
+        await desk.send(second)
+        await eventually(lambda: bus.given_out == 3, "both")
+        rig.script.open.set()
+        await stopping
+    async with running(node(tmp_path), bus) as desk:
+        assert (await desk.end(second.action_id)).code == "cancelled"
+        await desk.acked()
+
+
 # --- the broker is away -----------------------------------------------------------------------------------------------------
 
 
@@ -630,18 +710,37 @@ async def test_an_outcome_that_is_no_text_is_told_all_the_same(tmp_path: Path) -
         assert (last.code, last.message, last.details["path"]) == ("dump_failed", "a file named ?", "/tmp/?")
 
 
-async def test_a_command_that_cannot_be_written_down_comes_again(tmp_path: Path) -> None:
+def times_said(logs: list[MutableMapping[str, object]], what: str) -> int:
+    return sum(line["event"] == what for line in logs)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+async def test_a_command_that_cannot_be_written_down_is_kept_until_it_can(tmp_path: Path, readable: bool) -> None:
+    """The broker's count of deliveries is for crashes: a disk that is full for an hour must not use it up."""
     rig = node(tmp_path)
     journal, away = tmp_path / "state" / "journal", tmp_path / "away"
     async with running(rig) as desk:
         journal.rename(away)
         command = checkpoint_command()
         with capture_logs() as logs:
-            await desk.send(command)
-            await eventually(lambda: said(logs, "could not begin"), "the failed write")
+            if readable:
+                await desk.send(command)
+            else:
+                await desk.send_raw("checkpoint", json.dumps({"action_id": command.action_id, "surprise": 1}).encode())
+            await eventually(lambda: times_said(logs, "could not begin") > 8, "failed writes, more than max_deliver")
+        assert (desk.bus.given_out, desk.bus.sent_back) == (1, 0)
         away.rename(journal)
-        assert (await desk.end(command.action_id)).status == READY
-    assert rig.criu.dumps == 1
+        assert (await desk.end(command.action_id)).code == ("ok" if readable else "bad_command")
+        await desk.acked()
+        assert (desk.bus.given_out, desk.bus.sent_back) == (1, 0)
+    assert rig.criu.dumps == (1 if readable else 0)
+
+
+async def test_a_node_whose_proc_cannot_be_read_for_a_while_is_told_again(tmp_path: Path) -> None:
+    rig = node(tmp_path, FailsTimes("host.load", 3, lambda: OSError(24, "Too many open files")), node_interval=0.005)
+    async with running(rig) as desk:
+        await eventually(lambda: desk.bus._records, "the node's record")
+    assert rig.script.calls.count("host.load") > 3
 
 
 # --- after a crash ----------------------------------------------------------------------------------------------------------
