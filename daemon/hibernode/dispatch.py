@@ -78,6 +78,7 @@ class Dispatcher:
         self._posted: Callable[[], None] | None = None
         self._progressed: Callable[[Progress], Awaitable[None]] | None = None
         self.stopping = False
+        self._hurry = asyncio.Event()  # stopping, and nothing is waited for any more
         self._loop = asyncio.get_running_loop()
 
     # --- life ---------------------------------------------------------------------------------------------------------------
@@ -113,6 +114,8 @@ class Dispatcher:
         self._reap()  # who ended until now; the next daemon is not their parent and cannot see it
 
     def cancel_all(self, reason: str) -> None:
+        """The daemon stops, and its patience is over."""
+        self._hurry.set()
         for action in self._running.values():
             action.cancel.set(reason)
 
@@ -266,8 +269,10 @@ class Dispatcher:
         entry.update(phase=entry.record.phase if outcome.code == Stuck.code else "done", ended_at=time.time())
 
     async def _end_surely(self, entry: Entry, outcome: Outcome) -> None:
-        """An outcome that is not on disk is not acknowledged: a full disk is waited for."""
+        """An outcome that is not on disk is not acknowledged: a full disk is waited for, and tried a last time when the daemon may wait no
+        longer, because the next one would take a restored tree that runs for one that is half done."""
         while True:
+            last = self._hurry.is_set()
             try:
                 return self.end(entry, outcome)
             except ValueError:  # it cannot be written in JSON at all
@@ -276,9 +281,11 @@ class Dispatcher:
                 continue
             except OSError as e:
                 _log.error("cannot write down how it ended", action=entry.action_id, status=outcome.status.value, error=str(e))
-                if self.stopping:
+                if last:
                     return None  # it stays open: the next start finds it
-            await asyncio.sleep(self._node.config.limits.retry_delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._node.config.limits.retry_delay):
+                    await self._hurry.wait()
 
     def _emit(self, entry: Entry, outcome: Outcome) -> None:
         record = entry.record

@@ -385,10 +385,14 @@ def _stopped(record: Record) -> list[Identity]:
 
 
 def _holds(record: Record, found: Sequence[Worker]) -> bool:
-    """Does somebody stand still because of this action? Not who is stopped after the daemon has let go, or traced by a debugger."""
+    """Does somebody stand still because of this action? Not who is stopped after the daemon has let go, or traced by a debugger. What is
+    being restored stands still until CRIU has ended; from the probe on it runs, and a daemon that stays there may only have no disk to
+    write `ready` to: its end would be the tree's."""
+    workers_of_it = [worker for worker in found if worker.action_id == record.action_id]
     if remedy(record) == "kill_restored":
-        return bool(record.place and cgroup.members(record.place)) or bool(proc.forest(_trees(record)))
-    traced = {process for worker in found if worker.action_id == record.action_id for process in worker.holds}
+        there = bool(record.place and cgroup.members(record.place)) or bool(proc.forest(_trees(record)))
+        return there and (record.phase != "probing" or bool(workers_of_it))
+    traced = {process for worker in workers_of_it for process in worker.holds}
     keeps_stopped = record.kill or record.phase == "dumping"
     here = [process for process in proc.forest(_trees(record)) if process not in _stopped(record)]
     return any(process in traced or (keeps_stopped and _is_stopped(process)) for process in here)

@@ -59,6 +59,20 @@ class Gate(Script):
             assert self.open.wait(DEADLINE)
 
 
+class ProbeGate(Gate):
+    """The second look at the processes of a restored tree waits: the one of the probe."""
+
+    looks = 0
+
+    def __init__(self) -> None:
+        super().__init__("workload.processes")
+
+    def step(self, name: str) -> None:
+        self.looks += name == "workload.processes"
+        if self.looks > 1:
+            super().step(name)
+
+
 class FailsTimes(Script):
     """A call of this name fails so many times."""
 
@@ -697,6 +711,31 @@ async def test_what_is_ready_stays_ready_though_the_disk_does_not_take_the_word(
         assert (await desk.end(command.action_id)).status == READY
         assert [event.seq for event in desk.events(command.action_id)] == [1, 2, 3]
         await desk.acked()
+
+
+@pytest.mark.parametrize("room", ["while it drains", "just before it must end"])
+async def test_a_restored_tree_stays_though_the_daemon_stops_on_a_full_disk(tmp_path: Path, room: str) -> None:
+    """What the journal calls half restored the next daemon kills: so `ready` is tried as long as there is time, and once more."""
+    rig = node(tmp_path, retry_delay=0.01 if room == "while it drains" else 1000.0)
+    command = restore_command(rig.checkpoint())
+    rig.end_of_original()
+    rig.rescript(script := ProbeGate())
+    journal, away = tmp_path / "state" / "journal", tmp_path / "away"
+    async with running(rig) as desk:
+        await desk.send(command)
+        await eventually(script.reached.is_set, "the probe")
+        stopping = asyncio.ensure_future(desk.stop(DEADLINE))
+        await eventually(lambda: desk.dispatcher.stopping, "the stop")
+        with capture_logs() as logs:
+            journal.rename(away)
+            script.open.set()
+            await eventually(lambda: said(logs, "cannot write down how it ended"), "the failed write")
+        away.rename(journal)
+        if room != "while it drains":
+            desk.dispatcher.cancel_all("a second signal")
+        await stopping
+        assert desk.record_status(command.action_id) == READY
+    assert rig.machine.restored
 
 
 async def test_an_outcome_that_is_no_text_is_told_all_the_same(tmp_path: Path) -> None:

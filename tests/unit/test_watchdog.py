@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hibernode import config, locks, systemd, watchdog
 from hibernode.__main__ import main
 from hibernode.drivers.workloads import proc
 from hibernode.errors import Refused
-from hibernode.journal import BOOT, Record, Tree
+from hibernode.journal import BOOT, Record, Tree, boottime
 from hibernode.model import Status
 from hibernode.watchdog import Daemon, Lines, Pages, Watchdog, Worker, abandoned_since, workers
 from tests import keeper
@@ -301,6 +301,45 @@ def test_a_pid_that_came_again_is_nobody(tmp_path: Path) -> None:
                 page_of(tmp_path, (process[0], began), **page)
                 watch.look()
                 assert keeper.state(process[0]) == "T"
+
+
+@pytest.mark.parametrize(
+    ("phase", "criu", "killed"),
+    [
+        ("restoring", False, True),
+        ("probing", True, True),  # CRIU is still at it
+        ("probing", False, False),  # it runs: that it is `ready` may not go onto a full disk
+    ],
+)
+@pytest.mark.parametrize("stopped", [False, True])  # as a process of the image may have been
+def test_a_daemon_is_ended_for_what_is_half_restored_and_not_for_what_runs(
+    tmp_path: Path, phase: str, criu: bool, killed: bool, stopped: bool
+) -> None:
+    clock, work, lock = Clock(), tmp_path / "work", tmp_path / "lock"
+    lock.touch()
+    with ExitStack() as held:
+        process = held.enter_context(stopped_process())
+        if not stopped:
+            os.kill(process[0], signal.SIGCONT)
+            wait_until(lambda: runs(process), LIMIT, "a process that runs")
+        daemon = held.enter_context(holding(lock))
+        assert daemon.stdout is not None
+        daemon.stdout.readline()
+        lock.write_text(f"{daemon.pid} running\n")
+        if criu:
+            held.enter_context(fake_criu(tmp_path, work, f"{ACTION}/main/restore.log"))
+        watch = Watchdog(tmp_path, work, 15.0, clock)
+        clock.now = boottime()
+        watch.look()
+        page_of(tmp_path, process, type="restore", phase=phase, until=clock.now + 1, status=Status.PROCESSING)
+        for seconds in (0, 17, 16, 16, 16):
+            clock.now += seconds
+            watch.look()
+        if killed:
+            assert daemon.wait(LIMIT) == -signal.SIGKILL
+        else:
+            assert daemon.poll() is None
+        assert keeper.alive(process[0])
 
 
 def test_a_process_of_another_pid_namespace_would_not_be_ours_to_kill(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
