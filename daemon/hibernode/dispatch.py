@@ -162,8 +162,7 @@ class Dispatcher:
 
     async def _wait_for_slot(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
         async with _in_time(command):
-            await self._unless_cancelled(action, self._slots.acquire())
-        slot.callback(self._slots.release)
+            await self._unless_cancelled(action, _take(self._slots, slot))
         self._report(action, Status.PROCESSING)
 
     async def _tried(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
@@ -430,6 +429,13 @@ async def _in_time(command: ActionCommand) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         preflight.expired(expires_at, max(time.time(), math.nextafter(expires_at, math.inf)))  # this clock may be a little behind
+
+
+async def _take(places: asyncio.Semaphore, held: contextlib.AsyncExitStack) -> None:
+    """One of the places, held from the moment it is taken: who waits for this call may be told to stop in the very turn of the loop in
+    which it ends, and would not know that there is something to give back."""
+    await places.acquire()
+    held.callback(places.release)
 
 
 _RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}

@@ -501,6 +501,43 @@ async def test_a_waiting_action_is_cancelled(tmp_path: Path) -> None:
     assert rig.criu.dumps == 1
 
 
+async def test_a_slot_that_comes_in_the_moment_in_which_the_command_expires_is_not_lost(tmp_path: Path) -> None:
+    rig = node(tmp_path, actions=1)
+    async with running(rig) as desk:
+        slots = desk.dispatcher._slots
+        await slots.acquire()
+        late = for_nobody().model_copy(update={"expires_at": time.time() + 0.2})
+        await desk.send(late)
+        await eventually(lambda: slots._waiters, "one who waits")
+
+        def free_until_it_is_too_late() -> None:
+            """The loop is busy past the deadline: who waits and the deadline have their turn together, in this order."""
+            slots.release()
+            while time.time() <= late.expires_at:
+                pass
+
+        asyncio.get_running_loop().call_soon(free_until_it_is_too_late)
+        assert (await desk.end(late.action_id)).code == "expired"
+        assert (await desk.end(await desk.send(for_nobody()))).code == "not_found"
+
+
+async def test_a_slot_that_comes_together_with_a_cancel_is_not_lost(tmp_path: Path) -> None:
+    rig = node(tmp_path, actions=1)
+    async with running(rig) as desk:
+        slots = desk.dispatcher._slots
+        for release_first in (True, False):
+            await slots.acquire()
+            action = await desk.send(for_nobody())
+            await eventually(lambda: slots._waiters, "one who waits")
+            if release_first:
+                slots.release()
+            await desk.dispatcher.cancel(action)
+            if not release_first:
+                slots.release()
+            assert (await desk.end(action)).code in ("cancelled", "not_found")
+        assert (await desk.end(await desk.send(for_nobody()))).code == "not_found"
+
+
 async def test_an_action_that_waits_to_try_again_is_cancelled(tmp_path: Path) -> None:
     rig = node(tmp_path, FailsTimes("store.check", 100, lambda: StoreUnavailable("away")), retry_delay=1000, attempts=5)
     async with running(rig) as desk:
