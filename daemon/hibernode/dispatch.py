@@ -49,6 +49,9 @@ from hibernode.restore import restore
 P = ParamSpec("P")
 T = TypeVar("T")
 
+# Asynchronous checkpoints that ship without a slot, for each slot. Each has buffers, uploads and a thread of its own: without a bound, a
+# store that stands still would collect them until memory ends. Chosen, not measured: the arena is full before so many large ones are.
+BEHIND = 4
 _UNTOUCHED = ("starting", "preflight", "fetching")  # phases in which trying again is harmless
 _FORESTALLED = 1000  # cancels without a command that are remembered; the oldest are forgotten first
 _WATCHER_QUEUE = 1000  # updates a slow watcher may lag behind before it loses progress (never events)
@@ -72,6 +75,7 @@ class Dispatcher:
         self._node, self._observe = node, observe
         self._running: dict[str, _Running] = {}
         self._slots = asyncio.Semaphore(node.config.limits.actions)
+        self._behind = asyncio.Semaphore(BEHIND * node.config.limits.actions)
         self._forestalled: dict[str, None] = {}  # actions that were cancelled before they came
         self._watchers: set[asyncio.Queue[Event | Progress]] = set()
         self._tasks = Tasks()
@@ -210,14 +214,21 @@ class Dispatcher:
         if isinstance(command, CheckpointCommand):
             page = self._spawn_page(checkpoint, command, attempt)
             if command.overrides.asynchronous:
-                waiting = asyncio.ensure_future(action.slot_free.wait())
-                await asyncio.wait([page, waiting], return_when=asyncio.FIRST_COMPLETED)
-                waiting.cancel()
-                if not page.done():  # else it may have to be tried again, and needs its slot
-                    await slot.aclose()
+                stepping_back = asyncio.ensure_future(self._step_back(action, slot))
+                await asyncio.wait([page, stepping_back], return_when=asyncio.FIRST_COMPLETED)
+                stepping_back.cancel()
             await page
         else:
             await self._spawn_page(restore, command, attempt)
+
+    async def _step_back(self, action: _Running, slot: contextlib.AsyncExitStack) -> None:
+        """Nothing of it will be tried again, and it need not keep others waiting: its slot for a place among those who ship behind. As
+        long as there is none it keeps the slot."""
+        await action.slot_free.wait()
+        async with contextlib.AsyncExitStack() as place:
+            await _take(self._behind, place)
+            await slot.aclose()
+            slot.push_async_exit(place.pop_all())
 
     def _spawn_page(self, page: Callable[[Node, T, Attempt], None], command: T, attempt: Attempt) -> asyncio.Task[None]:
         return asyncio.ensure_future(in_thread(page, self._node, command, attempt))

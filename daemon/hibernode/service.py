@@ -25,7 +25,7 @@ from hibernode.children import Children
 from hibernode.config import Config, without_secrets
 from hibernode.courier import Courier
 from hibernode.desk import Desk
-from hibernode.dispatch import Dispatcher
+from hibernode.dispatch import BEHIND, Dispatcher
 from hibernode.drivers.criu import Criu
 from hibernode.drivers.host import LinuxHost
 from hibernode.drivers.keyring import Keyring
@@ -45,7 +45,7 @@ from hibernode.systemd import notify, ping_interval
 from hibernode.transfer.arena import Arena
 
 _DRAIN = 30.0  # seconds running actions get after the first SIGTERM; the unit's TimeoutStopSec is longer
-_THREADS = 64  # at most; made as they are needed
+_THREADS = 64  # for questions, at most, beside those that actions wait in; made as they are needed
 _log = structlog.get_logger("hibernode")
 
 
@@ -136,7 +136,8 @@ def _lock(lock: int, directory: Path) -> None:
 async def serve(settings: Config, alone: Alone, dress: Callable[[Node], Node]) -> None:
     """Build, start, tell systemd, wait for a signal, drain."""
     # Actions spend their lives in threads, waiting: none may keep a question from being answered.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "hibernode"))
+    threads = _THREADS + (1 + BEHIND) * settings.limits.actions
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads, "hibernode"))
     this, metrics, bus = dress(build(settings)), Metrics(__version__), open_bus(settings)
     outbox = Outbox(this.journal)
 

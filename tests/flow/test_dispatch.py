@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from hibernode import catalog, wire
 from hibernode.courier import Courier
 from hibernode.desk import Desk as Answers
-from hibernode.dispatch import Dispatcher
+from hibernode.dispatch import BEHIND, Dispatcher
 from hibernode.errors import DumpFailed, HibernodeError, NotFound, Refused, StoreUnavailable
 from hibernode.journal import Journal, Tree
 from hibernode.model import (
@@ -92,6 +92,12 @@ async def eventually(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {DEADLINE} s"
         await asyncio.sleep(0.002)
+
+
+async def turns(number: int = 50) -> None:
+    """The loop goes round so many times: whatever would come of itself has come."""
+    for _ in range(number):
+        await asyncio.sleep(0)
 
 
 def said(logs: list[MutableMapping[str, object]], what: str) -> bool:
@@ -435,6 +441,40 @@ async def test_only_an_asynchronous_checkpoint_frees_its_slot_while_it_ships(tmp
         assert (await desk.end(second.action_id)).code == "not_found"
 
 
+async def test_so_many_ship_behind_and_one_more_keeps_its_slot_until_one_is_done(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("store.commit index.zst"), actions=1)
+    async with running(rig) as desk:
+        behind, first, second = desk.dispatcher._behind, checkpoint_command(asynchronous=True), for_nobody()
+        for _ in range(BEHIND):  # others ship
+            await behind.acquire()
+        await desk.send(first)
+        await eventually(rig.script.reached.is_set, "shipping")
+        await desk.send(second)
+        await eventually(lambda: desk.record_status(second.action_id), "the second action")
+        await turns()
+        assert desk.record_status(second.action_id) == Status.INITIALIZED
+        behind.release()  # one is done
+        assert (await desk.end(second.action_id)).code == "not_found"
+        assert desk.statuses(first.action_id) == [PROCESSING, CREATED], "it ships behind now"
+        rig.script.open.set()
+        assert (await desk.end(first.action_id)).status == READY
+        await desk.acked()
+        await eventually(lambda: not behind.locked(), "its place is free again")
+        for _ in range(BEHIND - 1):
+            behind.release()
+
+
+async def test_a_slot_is_kept_until_ready_where_so_many_ship_behind_and_given_back_once(tmp_path: Path) -> None:
+    rig = node(tmp_path, actions=1)
+    async with running(rig) as desk:
+        for _ in range(BEHIND):
+            await desk.dispatcher._behind.acquire()
+        for _ in range(2):
+            assert (await desk.end(await desk.send(checkpoint_command(asynchronous=True)))).status == READY
+        await eventually(lambda: not desk.dispatcher.running, "the end")
+        assert (desk.dispatcher._slots._value, desk.dispatcher._behind._value) == (1, 0)
+
+
 async def test_an_asynchronous_checkpoint_that_tries_again_keeps_its_slot(tmp_path: Path) -> None:
     class BusyThenGate(Gate):
         left = 1
@@ -576,12 +616,6 @@ async def test_a_stop_cancels_what_does_not_end(tmp_path: Path) -> None:
         await desk.stop(0.01)
         assert desk.events(command.action_id)[-1].code == "cancelled"
     assert not rig.machine.stopped
-
-
-async def turns(number: int = 50) -> None:
-    """The loop goes round so many times: whatever would come of itself has come."""
-    for _ in range(number):
-        await asyncio.sleep(0)
 
 
 async def test_a_command_that_comes_while_the_daemon_drains_is_kept_for_the_next_one(tmp_path: Path) -> None:
