@@ -6,13 +6,15 @@ A key nobody knows or a value out of range is a refusal to start: a daemon that 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import socket
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -270,3 +272,15 @@ def _toml(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return json.dumps(without_secrets(str(value)), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+@contextlib.contextmanager
+def usable(prop: str, value: object) -> Iterator[None]:
+    """What the system does not give us of what the configuration names is Refused("config"). But not for a full disk: that passes, and
+    after a refusal nobody tries again."""
+    try:
+        yield
+    except (OSError, OverflowError) as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Refused("config", f"{prop} {value} cannot be used: {e}", prop=prop, found=str(value), wanted="usable") from e

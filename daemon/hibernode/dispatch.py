@@ -352,10 +352,15 @@ class Dispatcher:
     # --- what the courier and the desk ask ---------------------------------------------------------------------------------------------
 
     async def submit(self, command: ActionCommand) -> None:
-        """Begin an action; one whose id is known is not begun again."""
+        """Begin an action; one whose id is known is not begun again. NoRoom if it cannot be written down: then it is not begun."""
         if self.stopping:
             raise Refused("stopping", "the daemon is stopping", prop="state", found="stopping", wanted="running")
-        self.accept(command)
+        try:
+            self.accept(command)
+        except OSError as e:
+            if is_full(e):
+                raise no_room(e) from e
+            raise
 
     async def watch(self, action_id: str) -> AsyncIterator[Event | Progress]:
         """Updates: of one action (its last event first, until its terminal one), or of all without end."""

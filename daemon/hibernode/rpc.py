@@ -158,8 +158,10 @@ class RpcServer:
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[None]:
     """While inside, `path` is ours to bind: a lock beside it keeps a second daemon out, and nothing stands there."""
-    _check_path(path)
-    with open(path.with_name(path.name + ".lock"), "ab", opener=_private) as lock:
+    with _refused(path):
+        _check_path(path)
+        lock = open(path.with_name(path.name + ".lock"), "ab", opener=_private)  # noqa: SIM115 - closed below
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:

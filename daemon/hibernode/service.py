@@ -22,7 +22,7 @@ import structlog
 from hibernode import __version__
 from hibernode.bus import NodeBus
 from hibernode.children import Children
-from hibernode.config import Config, without_secrets
+from hibernode.config import Config, usable, without_secrets
 from hibernode.courier import Courier
 from hibernode.desk import Desk
 from hibernode.dispatch import BEHIND, Dispatcher
@@ -77,9 +77,10 @@ class Alone(contextlib.AbstractContextManager["Alone"]):
         """Raises Refused("daemon_running") at once; but one that says that it is stopping is waited for, as systemd would."""
         with contextlib.ExitStack() as held:
             for path in self._paths:
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _insist_ours(path.parent)
-                lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                with usable("state_dir, work_dir", path.parent):
+                    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    _insist_ours(path.parent)
+                    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
                 held.callback(os.close, lock)
                 _lock(lock, path.parent)
                 self._locks.append(lock)
@@ -210,21 +211,25 @@ async def _beat_until(stop: asyncio.Event) -> None:
 
 
 def build(settings: Config) -> Node:
-    """The node's ports, one after the other. Sweeps: whoever calls it is `Alone`."""
+    """The node's ports, one after the other. Sweeps: whoever calls it is `Alone`. Raises Refused for what a person has to mend."""
     children = Children()
     children.adopt_orphans()
     cgroup.remove_empty()
-    processes = ProcessWorkloads(Jobs(settings.state_dir / "jobs", children), children)
-    criu = Criu(settings.criu_path(), children, settings.state_dir / "criu-plugins")
+    with usable("state_dir", settings.state_dir):
+        processes = ProcessWorkloads(Jobs(settings.state_dir / "jobs", children), children)
+        criu = Criu(settings.criu_path(), children, settings.state_dir / "criu-plugins")
+        journal = Journal(settings.state_dir / "journal")
     criu.facts()  # too old or missing: refuse to start
+    with usable("arena.size", settings.arena.size):
+        arena = Arena(settings.arena.size)
     return Node(
         config=settings,
         workloads=processes,
         jobs=processes,
         criu=criu,
         host=LinuxHost(),
-        arena=Arena(settings.arena.size),
-        journal=Journal(settings.state_dir / "journal"),
+        arena=arena,
+        journal=journal,
         open_store=store_opener(settings),
         notary=Notary(settings.signing),
         keyring=Keyring(settings.encryption, children),

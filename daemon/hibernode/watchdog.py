@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hibernode import locks
-from hibernode.config import Config
+from hibernode.config import Config, usable
 from hibernode.drivers.workloads import cgroup, proc, trees
 from hibernode.errors import Refused
 from hibernode.journal import BOOT, Record, boottime, remedy
@@ -76,8 +76,9 @@ def _leave(*_: object) -> NoReturn:
 
 def _alone(path: Path) -> int:
     """The descriptor of our lock: held until the process ends. Two that act on one tree would each wait for the other's patience."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with usable("state_dir", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from hibernode import catalog, wire
 from hibernode.courier import Courier
 from hibernode.desk import Desk as Answers
 from hibernode.dispatch import BEHIND, Dispatcher
-from hibernode.errors import DumpFailed, HibernodeError, NotFound, Refused, StoreUnavailable
-from hibernode.journal import Journal, Tree
+from hibernode.errors import DumpFailed, HibernodeError, NoRoom, NotFound, Refused, StoreUnavailable
+from hibernode.journal import Entry, Journal, Tree
 from hibernode.model import (
     ActionCommand,
     CancelCommand,
@@ -822,6 +823,27 @@ async def test_an_outcome_that_is_no_text_is_told_all_the_same(tmp_path: Path) -
 
 def times_said(logs: list[MutableMapping[str, object]], what: str) -> int:
     return sum(line["event"] == what for line in logs)
+
+
+async def test_a_command_of_people_that_a_full_disk_does_not_take_is_told_so(tmp_path: Path) -> None:
+    class Full(Journal):
+        full = True
+
+        def begin(self, command: ActionCommand) -> Entry:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().begin(command)
+
+    rig = node(tmp_path)
+    journal = Full(tmp_path / "state" / "journal")
+    rig.node = replace(rig.node, journal=journal)
+    async with running(rig) as desk:
+        command = checkpoint_command()
+        with pytest.raises(NoRoom):
+            await desk.answers.submit(command)
+        journal.full = False
+        await desk.answers.submit(command)
+        assert (await desk.end(command.action_id)).status == READY
 
 
 @pytest.mark.parametrize("readable", [True, False])

@@ -22,6 +22,7 @@ from tests.node.workload import LIMIT, Program, Untouched, python
 
 pytestmark = pytest.mark.node
 
+EXIT_CONFIG = 78
 EXIT_RUNNING = 75  # systemd tries again; 78 would end it for good
 
 
@@ -119,3 +120,34 @@ def test_no_child_holds_the_locks(tmp_path: Path) -> None:
         daemon.kill()
         daemon.start()
         assert {name for name, each in daemon.jobs().items() if each.pid} == {"trainer", "other"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [
+        ('state_dir = "{file}/state"', "state_dir"),
+        ('work_dir = "{file}/work"', "work_dir"),
+        ('socket = "{file}/d.sock"', "cannot listen on"),
+        ('arena.size = "400TiB"', "arena.size"),  # more than an address space
+        ('arena.size = "16EiB"', "arena.size"),
+        ('state_dir = "{taken}"', "state_dir"),
+    ],
+)
+def test_what_the_system_does_not_give_is_one_line_and_no_traceback(tmp_path: Path, setting: str, code: str) -> None:
+    """With 78 the unit does not start it again: it would not help."""
+    (tmp_path / "file").touch()
+    (tmp_path / "taken").mkdir(mode=0o700)
+    (tmp_path / "taken" / "jobs").touch()
+    own = {name: json.dumps(str(tmp_path / name)) for name in ("state_dir", "work_dir", "socket")}
+    own["arena.size"], own["store.url"] = '"16MiB"', json.dumps(f"file://{tmp_path}/store")
+    key, _, value = setting.format(file=tmp_path / "file", taken=tmp_path / "taken").partition(" = ")
+    config = tmp_path / "hibernode.toml"
+    config.write_text("\n".join(f"{name} = {each}" for name, each in (own | {key: value}).items()))
+    env = {name: found for name, found in os.environ.items() if not name.startswith("HIBERNODE_")}
+    env["PYTHONPATH"] = str(ROOT / "daemon")
+    argv = [sys.executable, "-m", "hibernode", "node", "--config", str(config)]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode == EXIT_CONFIG, done.stderr
+    assert code in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1

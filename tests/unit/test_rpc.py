@@ -235,6 +235,14 @@ async def test_a_path_too_long_for_a_socket_is_refused(desk: FakeDesk, tmp_path:
         await RpcServer(desk, tmp_path / ("x" * 108)).start()
 
 
+async def test_a_path_under_a_file_is_refused(desk: FakeDesk, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "d.sock", tmp_path / "file" / "further" / "d.sock"):
+        with pytest.raises(Refused, match="cannot listen on") as caught:
+            await RpcServer(desk, path).start()
+        assert caught.value.code == "socket_path"
+
+
 async def test_a_path_with_odd_characters_works(desk: FakeDesk, tmp_path: Path) -> None:
     path = tmp_path / "a b%41?#.sock"
     server = RpcServer(desk, path)

@@ -339,7 +339,7 @@ def test_a_daemon_is_ended_for_what_is_half_restored_and_not_for_what_runs(
             assert daemon.wait(LIMIT) == -signal.SIGKILL
         else:
             assert daemon.poll() is None
-        assert keeper.alive(process[0])
+            assert keeper.alive(process[0])
 
 
 def test_a_process_of_another_pid_namespace_would_not_be_ours_to_kill(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -374,6 +374,13 @@ def test_a_second_one_is_refused_and_named(tmp_path: Path) -> None:
     finally:
         os.close(lock)
     os.close(watchdog._alone(tmp_path / "state" / watchdog.LOCK))
+
+
+def test_a_state_dir_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused) as refused:
+        watchdog._alone(tmp_path / "file" / "state" / watchdog.LOCK)
+    assert refused.value.code == "config"
 
 
 def test_a_bad_configuration_ends_it_as_it_ends_the_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
