@@ -173,3 +173,40 @@ def test_saving_and_reaping_at_once_never_break_a_page_of_the_book(node: Node) -
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: node.jobs.save(replace(job, started_at=float(n))), range(200)))
     assert [found.uid for found in node.jobs.all()] == [job.uid]
+
+
+# --- the end of a job -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def many_descriptors() -> Iterator[None]:
+    """Those up to 1023 are taken, as by a daemon that serves many."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, before[1]), before[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while taken[-1] < 1024:
+            taken.append(os.dup(taken[0]))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_job_is_asked_to_end_also_by_a_daemon_with_many_descriptors(node: Node, tmp_path: Path) -> None:
+    program = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('here', flush=True); time.sleep(60)"
+    job = node.jobs.run(JobSpec(name="trainer", argv=[sys.executable, "-S", "-c", program]))
+    wait_until(lambda: "here" in Path(node.jobs.log_path(job.uid)).read_text(), 10, "its handler")
+    with many_descriptors():
+        node.jobs.stop("default", "trainer", "TERM")
+    (ended,) = node.jobs.all()
+    assert ended.exit_code == 7, "by itself, within the time it is given"
+
+
+def test_a_job_that_does_not_end_when_it_is_asked_is_killed(node: Node) -> None:
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
+    job = node.jobs.run(JobSpec(name="trainer", argv=[sys.executable, "-S", "-c", program]))
+    wait_until(lambda: "here" in Path(node.jobs.log_path(job.uid)).read_text(), 10, "its handler")
+    node.jobs.stop("default", "trainer", "TERM", grace=0.05)
+    assert not keeper.alive(job.pid)

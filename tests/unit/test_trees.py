@@ -140,9 +140,20 @@ def test_another_process_of_that_pid_is_not_met(running: Running, who: Callable[
     root = running.family()
     trees.kill([who(*identity(root))], Children())
     assert len(running.living()) == 4
+    other = who(*identity(root))
+    trees.send(other, signal.SIGTERM)
+    assert trees.ends(other, 0), "nobody is waited for"
+    assert not trees.ends(identity(root), 0.01)
     stop(proc.tree(root))
-    trees.thaw([who(*identity(root))])
+    trees.thaw([other])
     assert states(proc.tree(root)) == {"T"}
+
+
+def test_who_has_ended_is_not_waited_for_and_not_signalled(running: Running) -> None:
+    gone = identity(running.start("pass"))
+    assert trees.ends(gone, LIMIT)
+    trees.send(gone, signal.SIGTERM)
+    assert trees.ends(gone, 0)
 
 
 # --- thaw ---------------------------------------------------------------------------------------------------------------------

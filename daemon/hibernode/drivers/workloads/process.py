@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import threading
@@ -193,21 +192,15 @@ class Jobs:
         if job is None:
             raise NotFound(f"no job {namespace}/{name}", hint="`hibernode jobs` lists them")
         if job.running:
-            tree = proc.forest([(job.pid, job.start_time)])  # before its root ends: afterwards nobody knows whose they were
+            root = job.pid, job.start_time
+            tree = proc.forest([root])  # before its root ends: afterwards nobody knows whose they were
             if signal_name != "KILL":
-                self._terminate(job, grace)
+                trees.send(root, signal.SIGTERM)
+                trees.ends(root, grace)
             trees.kill(tree, self._children, job.uid)
             self.reap()
         cgroup.remove(job.uid)
         return self.view(self._load(job.uid) or job)
-
-    def _terminate(self, job: Job, grace: float) -> None:
-        pidfd = os.pidfd_open(job.pid)
-        try:
-            os.kill(job.pid, signal.SIGTERM)
-            select.select([pidfd], [], [], grace)
-        finally:
-            os.close(pidfd)
 
     def adopt(self, pid: int, uid: str) -> None:
         """A restored process that is no job lives in cgroup `uid`: removed when it has ended."""

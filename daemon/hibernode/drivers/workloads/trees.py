@@ -95,19 +95,23 @@ def _living(known: Iterable[Identity], place: str) -> Sequence[Identity]:
     return [(pid, began) for pid, began in found if pid != os.getpid() and proc.thread_states(pid) - _DEAD]
 
 
-def _wait_dead(process: Identity, deadline: float) -> None:
-    """Until all its threads have ended; its zombie may still be there."""
+def ends(process: Identity, seconds: float) -> bool:
+    """Have all its threads ended within so many seconds? Its zombie may still be there."""
     with _pidfd(process) as pidfd:
         if pidfd is None:
-            return
+            return True
         poller = select.poll()  # not select, which knows no descriptor over 1023
         poller.register(pidfd, select.POLLIN)
-        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise Stuck(
-                f"process {process[0]} does not end after SIGKILL",
-                hint="its state in `ps` says what it waits for",
-                pid=process[0],
-            )
+        return bool(poller.poll(max(0.0, seconds) * 1000))
+
+
+def _wait_dead(process: Identity, deadline: float) -> None:
+    if not ends(process, deadline - time.monotonic()):
+        raise Stuck(
+            f"process {process[0]} does not end after SIGKILL",
+            hint="its state in `ps` says what it waits for",
+            pid=process[0],
+        )
 
 
 def _wait_reaped(processes: Iterable[Identity], children: Children) -> None:
