@@ -195,6 +195,10 @@ class Criu(Protocol):
     def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
         """Restore; the pid of the root task, running. Raises RestoreFailed; the caller ends what may be left of the tree."""
 
+    def let_go(self, work: Path) -> None:
+        """Whatever is left of the workers of a daemon that died, and has something in `work` open, goes on, and so comes to its end: one
+        that was stopped, or that a killed worker had forked for a moment. Never raises."""
+
     def tasks(self, images: Path) -> list[TaskFacts]:
         """The tasks a dump directory holds. Raises Corrupt."""
 

@@ -17,7 +17,10 @@ _log = logging.getLogger("hibernode.recovery")
 def recover(node: Node, entry: Entry) -> Outcome:
     """Undo or finish what the action was at; how it ended. An undo that fails is `left_suspended`: the next start tries again."""
     record = entry.record
-    shutil.rmtree(node.config.work_dir / record.action_id, ignore_errors=True)
+    work = node.config.work_dir / record.action_id
+    if record.type == "checkpoint":  # of a restore nothing may run on, not for a moment: it is killed where it stands
+        node.criu.let_go(work)  # before it is empty: by it they are known
+    shutil.rmtree(work, ignore_errors=True)
     todo = remedy(record)
     _log.warning("recovering action %s: it was %s, so: %s", record.action_id, record.phase, todo)
     try:

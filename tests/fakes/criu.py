@@ -130,6 +130,9 @@ class FakeCriu:
 
     # --- restore ------------------------------------------------------------------------------------------------------------
 
+    def let_go(self, work: Path) -> None:
+        self._script.note("criu.let_go")
+
     def tasks(self, images: Path) -> list[TaskFacts]:
         self._script.step("criu.tasks")
         try:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -164,3 +167,28 @@ def test_a_worker_that_is_stopped_is_let_go_on(tmp_path: Path) -> None:
     with pytest.raises(DumpFailed):
         dump(criu, tmp_path, cancel)
     cancelling.join()
+
+
+def test_what_a_dead_daemons_worker_has_left_goes_on(tmp_path: Path) -> None:
+    """Only what has something of that action open, and only CRIU's."""
+    mine, others = tmp_path / "mine" / "main", tmp_path / "others" / "main"
+    program, stranger = tmp_path / "criu", tmp_path / "stranger"
+    for each in (program, stranger):
+        shutil.copy("/bin/sleep", each)
+    left = []
+    for argv, place in ((program, mine), (program, others), (stranger, mine)):
+        place.mkdir(parents=True, exist_ok=True)
+        directory = os.open(place, os.O_DIRECTORY)
+        left.append(subprocess.Popen([argv, "60"], pass_fds=[directory]))
+        os.close(directory)
+    try:
+        for each in left:
+            each.send_signal(signal.SIGSTOP)
+            keeper.wait_until(lambda each=each: keeper.state(each.pid) == "T", 10, "a stopped process")
+        Criu(str(program), Children(), tmp_path).let_go(tmp_path / "mine")
+        keeper.wait_until(lambda: keeper.state(left[0].pid) == "S", 10, "a worker that goes on")
+        assert [keeper.state(each.pid) for each in left[1:]] == ["T", "T"]
+    finally:
+        for each in left:
+            each.kill()
+            each.wait()
