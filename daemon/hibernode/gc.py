@@ -389,6 +389,8 @@ def _tidy(node: Node, record: Record) -> None:
         return
     store = node.open_store(command.overrides.directory)
     if isinstance(command, RestoreCommand):
+        for upload in store.open_uploads(_use(command.checkpoint_id, command.action_id)):
+            store.abort_upload(upload)  # it died while it said that it reads
         release(store, command.checkpoint_id, command.action_id)
     elif record.phase == "committing" and store.lingers and not _is_there(store, catalog.manifest_key(command.checkpoint_id)):
         _log.info("left for a collection: %s may still get its manifest", command.checkpoint_id)

@@ -197,7 +197,8 @@ class Criu(Protocol):
 
     def let_go(self, work: Path) -> None:
         """Whatever is left of the workers of a daemon that died, and has something in `work` open, goes on, and so comes to its end: one
-        that was stopped, or that a killed worker had forked for a moment. Never raises."""
+        that was stopped, or that a killed worker had forked for a moment. What has not ended soon, and holds nobody, is killed.
+        Never raises."""
 
     def tasks(self, images: Path) -> list[TaskFacts]:
         """The tasks a dump directory holds. Raises Corrupt."""

@@ -185,8 +185,12 @@ def test_what_a_dead_daemons_worker_has_left_goes_on(tmp_path: Path) -> None:
         for each in left:
             each.send_signal(signal.SIGSTOP)
             keeper.wait_until(lambda each=each: keeper.state(each.pid) == "T", 10, "a stopped process")
-        Criu(str(program), Children(), tmp_path).let_go(tmp_path / "mine")
+        criu = Criu(str(program), Children(), tmp_path)
+        going = threading.Thread(target=criu.let_go, args=[tmp_path / "mine"])
+        going.start()
         keeper.wait_until(lambda: keeper.state(left[0].pid) == "S", 10, "a worker that goes on")
+        going.join()
+        assert left[0].wait(10) == -signal.SIGKILL, "it holds nobody, and does not end"
         assert [keeper.state(each.pid) for each in left[1:]] == ["T", "T"]
     finally:
         for each in left:

@@ -244,6 +244,14 @@ def test_recovery_takes_back_the_use_of_a_restore(rig: Rig) -> None:
     assert keys(rig.store) == [f"{CHECKPOINT}/manifest.json", f"{CHECKPOINT}/uses/{OTHER}"]
 
 
+def test_recovery_takes_back_a_use_that_was_being_said(rig: Rig) -> None:
+    rig.store.put(f"{CHECKPOINT}/manifest.json", b"")
+    rig.store.upload(f"{CHECKPOINT}/uses/{MINE}")
+    rig.store.upload(f"{CHECKPOINT}/uses/{OTHER}")
+    gc.tidy(rig.node, recorded(rig, "preflight", RestoreCommand))
+    assert [upload.key for upload in rig.store.open_uploads()] == [f"{CHECKPOINT}/uses/{OTHER}"]
+
+
 def test_recovery_tidies_up_where_the_command_sent_it(tmp_path: Path) -> None:
     """The store is in the command: a crash may come before anything else of it is written down."""
     rig, asked = Rig(tmp_path), list[str]()

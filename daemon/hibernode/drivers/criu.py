@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_ve
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
 _ROLLBACK = 15.0  # seconds a dump has to roll back after its page socket closed; 10 to 30 ms are usual
+_LEFT = 2.0  # seconds that what a dead daemon's CRIU has left gets to end by itself
 _LAST = 30.0  # seconds a SIGKILLed worker has to end: it may be in the middle of freeing much memory
 _MAX_FILE = 16 << 20  # bytes; 100,000 tasks of ten threads are 7 MiB of pstree.img, and a core is tens of KiB
 _TASK_DEAD = 2  # criu/include/image.h
@@ -205,10 +207,17 @@ class Criu:
         return kind(f"{what}: {first}", hint=hint, criu_log=tail, reason=reason, criu=said)
 
     def let_go(self, work: Path) -> None:
-        for place in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (place / "comm").read_text() == "criu\n" and any(_lies_in(each, work) for each in (place / "fd").iterdir()):
-                    os.kill(int(place.name), signal.SIGCONT)
+        limit = time.monotonic() + _LEFT
+        while left := [pid for pid in _everybody() if _is_of(pid, work)]:
+            late = time.monotonic() > limit
+            held = {_tracer(pid) for pid in _everybody()} if late else set()
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if late and pid not in held else signal.SIGCONT)
+            if late:
+                _log.warning("left by a daemon that died, and killed: criu, pids %s", sorted(set(left) - held))
+                return
+            time.sleep(0.05)
 
     def tasks(self, images: Path) -> list[TaskFacts]:
         try:
@@ -250,11 +259,28 @@ def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cance
             timer.join()
 
 
-def _lies_in(link: Path, directory: Path) -> bool:
+def _everybody() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def _is_of(pid: int, work: Path) -> bool:
+    """A process of CRIU's that has something in `work` open, and has not ended."""
     try:
-        return Path(os.readlink(link)).is_relative_to(directory)
+        place = Path(f"/proc/{pid}")
+        if (place / "comm").read_text() != "criu\n":
+            return False
+        return any(Path(os.readlink(each)).is_relative_to(work) for each in (place / "fd").iterdir())
     except OSError:
         return False
+
+
+def _tracer(pid: int) -> int:
+    """Who traces it, if its first thread is traced; CRIU traces all threads of a process or none."""
+    try:
+        found = re.search(r"^TracerPid:\t(\d+)$", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def _disconnect(request: pycriu.criu) -> None:
