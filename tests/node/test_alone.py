@@ -50,7 +50,7 @@ def second(first: Daemon, place: Path, *, shares: tuple[str, ...]) -> Iterator[t
 @pytest.mark.parametrize("shares", [("state_dir",), ("work_dir",), ("state_dir", "work_dir")], ids="+".join)
 def test_a_second_daemon_goes_before_it_has_touched_anything(tmp_path: Path, shares: tuple[str, ...]) -> None:
     """The first is in the middle of a dump, which a recovery would call interrupted and whose directory it would empty."""
-    with Daemon(arena="16MiB") as first, Program(tmp_path, python("counter.py", 0.01, "slow:32")) as program:
+    with Daemon(arena="16MiB") as first, Program(tmp_path, python("counter.py", 0.01, "slow:64")) as program:
         with Untouched(program):
             updates = iter(first.begin_checkpoint(program.target, compression="zstd:12", streams=1))
             action = until(updates, "dumping")
