@@ -28,6 +28,7 @@ from hibernode.errors import (
     Stuck,
     Transient,
 )
+from hibernode.flow import trim
 from hibernode.journal import Entry
 from hibernode.loop import Tasks, in_thread
 from hibernode.model import (
@@ -93,7 +94,9 @@ class Dispatcher:
 
     async def start(self) -> None:
         """Recover what a crash left; before the first command is taken."""
-        open_entries = [(entry, entry.record) for entry in self._node.journal.all() if not entry.record.done]
+        open_entries = [
+            (entry, entry.record) for entry in self._node.journal.all() if not entry.settled and not entry.record.done
+        ]
         await asyncio.gather(*(self._recover(entry) for entry, _ in open_entries))  # a store that hangs holds up its own only
         for _, record in open_entries:  # when every workload is free: a store may be slow
             await in_thread(gc.tidy, self._node, record)
@@ -231,7 +234,7 @@ class Dispatcher:
             slot.push_async_exit(place.pop_all())
 
     def _spawn_page(self, page: Callable[[Node, T, Attempt], None], command: T, attempt: Attempt) -> asyncio.Task[None]:
-        return asyncio.ensure_future(in_thread(page, self._node, command, attempt))
+        return asyncio.ensure_future(in_thread(_run, page, self._node, command, attempt))
 
     async def _unless_cancelled(self, action: _Running, work: Coroutine[object, object, object]) -> None:
         """Wait for it, or raise Cancelled as soon as somebody asks for that."""
@@ -452,6 +455,13 @@ async def _take(places: asyncio.Semaphore, held: contextlib.AsyncExitStack) -> N
     which it ends, and would not know that there is something to give back."""
     await places.acquire()
     held.callback(places.release)
+
+
+def _run(page: Callable[[Node, T, Attempt], None], node: Node, command: T, attempt: Attempt) -> None:
+    try:
+        page(node, command, attempt)
+    finally:
+        trim()  # now: what the page had is let go, and nobody has been told yet that it is over
 
 
 _RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}

@@ -11,6 +11,7 @@ was cancelled, `Cancelled`. No thread outlives the scope, so nothing can write i
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from typing import Generic, ParamSpec, Self, TypeVar
 from hibernode.errors import Stuck
 from hibernode.model import Cancel
 
+_libc = ctypes.CDLL(None)
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -78,6 +80,12 @@ class Channel(Generic[T]):
                 item = self._items.popleft()
                 self._changed.notify_all()
             yield item
+
+
+def trim() -> None:
+    """What the C library keeps for threads that have ended goes back to the kernel. Each thread has had an arena of its own, up to 8 per
+    processor: after 200 checkpoints and restores an idle daemon held 40 MiB for nothing."""
+    _libc.malloc_trim(0)
 
 
 class Threads(AbstractContextManager["Threads"]):

@@ -84,15 +84,23 @@ class Entry:
     """One action's page of the journal, open for writing. Thread-safe; every change is on disk when the call returns."""
 
     def __init__(self, path: Path, record: Record) -> None:
-        self._path, self._record, self._lock = path, record, threading.Lock()
-
-    @property
-    def action_id(self) -> str:
-        return self._record.action_id
+        self._path, self._lock = path, threading.Lock()
+        self.action_id, self.began_at = record.action_id, record.began_at
+        self._hold(record, record.model_dump_json())
 
     @property
     def record(self) -> Record:
-        return self._record
+        return self._record or Record.model_validate_json(self._text)
+
+    @property
+    def settled(self) -> bool:
+        """It has ended, and whoever waits for its events has them."""
+        return self._record is None
+
+    def _hold(self, record: Record, text: str) -> None:
+        """A thousand settled ones are kept, and seldom asked for: as text they have 2 KiB each, as objects 13."""
+        self._text = text
+        self._record = None if record.done and record.published >= record.seq else record
 
     def enter(self, phase: str, limit: float = 0.0) -> None:
         """A phase begins, which its action leaves after `limit` seconds at most: written down for whoever has to act if it does not."""
@@ -100,22 +108,23 @@ class Entry:
 
     def update(self, **changes: object) -> None:
         with self._lock:
-            self._write(self._record.model_copy(update=changes))
+            self._write(self.record.model_copy(update=changes))
 
     def emit(self, make: Callable[[int], Event | None]) -> Event | None:
         """Give the next sequence number to `make` and keep the event it returns; None (no event is due) changes nothing.
         Statuses move forward only: `make` sees the record as it is under the lock."""
         with self._lock:
-            event = make(self._record.seq + 1)
+            record = self.record
+            event = make(record.seq + 1)
             if event is not None:
-                events = (*self._record.events, event)
-                self._write(self._record.model_copy(update={"seq": event.seq, "status": event.status, "events": events}))
+                events = (*record.events, event)
+                self._write(record.model_copy(update={"seq": event.seq, "status": event.status, "events": events}))
         return event
 
     def _write(self, record: Record) -> None:
-        temporary = self._path.with_suffix(".tmp")
+        temporary, text = self._path.with_suffix(".tmp"), record.model_dump_json()
         with open(temporary, "w", opener=_private, encoding="utf-8") as file:
-            file.write(record.model_dump_json())
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self._path)
@@ -124,7 +133,7 @@ class Entry:
             os.fsync(directory)  # else the new name may be lost with the power
         finally:
             os.close(directory)
-        self._record = record
+        self._hold(record, text)
 
 
 class Journal:
@@ -184,7 +193,7 @@ class Journal:
         return self._entries.get(action_id)
 
     def all(self) -> list[Entry]:
-        return sorted(self._entries.values(), key=lambda entry: entry.record.began_at)
+        return sorted(self._entries.values(), key=lambda entry: entry.began_at)
 
     def begin(self, command: ActionCommand) -> Entry:
         """The page of a new action. The action id must be new."""
@@ -205,10 +214,10 @@ class Journal:
         return entry
 
     def _prune(self) -> None:
-        finished = [entry.record for entry in self.all() if entry.record.done and entry.record.published >= entry.record.seq]
-        for record in finished[: max(0, len(finished) - self._keep)]:
-            del self._entries[record.action_id]
-            (self._directory / f"{record.action_id}.json").unlink(missing_ok=True)
+        settled = [entry.action_id for entry in self.all() if entry.settled]
+        for action_id in settled[: max(0, len(settled) - self._keep)]:
+            del self._entries[action_id]
+            (self._directory / f"{action_id}.json").unlink(missing_ok=True)
 
 
 def boottime() -> float:

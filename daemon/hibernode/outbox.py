@@ -22,7 +22,8 @@ class Outbox:
     def waiting(self) -> Iterator[tuple[Entry, Event]]:
         """Every event not sent yet: actions in the order they began, the events of each in theirs."""
         for entry in self._journal.all():
-            yield from ((entry, event) for event in entry.record.events if event.seq > entry.record.published)
+            if not entry.settled:
+                yield from ((entry, event) for event in entry.record.events if event.seq > entry.record.published)
 
     def sent(self, entry: Entry, event: Event, place: int | None = None) -> None:
         """The broker has it, at this place of its stream. Durable when it returns."""
