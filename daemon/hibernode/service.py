@@ -34,6 +34,7 @@ from hibernode.drivers.notary import Notary
 from hibernode.drivers.workloads import cgroup
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
+from hibernode.flow import share_memory
 from hibernode.journal import Journal
 from hibernode.metrics import Metrics, Readings
 from hibernode.model import Event, Progress
@@ -56,6 +57,7 @@ def run(settings: Config, dress: Callable[[Node], Node] = lambda node: node) -> 
     if os.geteuid():
         raise Refused("not_root", "the daemon needs root", prop="uid", found=os.geteuid(), wanted=0, hint="CRIU does")
     log_to_stderr(settings)
+    share_memory()
     with Alone(settings) as alone:
         asyncio.run(serve(settings, alone, dress))
 
