@@ -32,7 +32,7 @@ _LIMIT = 120.0  # seconds for anything
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """Seconds of each round: workload -> variant -> measure -> list."""
-    size, rounds = (256, 3) if quick else (1024, 7)
+    size, rounds = (256, 3) if quick else (512, 5)
     with tempfile.TemporaryDirectory(prefix="hn-bench-") as home:
         store = Path(tempfile.mkdtemp(prefix="hn-bench-", dir="/dev/shm"))
         try:
