@@ -361,16 +361,18 @@ def _put_mark(store: Store, checkpoint_id: str, action_id: str) -> None:
 
 def sweep(store: Store, checkpoint_id: str, action_id: str) -> None:
     """Remove what an attempt of this action has left under its id: open uploads, objects, its mark. Nothing where the mark is not its
-    own, and nothing but the mark where there is a manifest. May be repeated; may raise, and then the mark still says whose it is.
+    own, and no object but the mark where there is a manifest. May be repeated; may raise, and then the mark still says whose it is.
 
     Not for an action that a crash ended while it was committing: its manifest may be on its way, and must not come to name what is
     gone. Such a rest is `collect`'s, after the grace time."""
     if not _is_of(store, checkpoint_id, action_id):
         return
     there = [facts.key for facts in store.list(f"{checkpoint_id}/")]
-    if catalog.manifest_key(checkpoint_id) not in there:
-        for upload in list(store.open_uploads(f"{checkpoint_id}/")):
+    whole = catalog.manifest_key(checkpoint_id) in there
+    for upload in list(store.open_uploads(f"{checkpoint_id}/")):
+        if not whole or not upload.key.startswith(_use(checkpoint_id, "")):  # a restore may be saying that it reads
             store.abort_upload(upload)
+    if not whole:
         for key in there:
             if key != _mark(checkpoint_id):
                 store.delete(key)

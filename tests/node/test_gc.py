@@ -44,6 +44,12 @@ def contents(store: Store) -> tuple[list[str], list[str]]:
     return sorted(facts.key for facts in store.list()), sorted(upload.key for upload in store.open_uploads())
 
 
+def at_rest(store: Store) -> tuple[list[str], list[str]]:
+    """Its contents when no action writes any more: one takes back its mark after it has said `ready`."""
+    wait_until(lambda: not any(key.endswith("/attempt") for key in contents(store)[0]), LIMIT, "the end of the action")
+    return contents(store)
+
+
 def verified(daemon: Daemon, checkpoint_id: str) -> bool:
     with refusals():
         return bool(list(daemon.stub.Verify(pb.CheckpointId(checkpoint_id=checkpoint_id), timeout=30))[-1].ok)
@@ -110,7 +116,7 @@ def test_what_a_killed_daemon_left_is_shown_then_removed(tmp_path: Path, kind: s
         Daemon(node="second", store=shared.url, settings=shared.second) as second,
     ):
         good = str(ready(first.checkpoint(program.target)).checkpoint_id)
-        mine, _ = contents(shared.store)
+        mine, _ = at_rest(shared.store)
         with Untouched(program):
             if kind == "s3":
                 with held(shared, "UploadPart", "pages-0.zst", after=1) as hold:
@@ -161,8 +167,7 @@ def test_a_daemon_that_comes_back_takes_away_what_it_left_itself(tmp_path: Path)
 
         made = str(ready(daemon.checkpoint(program.target, streams=1, criu_opts={"leave_running": False})).checkpoint_id)
         program.kill()
-        wait_until(lambda: not any(key.endswith("/attempt") for key in contents(shared.store)[0]), LIMIT, "the end of the action")
-        whole = contents(shared.store)
+        whole = at_rest(shared.store)
         with held(shared, "GetObject", "pages-0.zst") as hold:
             restore = daemon.stub.Restore(pb.RestoreCommand(checkpoint_id=made), timeout=60)
             assert hold.held.wait(LIMIT)

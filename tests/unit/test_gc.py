@@ -237,6 +237,17 @@ def test_recovery_tidies_up_after_a_commit_where_nothing_is_on_its_way(rig: Rig)
     assert (rig.store.objects, rig.store.uploads) == ({}, [])
 
 
+def test_recovery_takes_back_the_upload_of_a_manifest_that_is_there(rig: Rig) -> None:
+    """The daemon died between giving it its name and letting its upload go."""
+    for key in ("attempt", "manifest.json"):
+        rig.store.put(f"{CHECKPOINT}/{key}", MINE.encode())
+    for key in ("manifest.json", f"uses/{OTHER}"):
+        rig.store.upload(f"{CHECKPOINT}/{key}")
+    gc.tidy(rig.node, recorded(rig, "committing", CheckpointCommand))
+    assert [upload.key for upload in rig.store.open_uploads()] == [f"{CHECKPOINT}/uses/{OTHER}"]
+    assert keys(rig.store) == [f"{CHECKPOINT}/manifest.json"]
+
+
 def test_recovery_takes_back_the_use_of_a_restore(rig: Rig) -> None:
     for key in ("manifest.json", f"uses/{MINE}", f"uses/{OTHER}"):
         rig.store.put(f"{CHECKPOINT}/{key}", b"")
