@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
+from pathlib import Path
 
 from hibernode import catalog
 from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, OutcomeUnknown, Refused, Transient
@@ -11,6 +13,7 @@ from hibernode.journal import Entry, Record, remedy
 from hibernode.model import Outcome, Status, TaskFacts
 from hibernode.node import Node, alarm, calmly, insist
 
+_TRIES = 20  # of an emptying: a second
 _log = logging.getLogger("hibernode.recovery")
 
 
@@ -19,8 +22,7 @@ def recover(node: Node, entry: Entry) -> Outcome:
     record = entry.record
     work = node.config.work_dir / record.action_id
     if record.type == "checkpoint":  # of a restore nothing may run on, not for a moment: it is killed where it stands
-        node.criu.let_go(work)  # before it is empty: by it they are known
-    shutil.rmtree(work, ignore_errors=True)
+        node.criu.let_go(work)  # while it is there: by it they are known
     todo = remedy(record)
     _log.warning("recovering action %s: it was %s, so: %s", record.action_id, record.phase, todo)
     try:
@@ -35,7 +37,19 @@ def recover(node: Node, entry: Entry) -> Outcome:
                 _kill_restored(node, record)
     except HibernodeError as e:
         return Outcome.of(e)
+    finally:
+        _empty(work)
     return _interrupted(record)
+
+
+def _empty(work: Path) -> None:
+    """Last, when whoever wrote into it has ended; somebody who has just been killed may have made a file meanwhile."""
+    for _ in range(_TRIES):
+        shutil.rmtree(work, ignore_errors=True)
+        if not work.exists():
+            return
+        time.sleep(0.05)
+    _log.warning("%s cannot be removed", work)
 
 
 def _interrupted(record: Record) -> Outcome:
