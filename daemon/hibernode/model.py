@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints
 
 from hibernode.errors import BadCommand, Cancelled, HibernodeError
 
@@ -256,7 +256,8 @@ class TaskFacts(Value):
     pid: Annotated[int, Field(gt=0, lt=1 << 31)]
     ppid: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     comm: Annotated[str, StringConstraints(max_length=64)] = ""
-    threads: Annotated[list[Annotated[int, Field(gt=0, lt=1 << 31)]], Field(max_length=100_000)] = []
+    # FailFast: an enemy's list has a hundred thousand errors, and one will do.
+    threads: Annotated[list[Annotated[int, Field(gt=0, lt=1 << 31)]], Field(max_length=100_000), FailFast()] = []
     dead: bool = False  # a zombie, and restored as one
 
 
@@ -264,7 +265,7 @@ class ImageRef(Value):
     """Everything needed to restore one process tree."""
 
     name: Name
-    tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=MAX_TASKS)]
+    tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=MAX_TASKS), FailFast()]
     pages: Count  # memory pages in all, zero pages included
     zero_pages: Count
     streams: Annotated[list[StreamRef], Field(max_length=MAX_STREAMS)]
@@ -329,7 +330,7 @@ class Manifest(Value):
     raw_bytes: Count
     zero_bytes: Count
     stored_bytes: Count
-    images: Annotated[list[ImageRef], Field(min_length=1, max_length=64)]
+    images: Annotated[list[ImageRef], Field(min_length=1, max_length=64), FailFast()]
     encryption: WrappedKey | None = None  # None: what is stored is not encrypted
 
 

@@ -267,6 +267,8 @@ def _check_stream(frames: FrameTable, count: int, size: int, wanted: str) -> Non
 # JSON object still.
 _DIGEST_LINE = re.compile(rb'\{"digest":"([0-9a-f]{64})",\n')
 _SIGNATURE_LINE = re.compile(rb'"signature":\{"key":"([0-9a-f]{64})","ed25519":"([0-9a-f]{128})"\},\n')
+_VERSION = "format_version"
+_NOTHING: dict[str, Any] = {}
 _DOMAIN = b"hibernode manifest v1\0"  # what is signed is a manifest, and nothing else that a key may be used for
 
 
@@ -318,7 +320,7 @@ def _signed(checkpoint_id: str, body: bytes) -> bytes:
 
 def _check_version(data: bytes) -> None:
     try:
-        version = json.loads(data, object_pairs_hook=_once)["format_version"]
+        version = json.loads(data, object_pairs_hook=_once)[_VERSION]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise Corrupt("manifest: not JSON with a format_version") from e
     if type(version) is not int:
@@ -335,11 +337,11 @@ def _check_version(data: bytes) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. A key that comes twice would mean one thing to one reader and another to the next."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """A JSON object, of which nothing is kept but its version: there may be a hundred thousand. A key that comes twice would mean one
+    thing to one reader and another to the next."""
+    if len(dict(pairs)) != len(pairs):
         raise ValueError("a key comes twice")
-    return found
+    return {key: value for key, value in pairs if key == _VERSION} or _NOTHING
 
 
 def _check_images(manifest: Manifest) -> None:
