@@ -163,9 +163,8 @@ class LocalDir:
             try:
                 self._name(temp, path)
             except FileExistsError:
-                if path.exists() and path.samefile(
-                    temp
-                ):  # NFS: the answer to a link that was made was lost, and it was asked for again
+                # On NFS the answer to a link that was made may be lost, and it is asked for again.
+                if path.exists() and path.samefile(temp):
                     return
                 raise Refused(
                     "exists", f"{key} is already there", prop="object", found=key, wanted="no object of that key"
