@@ -363,8 +363,8 @@ def sweep(store: Store, checkpoint_id: str, action_id: str) -> None:
     """Remove what an attempt of this action has left under its id: open uploads, objects, its mark. Nothing where the mark is not its
     own, and no object but the mark where there is a manifest. May be repeated; may raise, and then the mark still says whose it is.
 
-    Not for an action that a crash ended while it was committing, in a store that `lingers`: its manifest may be on its way, and must not come to name what is
-    gone. Such a rest is `collect`'s, after the grace time."""
+    Not for an action that a crash ended while it was committing, in a store that `lingers`: its manifest may be on its way, and must
+    not come to name what is gone. Such a rest is `collect`'s, after the grace time."""
     if not _is_of(store, checkpoint_id, action_id):
         return
     there = [facts.key for facts in store.list(f"{checkpoint_id}/")]
