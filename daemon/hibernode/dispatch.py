@@ -43,7 +43,7 @@ from hibernode.model import (
     Progress,
     Status,
 )
-from hibernode.node import Attempt, Node, Taken, is_full, no_room
+from hibernode.node import Attempt, Node, Taken, is_full, mark_of, no_room
 from hibernode.recovery import recover
 from hibernode.restore import restore
 
@@ -279,6 +279,7 @@ class Dispatcher:
     def end(self, entry: Entry, outcome: Outcome) -> None:
         """Told, and over; but where a workload may need a person the entry stays open, and the next start tries to recover it."""
         self._emit(entry, outcome)
+        mark_of(self._node.config.work_dir, entry.action_id).unlink(missing_ok=True)  # `ready` is on disk
         entry.update(phase=entry.record.phase if outcome.code == Stuck.code else "done", ended_at=time.time())
 
     async def _end_surely(self, entry: Entry, outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ from hibernode.errors import Corrupt, RestoreFailed
 from hibernode.flow import Threads
 from hibernode.journal import Tree
 from hibernode.model import ImageRef, RestoreCommand, Status, TaskFacts
-from hibernode.node import Attempt, Node, insist
+from hibernode.node import Attempt, Node, insist, mark_of
 from hibernode.ports import Store, Workload
 from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
@@ -59,6 +59,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         with attempt.phase("probing", limits.preflight):
             _probe(workload, tasks)
             attempt.cancel.close()
+            mark_of(node.config.work_dir, command.action_id).touch()  # from here on it stays, whatever dies
         undo.pop_all()  # it runs, and it stays
     attempt.report(Status.READY)
 

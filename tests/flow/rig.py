@@ -20,7 +20,7 @@ from hibernode.drivers.notary import Notary
 from hibernode.errors import DumpFailed, HibernodeError, Internal, NotFound, RestoreFailed, StoreUnavailable
 from hibernode.journal import Entry, Journal, Record
 from hibernode.model import Cancel, CheckpointCommand, Meter, Overrides, RestoreCommand, Status, Target
-from hibernode.node import Attempt, Node
+from hibernode.node import Attempt, Node, mark_of
 from hibernode.restore import restore
 from hibernode.transfer.arena import Arena
 from tests.fakes.criu import FakeCriu
@@ -135,7 +135,12 @@ class Rig:
 
     def restore(self, checkpoint_id: str, **overrides: object) -> None:
         command = RestoreCommand(action_id=new_id(), checkpoint_id=checkpoint_id, overrides=Overrides.model_validate(overrides))
-        restore(self.node, command, self._attempt(command))
+        try:
+            restore(self.node, command, self._attempt(command))
+        finally:
+            mark_of(self.node.config.work_dir, command.action_id).unlink(
+                missing_ok=True
+            )  # as the dispatcher does with an outcome
 
     def _attempt(self, command: CheckpointCommand | RestoreCommand) -> Attempt:
         record = self.node.journal.begin(command).record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, MutableMapping
@@ -808,6 +809,31 @@ async def test_a_restored_tree_stays_though_the_daemon_stops_on_a_full_disk(tmp_
         await stopping
         assert desk.record_status(command.action_id) == READY
     assert rig.machine.restored
+
+
+async def test_a_restored_tree_stays_though_the_disk_was_full_to_the_end_of_its_daemon(tmp_path: Path) -> None:
+    """Not a word of it could be written down: the next daemon knows it by its mark, says `ready`, and leaves nothing in work_dir."""
+    rig = node(tmp_path)
+    command = restore_command(rig.checkpoint())
+    rig.end_of_original()
+    rig.rescript(script := ProbeGate())
+    journal, away = tmp_path / "state" / "journal", tmp_path / "away"
+    async with running(rig) as desk:
+        await desk.send(command)
+        await eventually(script.reached.is_set, "the probe")
+        with capture_logs() as logs:
+            journal.rename(away)
+            script.open.set()
+            await eventually(lambda: said(logs, "cannot write down how it ended"), "the failed write")
+        desk.dispatcher.cancel_all("a second signal")
+        await desk.stop(DEADLINE)
+    away.rename(journal)
+    assert rig.machine.restored
+    assert os.listdir(rig.node.config.work_dir) == [f"{command.action_id}.stays"]
+    async with running(rig) as desk:
+        assert desk.record_status(command.action_id) == READY
+    assert rig.machine.restored
+    assert os.listdir(rig.node.config.work_dir) == []
 
 
 async def test_an_outcome_that_is_no_text_is_told_all_the_same(tmp_path: Path) -> None:

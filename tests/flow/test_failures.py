@@ -287,7 +287,7 @@ def insist_on_restore(rig: Rig, raised: BaseException | None) -> None:
     assert rig.machine.restored is (raised is None), f"{where}: half a restore is left"
     assert not rig.machine.prepared, where
     assert not rig.node.claims._taken, where
-    assert not any(rig.node.config.work_dir.iterdir()), f"{where}: the work directory is not empty"
+    assert not rig.at_work(), where
     assert rig.statuses == ([] if raised else [Status.READY]), where
 
 

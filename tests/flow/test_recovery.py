@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hibernode.journal import Tree
+from hibernode.journal import BOOT, Tree
 from hibernode.model import Outcome, RestoreCommand, Status
+from hibernode.node import mark_of
 from hibernode.recovery import recover
 from tests.fakes.machine import ROOT, FakePrepared
 from tests.fakes.script import Script
@@ -35,12 +36,16 @@ def crashed_checkpoint(rig: Rig, *, stopped_before: bool) -> Outcome:
     return recover(rig.node, entry)
 
 
-def crashed_restore(rig: Rig, **changes: object) -> Outcome:
-    """What recovery makes of a daemon that died while CRIU restored."""
+def crashed_restore(rig: Rig, *, marked: bool = False, **changes: object) -> Outcome:
+    """What recovery makes of a daemon that died while CRIU restored, or just after that."""
     rig.end_of_original()
     rig.machine.restored = True
     entry = rig.node.journal.begin(RestoreCommand(action_id=new_id(), checkpoint_id=new_id()))
     entry.update(phase="restoring", status=Status.PROCESSING, trees=(Tree(pid=ROOT, start_time=0),), **changes)
+    if marked:
+        mark = mark_of(rig.node.config.work_dir, entry.action_id)
+        mark.parent.mkdir()
+        mark.touch()
     return recover(rig.node, entry)
 
 
@@ -61,6 +66,15 @@ def test_whoever_lives_in_the_place_of_a_restore_is_of_it(tmp_path: Path) -> Non
     rig = Rig(tmp_path)
     assert crashed_restore(rig, place=FakePrepared.place).code == "interrupted"
     assert not rig.machine.restored
+
+
+@pytest.mark.parametrize(("boot", "status"), [(BOOT, Status.READY), ("another", Status.ERROR)], ids=["this boot", "another"])
+def test_a_tree_that_had_passed_its_probe_stays(tmp_path: Path, boot: str, status: Status) -> None:
+    """Only its `ready` could not be written down. The mark of another boot is of a tree that is gone with that."""
+    rig = Rig(tmp_path)
+    outcome = crashed_restore(rig, place=FakePrepared.place, boot=boot, marked=True)
+    assert outcome.status == status
+    assert rig.machine.restored is (status == Status.READY)
 
 
 @pytest.mark.parametrize("place", ["", "another"])
