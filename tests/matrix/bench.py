@@ -192,9 +192,11 @@ class Bench:
     """`with Bench(...) as bench:` has a daemon running. One thread."""
 
     def __init__(
-        self, home: Path, work: Path, binary: Path, criu: str, *, stores: Sequence[Path] = (), bus: bool = True, keys: str = ""
-    ) -> None:
-        """`stores`: others that it may restore from. Without `bus` it is asked over gRPC only. `keys`: further tables of settings."""
+        self, home: Path, work: Path, binary: Path, criu: str, *, stores: Sequence[Path] = (), bus: bool = True, keys: str = "",
+        limit: float = LIMIT,
+    ) -> None:  # fmt: skip
+        """`stores`: others that it may restore from. Without `bus` it is asked over gRPC only. `keys`: further tables of settings.
+        `limit`: seconds that a phase may take."""
         self.home, self.work, self.binary = home, work, binary
         self.home.mkdir(parents=True)
         self.node = home.name
@@ -209,7 +211,7 @@ class Bench:
         allowed = ", ".join(f'"file://{store}"' for store in stores)
         url = self._bus.url if self._bus else ""
         text = SETTINGS.format(
-            node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed, limit=LIMIT, grace=GRACE, keys=keys
+            node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed, limit=limit, grace=GRACE, keys=keys
         )
         self.settings.write_text(text)
         self.subjects = {kind: Subject(self, kind) for kind in SUBJECTS}

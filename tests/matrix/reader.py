@@ -24,7 +24,7 @@ from tests.matrix import programs, room
 from tests.matrix.bench import SUBJECTS, Bench, is_pid_collision
 from tests.matrix.programs import BeatFile
 
-RESTORE = 60.0  # seconds one may take
+RESTORE = 60.0  # seconds one may take: nobody stands in its way, but the machine is busy with the matrix, and whatever else
 PAUSE = 0.02  # seconds between two looks into the stores
 
 
@@ -44,7 +44,9 @@ def read(runner: Connection, home: Path, work: Path, benches: Iterable[Path], bi
     room.enter(f"{home.parent.name}-{home.name}", [runner.fileno()])
     report = Report()
     try:
-        with Bench(home, work, binary, criu, stores=[place / "store" for place in benches], bus=False, keys=keyed) as bench:
+        with Bench(
+            home, work, binary, criu, stores=[place / "store" for place in benches], bus=False, keys=keyed, limit=RESTORE
+        ) as bench:
             _Reader(bench, list(benches), report).read(runner)
     except (EOFError, BrokenPipeError):
         return
