@@ -305,7 +305,7 @@ class Dispatcher:
         record = entry.record
 
         def make(seq: int) -> Event | None:
-            if _RANK[outcome.status] <= _RANK[entry.record.status]:
+            if outcome.status.rank <= entry.record.status.rank:
                 return None  # forward only, and one terminal event
             return Event(
                 action_id=record.action_id,
@@ -463,9 +463,6 @@ def _run(page: Callable[[Node, T, Attempt], None], node: Node, command: T, attem
         page(node, command, attempt)
     finally:
         trim()  # now: what the page had is let go, and nobody has been told yet that it is over
-
-
-_RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}
 
 
 def _view(entry: Entry) -> ActionView:

@@ -51,6 +51,14 @@ class Status(StrEnum):
         return self in (Status.READY, Status.ERROR)
 
 
+    @property
+    def rank(self) -> int:
+        """How far it is: of two statuses of one action the later has the greater one. Both ends have the same."""
+        return _RANKS[self]
+
+
+_RANKS = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}
+
 Kind = Literal["simple", "rootfs", "rootfsonly"]
 Reason = Literal["manual", "heartbeat", "nodeTermination", "nodeUnschedulable"]
 ActionType = Literal["checkpoint", "restore"]
