@@ -29,7 +29,7 @@ from hibernode.errors import (
     Transient,
 )
 from hibernode.flow import trim
-from hibernode.journal import Entry
+from hibernode.journal import Entry, Record
 from hibernode.loop import Tasks, in_thread
 from hibernode.model import (
     ActionCommand,
@@ -308,6 +308,7 @@ class Dispatcher:
             if outcome.status.rank <= entry.record.status.rank:
                 return None  # forward only, and one terminal event
             return Event(
+        details = {**outcome.details, **self._whereabouts(record, outcome.status)}
                 action_id=record.action_id,
                 seq=seq,
                 type=record.type,
@@ -318,7 +319,7 @@ class Dispatcher:
                 code=outcome.code,
                 message=outcome.message,
                 hint=outcome.hint,
-                details=dict(outcome.details),
+                details=details,
                 retry=outcome.retry,
                 profile=outcome.profile,
             )
@@ -335,6 +336,16 @@ class Dispatcher:
         if isinstance(update, Event):
             _log.info(
                 "status", action=update.action_id, type=update.type, status=update.status.value, code=update.code,
+    def _whereabouts(self, record: Record, status: Status) -> dict[str, object]:
+        """Of a checkpoint that is ready: the address of its objects. Addresses of stores have no secrets in them."""
+        if (record.type, status) != ("checkpoint", Status.READY):
+            return {}
+        try:
+            return {"location": f"{self._node.open_store(record.location).location}/{record.checkpoint_id}"}
+        except HibernodeError as e:  # it is ready all the same
+            _log.warning("cannot say where it is", action=record.action_id, error=str(e))
+            return {}
+
                 message=update.message, seconds=round(update.profile.total_duration / 1e9, 3) if update.profile else None,
                 bytes=update.profile.raw_bytes if update.profile else None,
             )  # fmt: skip

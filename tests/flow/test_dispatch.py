@@ -41,6 +41,7 @@ from tests.fakes.machine import FACTS, ROOT, memory
 from tests.fakes.script import Script
 from tests.flow.rig import DEADLINE, Rig, checkpoint_command, new_id
 
+from tests.fakes.store import MemoryStore
 pytestmark = pytest.mark.timeout(60)
 
 PROCESSING, CREATED, READY, ERROR = Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY, Status.ERROR
@@ -219,6 +220,25 @@ async def test_a_checkpoint_and_its_restore(tmp_path: Path) -> None:
 
 async def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
     rig = node(tmp_path, Gate("criu.dump"))
+async def test_the_end_of_a_checkpoint_says_where_it_is(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    other = MemoryStore(rig.script)
+    rig.store.location, other.location = "s3://bucket/prefix", "file:///other"
+    stores = {"": rig.store, "file:///other": other}
+    rig.node = replace(rig.node, open_store=stores.__getitem__)
+    async with running(rig) as desk:
+        for directory, store in stores.items():
+            command = checkpoint_command(directory=directory)
+            last = await desk.end(await desk.send(command))
+            assert last.details == {"location": f"{store.location}/{command.checkpoint_id}"}
+            assert f"{command.checkpoint_id}/manifest.json" in store.objects
+            assert not any(event.details for event in desk.events(command.action_id)[:-1])
+        rig.end_of_original()
+        assert (await desk.end(await desk.send(restore_command(command.checkpoint_id)))).details != last.details
+        failed = for_nobody()
+        assert "location" not in (await desk.end(await desk.send(failed))).details
+
+
     async with running(rig) as desk:
         action = await desk.send(checkpoint_command())
         await eventually(lambda: any(wire.decode_progress(data).phase == "dumping" for *_, data in desk.bus.progress), "progress")
@@ -781,7 +801,8 @@ async def test_what_is_ready_stays_ready_though_the_disk_does_not_take_the_word(
             await eventually(lambda: said(logs, "cannot write down how it ended"), "the failed write")
         assert desk.statuses(command.action_id) == [PROCESSING, CREATED]
         away.rename(journal)
-        assert (await desk.end(command.action_id)).status == READY
+        last = await desk.end(command.action_id)
+        assert (last.status, last.details) == (READY, {"location": f"memory:////{command.checkpoint_id}"})
         assert [event.seq for event in desk.events(command.action_id)] == [1, 2, 3]
         await desk.acked()
 
@@ -1027,6 +1048,7 @@ async def test_a_crash_in_the_middle_of_a_restore(tmp_path: Path, phase: str) ->
     rig.machine.restored = phase == "probing"
     crashed(rig, command, phase, trees=TREES if phase == "probing" else (Tree(pid=ROOT, start_time=0),))
     _, last = await recovered(tmp_path, rig, command)
+    assert last.details == {"location": f"memory:////{command.checkpoint_id}"}
     assert (last.status, last.code) == (ERROR, "interrupted")
     assert not rig.machine.restored
 
