@@ -224,22 +224,29 @@ class Jobs:
             cgroup.remove(self._guests.pop(pid))
 
     def view(self, job: Job) -> WorkloadView:
-        running = job.running
-        pids = proc.tree(job.pid) if running else []
-        state = "running" if running else "killed" if (job.exit_code or 0) < 0 else "exited"
-        return WorkloadView(
-            kind="job",
-            namespace=job.namespace,
-            name=job.name,
-            uid=job.uid,
-            pid=job.pid if running else 0,
-            state=state,
-            command=" ".join(job.argv),
-            rss=sum(_rss(pid) for pid in pids),
-            processes=len(pids),
-            log=job.log,
-            started_at=job.started_at,
-        )
+        return self.views([job])[0]
+
+    def views(self, jobs: Sequence[Job]) -> list[WorkloadView]:
+        """How they are now."""
+        families = proc.families([(job.pid, job.start_time) for job in jobs if job.running])
+        return [_view(job, families.get((job.pid, job.start_time), [])) for job in jobs]
+
+
+def _view(job: Job, tree: Sequence[proc.Stat]) -> WorkloadView:
+    """Of one whose processes these are; none: it has ended."""
+    return WorkloadView(
+        kind="job",
+        namespace=job.namespace,
+        name=job.name,
+        uid=job.uid,
+        pid=job.pid if tree else 0,
+        state="running" if tree else "killed" if (job.exit_code or 0) < 0 else "exited",
+        command=" ".join(job.argv),
+        rss=sum(process.rss for process in tree),
+        processes=len(tree),
+        log=job.log,
+        started_at=job.started_at,
+    )
 
 
 def insist_startable(spec: JobSpec) -> None:
@@ -272,13 +279,6 @@ def _start(spec: JobSpec, log: int) -> subprocess.Popen[bytes]:
         ) from e
     child.returncode = 0  # `children` waits for it like for a restored one; this object must not
     return child
-
-
-def _rss(pid: int) -> int:
-    try:
-        return proc.stat(pid).rss
-    except proc.GONE:
-        return 0
 
 
 class ProcessWorkloads:
@@ -362,7 +362,7 @@ class ProcessWorkloads:
     def views(self, target: Target | None) -> list[WorkloadView]:
         """All jobs, or the one workload that `target` names."""
         if target is None:
-            return [self._jobs.view(job) for job in self._jobs.all()]
+            return self._jobs.views(self._jobs.all())
         if not target.pid:
             return [self._jobs.view(self._job(target))]
         workload = self._process(target.pid)
