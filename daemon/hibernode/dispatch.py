@@ -82,15 +82,19 @@ class Dispatcher:
         self._tasks = Tasks()
         self._posted: Callable[[], None] | None = None
         self._progressed: Callable[[Progress], Awaitable[None]] | None = None
+        self._changed: Callable[[], None] = lambda: None
         self.stopping = False
         self._hurry = asyncio.Event()  # stopping, and nothing is waited for any more
         self._loop = asyncio.get_running_loop()
 
     # --- life ---------------------------------------------------------------------------------------------------------------
 
-    def posts_to(self, posted: Callable[[], None], progressed: Callable[[Progress], Awaitable[None]]) -> None:
-        """There is a bus: `posted` is called when an event lies in the outbox, `progressed` with every progress."""
-        self._posted, self._progressed = posted, progressed
+    def posts_to(
+        self, posted: Callable[[], None], progressed: Callable[[Progress], Awaitable[None]], changed: Callable[[], None]
+    ) -> None:
+        """There is a bus: `posted` is called when an event lies in the outbox, `progressed` with every progress, `changed` when an action
+        or a child of the daemon has ended."""
+        self._posted, self._progressed, self._changed = posted, progressed, changed
 
     async def start(self) -> None:
         """Recover what a crash left; before the first command is taken."""
@@ -147,6 +151,7 @@ class Dispatcher:
             await self._end_surely(action.entry, outcome)
         finally:
             del self._running[command.action_id]
+            self._changed()
 
     async def _outcome(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> Outcome:
         """How it ended. Whatever happens, there is an answer."""
@@ -303,12 +308,12 @@ class Dispatcher:
 
     def _emit(self, entry: Entry, outcome: Outcome) -> None:
         record = entry.record
+        details = {**outcome.details, **self._whereabouts(record, outcome.status)}
 
         def make(seq: int) -> Event | None:
             if outcome.status.rank <= entry.record.status.rank:
                 return None  # forward only, and one terminal event
             return Event(
-        details = {**outcome.details, **self._whereabouts(record, outcome.status)}
                 action_id=record.action_id,
                 seq=seq,
                 type=record.type,
@@ -331,11 +336,6 @@ class Dispatcher:
                 self._loop.call_soon_threadsafe(self._posted)
             self._loop.call_soon_threadsafe(self._tell, event)
 
-    def _tell(self, update: Event | Progress) -> None:
-        self._observe(update)
-        if isinstance(update, Event):
-            _log.info(
-                "status", action=update.action_id, type=update.type, status=update.status.value, code=update.code,
     def _whereabouts(self, record: Record, status: Status) -> dict[str, object]:
         """Of a checkpoint that is ready: the address of its objects. Addresses of stores have no secrets in them."""
         if (record.type, status) != ("checkpoint", Status.READY):
@@ -346,6 +346,11 @@ class Dispatcher:
             _log.warning("cannot say where it is", action=record.action_id, error=str(e))
             return {}
 
+    def _tell(self, update: Event | Progress) -> None:
+        self._observe(update)
+        if isinstance(update, Event):
+            _log.info(
+                "status", action=update.action_id, type=update.type, status=update.status.value, code=update.code,
                 message=update.message, seconds=round(update.profile.total_duration / 1e9, 3) if update.profile else None,
                 bytes=update.profile.raw_bytes if update.profile else None,
             )  # fmt: skip
@@ -360,7 +365,8 @@ class Dispatcher:
 
     def _reap(self) -> None:
         try:
-            self._node.jobs.reap()
+            if self._node.jobs.reap():
+                self._changed()
         except (HibernodeError, OSError) as e:
             _log.error("could not write down how a job ended", error=str(e))
 

@@ -23,6 +23,7 @@ from hibernode.dispatch import BEHIND, Dispatcher
 from hibernode.errors import DumpFailed, HibernodeError, NoRoom, NotFound, Refused, StoreUnavailable
 from hibernode.journal import Entry, Journal, Tree
 from hibernode.model import (
+    MAX_LISTED,
     ActionCommand,
     CancelCommand,
     CheckpointCommand,
@@ -33,15 +34,16 @@ from hibernode.model import (
     RestoreCommand,
     Status,
     Target,
+    WorkloadView,
 )
 from hibernode.outbox import Outbox
 from hibernode.transfer import format
 from tests.fakes.bus import MemoryBus
 from tests.fakes.machine import FACTS, ROOT, memory
 from tests.fakes.script import Script
+from tests.fakes.store import MemoryStore
 from tests.flow.rig import DEADLINE, Rig, checkpoint_command, new_id
 
-from tests.fakes.store import MemoryStore
 pytestmark = pytest.mark.timeout(60)
 
 PROCESSING, CREATED, READY, ERROR = Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY, Status.ERROR
@@ -218,8 +220,6 @@ async def test_a_checkpoint_and_its_restore(tmp_path: Path) -> None:
     assert [e.status for e in desk.updates if isinstance(e, Event)] == [PROCESSING, CREATED, READY, PROCESSING, READY]
 
 
-async def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
-    rig = node(tmp_path, Gate("criu.dump"))
 async def test_the_end_of_a_checkpoint_says_where_it_is(tmp_path: Path) -> None:
     rig = node(tmp_path)
     other = MemoryStore(rig.script)
@@ -239,6 +239,8 @@ async def test_the_end_of_a_checkpoint_says_where_it_is(tmp_path: Path) -> None:
         assert "location" not in (await desk.end(await desk.send(failed))).details
 
 
+async def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
+    rig = node(tmp_path, Gate("criu.dump"))
     async with running(rig) as desk:
         action = await desk.send(checkpoint_command())
         await eventually(lambda: any(wire.decode_progress(data).phase == "dumping" for *_, data in desk.bus.progress), "progress")
@@ -922,6 +924,56 @@ async def test_a_node_whose_proc_cannot_be_read_for_a_while_is_told_again(tmp_pa
     assert rig.script.calls.count("host.load") > 3
 
 
+def listed(desk: Desk) -> list[WorkloadView]:
+    """What the node's record says that runs there; nothing while there is none."""
+    found = desk.bus._records.get(("c", "n"))
+    return wire.decode_node(found[0]).workloads if found else []
+
+
+async def test_a_nodes_record_says_what_runs_there(tmp_path: Path) -> None:
+    async with running(node(tmp_path)) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        (job,) = listed(desk)
+        assert (job.kind, job.namespace, job.name, job.uid, job.pid) == ("job", "default", FACTS.name, FACTS.uid, ROOT)
+        assert job.command == job.log == "", "it may be secret, and long"
+        assert [each.workloads for each in await desk.answers.nodes()] == [[job]]
+        desk.bus.away = True
+        assert [each.workloads for each in await desk.answers.nodes()] == [[job]]
+
+
+async def test_a_nodes_record_is_told_again_soon_after_something_has_changed(tmp_path: Path) -> None:
+    async with running(node(tmp_path, node_interval=1000.0)) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        await desk.end(await desk.send(checkpoint_command(criu_opts=KILL)))
+        await eventually(lambda: not listed(desk), "a record without what was killed")
+
+
+async def test_a_nodes_record_has_so_many_workloads_and_no_more(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    (job,) = rig.node.jobs.views(None)
+    many = [job.model_copy(update={"name": f"job-{number}"}) for number in range(MAX_LISTED + 7)]
+    rig.node.jobs.views = lambda _: many  # type: ignore[method-assign]
+    async with running(rig) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        assert [each.name for each in listed(desk)] == [each.name for each in many[:MAX_LISTED]]
+
+
+async def test_a_node_that_cannot_look_at_its_jobs_is_there_all_the_same(tmp_path: Path) -> None:
+    rig = node(tmp_path, node_interval=0.01)
+    calls: list[Target | None] = []
+
+    def broken(target: Target | None) -> list[WorkloadView]:
+        calls.append(target)
+        raise ValueError("a line of /proc that nobody knows")
+
+    async with running(rig) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        rig.node.jobs.views = broken  # type: ignore[method-assign]
+        await eventually(lambda: len(calls) > 1, "another look, and one more")
+        desk.bus._records.clear()
+        await eventually(lambda: listed(desk), "a record all the same, with what was there when it was last seen")
+
+
 # --- after a crash ----------------------------------------------------------------------------------------------------------
 
 TREES = (Tree(pid=ROOT, start_time=1000 + ROOT),)
@@ -996,6 +1048,7 @@ async def test_a_crash_after_the_commit(tmp_path: Path, phase: str, kill: bool) 
     crashed(rig, command, phase, trees=TREES, kill=kill)
     _, last = await recovered(tmp_path, rig, command)
     assert (last.status, last.code) == (READY, "ok")
+    assert last.details == {"location": f"memory:////{command.checkpoint_id}"}
     assert rig.machine.alive is not kill
     assert not rig.machine.stopped or kill
 
@@ -1048,7 +1101,6 @@ async def test_a_crash_in_the_middle_of_a_restore(tmp_path: Path, phase: str) ->
     rig.machine.restored = phase == "probing"
     crashed(rig, command, phase, trees=TREES if phase == "probing" else (Tree(pid=ROOT, start_time=0),))
     _, last = await recovered(tmp_path, rig, command)
-    assert last.details == {"location": f"memory:////{command.checkpoint_id}"}
     assert (last.status, last.code) == (ERROR, "interrupted")
     assert not rig.machine.restored
 

@@ -211,7 +211,7 @@ class Jobs:
         jobs = [(job.pid, job.start_time) for job in self.all() if job.uid != but]
         return jobs + [(pid, proc.start_time(pid)) for pid, uid in list(self._guests.items()) if uid != but]
 
-    def reap(self) -> None:
+    def reap(self) -> bool:
         """Wait for children that have ended: keep the exit codes of those that were jobs, remove the cgroups. Never blocks."""
         self._children.reap()
         exits = self._children.take_exits()
@@ -222,6 +222,7 @@ class Jobs:
                     cgroup.remove(job.uid)
         for pid in exits.keys() & self._guests.keys():
             cgroup.remove(self._guests.pop(pid))
+        return bool(exits)
 
     def view(self, job: Job) -> WorkloadView:
         return self.views([job])[0]
@@ -356,8 +357,8 @@ class ProcessWorkloads:
     def stop(self, namespace: str, name: str, signal_name: str) -> WorkloadView:
         return self._jobs.stop(namespace, name, signal_name)
 
-    def reap(self) -> None:
-        self._jobs.reap()
+    def reap(self) -> bool:
+        return self._jobs.reap()
 
     def views(self, target: Target | None) -> list[WorkloadView]:
         """All jobs, or the one workload that `target` names."""
