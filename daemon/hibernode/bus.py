@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol
 
 
@@ -31,6 +31,17 @@ class Delivery(Protocol):
 
     async def working(self) -> None:
         """Still at it: do not give it to anybody else."""
+
+
+class Batch(Protocol):
+    """Events, delivered at least once. Until it is done somebody else may get them: after `ack_wait`, or when a server ends."""
+
+    @property
+    def events(self) -> Sequence[bytes]:
+        """At least one, in the order of the stream, none twice."""
+
+    async def done(self) -> None:
+        """Never again, all of them. Raises BusUnavailable if the broker did not confirm it (then some may come again)."""
 
 
 class NodeBus(Protocol):
@@ -68,7 +79,10 @@ class NodeBus(Protocol):
 
 
 class ControlBus(Protocol):
-    """The control plane's side (REST API, demo, tests)."""
+    """The control plane's side (REST API, demo, tests). It reconnects as a node does."""
+
+    @property
+    def connected(self) -> bool: ...
 
     async def start(self) -> None: ...
 
@@ -78,13 +92,20 @@ class ControlBus(Protocol):
     async def send(self, node: str, verb: str, action_id: str, data: bytes) -> None:
         """File a command; returns when the stream has stored it. The same action id and verb twice is stored once."""
 
-    def follow(self, action_id: str = "", *, durable: str = "") -> AsyncIterator[bytes]:
-        """Events in order: of one action, or of all (`durable` names a consumer that remembers where it was)."""
+    def follow(self, action_id: str = "") -> AsyncIterator[bytes]:
+        """Events in order, from the beginning: of one action, or of all."""
 
-    def follow_progress(self, action_id: str) -> AsyncIterator[bytes]: ...
+    def follow_batches(self, durable: str, *, limit: int = 500) -> AsyncIterator[Batch]:
+        """All events of the cluster, each to one of those who follow under the name `durable`, from where they are together.
 
-    async def find(self, data: bytes, timeout: float) -> list[bytes]:
-        """Ask all nodes of the cluster; the answers that came within `timeout` seconds."""
+        A batch has what is there, `limit` events at most; none is held back for the next. What was not done before comes again among
+        newer events, so that batches may overlap and go back; one whose place the broker has lost begins at the beginning."""
+
+    def follow_progress(self, action_id: str) -> AsyncIterator[bytes]:
+        """From now on: of one action, or of all (""). Lossy."""
+
+    async def find(self, data: bytes, timeout: float, *, enough: int = 0) -> list[bytes]:
+        """Ask all nodes of the cluster; the answers that came within `timeout` seconds, or until there were `enough` (0: never)."""
 
     async def nodes(self) -> dict[str, bytes]: ...
 

@@ -18,11 +18,12 @@ from hibernode.bus import Delivery, NodeBus
 from hibernode.dispatch import Dispatcher
 from hibernode.errors import BadCommand, BusUnavailable, HibernodeError, Interrupted, Refused
 from hibernode.loop import Tasks, in_thread
-from hibernode.model import ActionCommand, CancelCommand, NodeRecord, Outcome, Progress
+from hibernode.model import MAX_LISTED, ActionCommand, CancelCommand, NodeRecord, Outcome, Progress, WorkloadView
 from hibernode.node import Node
 from hibernode.outbox import Outbox
 
 _BUS_RETRY = 30.0  # seconds until a broker that refused us is asked again
+_NODE_PAUSE = 0.5  # seconds between two records of this node at least: what changes together is told together
 _LAST_WORDS = 5.0  # seconds for acknowledgements and events when the daemon stops
 _log = structlog.get_logger("hibernode")
 
@@ -32,10 +33,11 @@ class Courier:
 
     def __init__(self, dispatcher: Dispatcher, node: Node, outbox: Outbox, bus: NodeBus) -> None:
         self._dispatcher, self._node, self._outbox, self._bus = dispatcher, node, outbox, bus
-        self._filled = asyncio.Event()
+        self._filled, self._stale = asyncio.Event(), asyncio.Event()  # there are events to send; the record is not true any more
+        self._listed: list[WorkloadView] = []
         self._serving, self._taking, self._deliveries = Tasks(), Tasks(), Tasks()
         self._leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what is still kept goes back
-        dispatcher.posts_to(self._filled.set, self._progress)
+        dispatcher.posts_to(self._filled.set, self._progress, self.refresh)
 
     def start(self) -> None:
         """Take commands and send events from now on. Returns at once when the broker is away: it is waited for behind this."""
@@ -62,7 +64,7 @@ class Courier:
     async def nodes(self) -> list[NodeRecord]:
         """Every node of the cluster that says who it is; only this one while the broker is away."""
         if not self._bus.connected:
-            return [self._dispatcher.record()]
+            return [await self._own_record()]
         records = ((name, _record(name, data)) for name, data in (await self._bus.nodes()).items())
         return [record for name, record in records if record is not None and record.node == name]
 
@@ -191,15 +193,39 @@ class Courier:
             )
             self._outbox.sent(entry, event, place)
 
+    def refresh(self) -> None:
+        """What runs here may have changed: the others are told soon."""
+        self._stale.set()
+
     async def _publish_node(self) -> None:
+        interval = self._node.config.limits.node_interval
+        pause = min(_NODE_PAUSE, interval)
         while True:
+            self._stale.clear()
             try:
-                await self._bus.put_node(wire.encode_node(self._dispatcher.record()))
+                await self._bus.put_node(wire.encode_node(await self._own_record()))
             except BusUnavailable:
                 pass  # it is said where it is noticed
             except (HibernodeError, OSError) as e:  # this node's own facts: the others are told when they can be had again
                 _log.warning("cannot say how this node is", error=str(e))
-            await asyncio.sleep(self._node.config.limits.node_interval)
+            await asyncio.sleep(pause)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval - pause):
+                    await self._stale.wait()
+
+    async def _own_record(self) -> NodeRecord:
+        return self._dispatcher.record().model_copy(update={"workloads": await self._workloads()})
+
+    async def _workloads(self) -> list[WorkloadView]:
+        """Those that run; as they were last seen, where they cannot be looked at. Their command lines may hold secrets, and are long."""
+        try:
+            views = await in_thread(self._node.jobs.views, None)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the node is there
+            _log.warning("cannot say what runs here", error=str(e))
+        else:
+            alive = [view for view in views if view.pid]
+            self._listed = [view.model_copy(update={"command": "", "log": ""}) for view in alive[:MAX_LISTED]]
+        return self._listed
 
     async def _progress(self, progress: Progress) -> None:
         if self._bus.connected:

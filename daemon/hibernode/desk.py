@@ -6,7 +6,7 @@ import asyncio
 import functools
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from hibernode import catalog, doctor, gc
 from hibernode.courier import Courier
@@ -30,6 +30,7 @@ from hibernode.model import (
 )
 from hibernode.node import Node
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -58,10 +59,18 @@ class Desk:
         return await in_thread(self._node.jobs.views, target)
 
     async def run_job(self, spec: JobSpec) -> WorkloadView:
-        return await in_thread(self._node.jobs.run, spec)
+        return await self._changing(self._node.jobs.run, spec)
 
     async def stop_job(self, namespace: str, name: str, signal: str) -> WorkloadView:
-        return await in_thread(self._node.jobs.stop, namespace, name, signal)
+        return await self._changing(self._node.jobs.stop, namespace, name, signal)
+
+    async def _changing(self, work: Callable[P, WorkloadView], *args: P.args, **kwargs: P.kwargs) -> WorkloadView:
+        """Done in a thread; the others are told soon what runs here then."""
+        try:
+            return await in_thread(work, *args, **kwargs)
+        finally:
+            if self._courier is not None:
+                self._courier.refresh()
 
     async def inspect(self, checkpoint_id: str) -> tuple[Manifest, str]:
         store = self._node.open_store("")

@@ -29,7 +29,7 @@ from hibernode.errors import (
     Transient,
 )
 from hibernode.flow import trim
-from hibernode.journal import Entry
+from hibernode.journal import Entry, Record
 from hibernode.loop import Tasks, in_thread
 from hibernode.model import (
     ActionCommand,
@@ -82,15 +82,19 @@ class Dispatcher:
         self._tasks = Tasks()
         self._posted: Callable[[], None] | None = None
         self._progressed: Callable[[Progress], Awaitable[None]] | None = None
+        self._changed: Callable[[], None] = lambda: None
         self.stopping = False
         self._hurry = asyncio.Event()  # stopping, and nothing is waited for any more
         self._loop = asyncio.get_running_loop()
 
     # --- life ---------------------------------------------------------------------------------------------------------------
 
-    def posts_to(self, posted: Callable[[], None], progressed: Callable[[Progress], Awaitable[None]]) -> None:
-        """There is a bus: `posted` is called when an event lies in the outbox, `progressed` with every progress."""
-        self._posted, self._progressed = posted, progressed
+    def posts_to(
+        self, posted: Callable[[], None], progressed: Callable[[Progress], Awaitable[None]], changed: Callable[[], None]
+    ) -> None:
+        """There is a bus: `posted` is called when an event lies in the outbox, `progressed` with every progress, `changed` when an action
+        or a child of the daemon has ended."""
+        self._posted, self._progressed, self._changed = posted, progressed, changed
 
     async def start(self) -> None:
         """Recover what a crash left; before the first command is taken."""
@@ -147,6 +151,7 @@ class Dispatcher:
             await self._end_surely(action.entry, outcome)
         finally:
             del self._running[command.action_id]
+            self._changed()
 
     async def _outcome(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> Outcome:
         """How it ended. Whatever happens, there is an answer."""
@@ -303,9 +308,10 @@ class Dispatcher:
 
     def _emit(self, entry: Entry, outcome: Outcome) -> None:
         record = entry.record
+        details = {**outcome.details, **self._whereabouts(record, outcome.status)}
 
         def make(seq: int) -> Event | None:
-            if _RANK[outcome.status] <= _RANK[entry.record.status]:
+            if outcome.status.rank <= entry.record.status.rank:
                 return None  # forward only, and one terminal event
             return Event(
                 action_id=record.action_id,
@@ -318,7 +324,7 @@ class Dispatcher:
                 code=outcome.code,
                 message=outcome.message,
                 hint=outcome.hint,
-                details=dict(outcome.details),
+                details=details,
                 retry=outcome.retry,
                 profile=outcome.profile,
             )
@@ -329,6 +335,16 @@ class Dispatcher:
             else:
                 self._loop.call_soon_threadsafe(self._posted)
             self._loop.call_soon_threadsafe(self._tell, event)
+
+    def _whereabouts(self, record: Record, status: Status) -> dict[str, object]:
+        """Of a checkpoint that is ready: the address of its objects. Addresses of stores have no secrets in them."""
+        if (record.type, status) != ("checkpoint", Status.READY):
+            return {}
+        try:
+            return {"location": f"{self._node.open_store(record.location).location}/{record.checkpoint_id}"}
+        except HibernodeError as e:  # it is ready all the same
+            _log.warning("cannot say where it is", action=record.action_id, error=str(e))
+            return {}
 
     def _tell(self, update: Event | Progress) -> None:
         self._observe(update)
@@ -349,7 +365,8 @@ class Dispatcher:
 
     def _reap(self) -> None:
         try:
-            self._node.jobs.reap()
+            if self._node.jobs.reap():
+                self._changed()
         except (HibernodeError, OSError) as e:
             _log.error("could not write down how a job ended", error=str(e))
 
@@ -463,9 +480,6 @@ def _run(page: Callable[[Node, T, Attempt], None], node: Node, command: T, attem
         page(node, command, attempt)
     finally:
         trim()  # now: what the page had is let go, and nobody has been told yet that it is over
-
-
-_RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}
 
 
 def _view(entry: Entry) -> ActionView:

@@ -23,6 +23,7 @@ PAGE = 4096  # bytes; x86-64 and the only page size format version 1 knows
 FRAME_PAGES = 1024  # pages of one frame at most: 4 MiB, the size of one arena chunk
 MAX_STREAMS = 64
 MAX_TASKS = 100_000  # processes of one image
+MAX_LISTED = 500  # workloads in a node's record: under 400 KiB with the longest names, of the 1 MiB that a broker takes
 FORMAT_VERSION = 1
 
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
@@ -49,6 +50,14 @@ class Status(StrEnum):
     @property
     def terminal(self) -> bool:
         return self in (Status.READY, Status.ERROR)
+
+    @property
+    def rank(self) -> int:
+        """How far it is: of two statuses of one action the later has the greater one. Both ends have the same."""
+        return _RANKS[self]
+
+
+_RANKS = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}
 
 
 Kind = Literal["simple", "rootfs", "rootfsonly"]
@@ -430,6 +439,7 @@ class NodeRecord(Value):
     actions: int
     time: float
     arena_bytes: int
+    workloads: Annotated[list[WorkloadView], FailFast()] = []  # managed and running; without command and log
 
 
 class JobSpec(Value):

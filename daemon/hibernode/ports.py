@@ -284,8 +284,8 @@ class Jobs(Protocol):
     def views(self, target: Target | None) -> list[WorkloadView]:
         """All jobs, or the one workload (process or job) that `target` names."""
 
-    def reap(self) -> None:
-        """Wait for children that have ended and note how jobs did. Never blocks."""
+    def reap(self) -> bool:
+        """Wait for children that have ended and note how jobs did; whether there was one. Never blocks."""
 
 
 class PreparedWorkload(Protocol):

@@ -316,7 +316,12 @@ def _put(message: Message, name: str, content: object) -> None:
     elif isinstance(content, Mapping):
         _put_table(getattr(message, name), content)
     elif isinstance(content, list):
-        getattr(message, name).extend(_clean(each) if isinstance(each, str) else each for each in content)
+        field = getattr(message, name)
+        for each in content:
+            if isinstance(each, Value):
+                _fill(field.add(), each)
+            else:
+                field.append(_clean(each) if isinstance(each, str) else each)
     elif content is not None:
         setattr(message, name, _clean(content) if isinstance(content, str) else content)
 
@@ -528,6 +533,9 @@ def _complete(model: type[Value], table: Mapping[str, object]) -> dict[str, obje
             full[key] = _lower(str(full[key]))
     if model is CheckpointCommand:
         full["target"] = _complete(Target, _table(table.get("target", {})))
+    if model is NodeRecord:
+        listed = cast(Sequence[object], table.get("workloads", []))
+        full["workloads"] = [_complete(WorkloadView, _table(each)) for each in listed]
     return full
 
 

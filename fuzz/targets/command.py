@@ -66,11 +66,12 @@ _EVENT = Event(
     profile=Profile(phases={"dumping": PhaseCost(seconds=0.5, bytes=4096)}, pause_ns=7),
 )  # fmt: skip
 _PROGRESS = Progress(action_id=_ID, phase="shipping", bytes_done=1, bytes_total=2, stored_bytes=1, seconds=0.5)
+_WORKLOAD = WorkloadView(kind="job", namespace="default", name="trainer", uid=_ID, pid=7, command="python train.py", rss=1 << 33)
 _NODE = NodeRecord(
     node="a", cluster="default", version="0.1.0", arch="x86_64", kernel="6.8", criu="4.2.1", store="file:///s", cpus=2,
     memory_total=1 << 40, memory_available=1 << 39, load=0.5, actions=1, time=1764000000.0, arena_bytes=1 << 29,
+    workloads=[_WORKLOAD],
 )  # fmt: skip
-_WORKLOAD = WorkloadView(kind="job", namespace="default", name="trainer", uid=_ID, pid=7, command="python train.py", rss=1 << 33)
 
 
 def _command(verb: str, good: bytes, message: type[Message]) -> _Door:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from hibernode.bus import ControlBus, Delivery, NodeBus
+from hibernode.bus import Batch, ControlBus, Delivery, NodeBus
 from hibernode.config import Bus
 from hibernode.drivers.nats import NatsControl, NatsNode
 from hibernode.errors import BadCommand, BusUnavailable
@@ -282,44 +282,127 @@ async def test_a_long_history_is_read_whole(bench: Bench) -> None:
     assert [await take(events) for _ in range(600)] == [b"%d" % seq for seq in range(600)]
 
 
-async def test_a_durable_follower_goes_on_where_it_was(bench: Bench) -> None:
+# --- events in batches ------------------------------------------------------------------------------------------------
+
+
+async def publish(node: NodeBus, numbers: range) -> list[bytes]:
+    told = [b"%d" % number for number in numbers]
+    for data in told:
+        await node.publish_event(new_id(), new_id(), data)
+    return told
+
+
+async def take_all(batches: AsyncIterator[Batch], number: int) -> list[bytes]:
+    """So many events, each batch done when it is there."""
+    got: list[bytes] = []
+    while len(got) < number:
+        batch = await take(batches)
+        got += batch.events
+        await batch.done()
+    return got
+
+
+async def test_a_long_history_comes_in_batches_no_longer_than_was_asked_for(bench: Bench) -> None:
+    told = await publish(await bench.node(), range(600))
+    batches = (await bench.control()).follow_batches("api", limit=100)
+    lengths, got = list[int](), list[bytes]()
+    while len(got) < 600:
+        batch = await take(batches)
+        await batch.done()
+        lengths.append(len(batch.events))
+        got += batch.events
+    assert got == told
+    assert max(lengths) <= 100
+    assert len(lengths) < 100, "what is there comes together"
+
+
+async def test_no_event_is_held_back_for_those_to_come(bench: Bench) -> None:
+    control, node = await bench.control(), await bench.node()
+    batches, clock = control.follow_batches("api"), asyncio.get_running_loop().time
+    waiting = asyncio.create_task(take(batches))
+    slowest = 0.0
+    for number in range(10):
+        await asyncio.wait([waiting], timeout=0.1)  # it waits, or its request is older than the event
+        began = clock()
+        await publish(node, range(number, number + 1))
+        batch = await waiting
+        slowest = max(slowest, clock() - began)
+        assert batch.events == [b"%d" % number]
+        waiting = asyncio.create_task(take(batches))
+        await batch.done()
+    waiting.cancel()
+    assert slowest < 1.0
+
+
+async def test_batches_go_on_where_they_were(bench: Bench) -> None:
+    """Another follower of the name gets what was not done, and nothing else."""
     first, node = await bench.control(ack_wait=1.0), await bench.node()
-    for seq in range(5):
-        await node.publish_event(new_id(), new_id(), b"%d" % seq)
-    events = first.follow(durable="api")
-    assert [await take(events) for _ in range(4)] == [b"0", b"1", b"2", b"3"]  # 3 is in the hand, the rest acknowledged
+    told = await publish(node, range(6))
+    batches = first.follow_batches("api", limit=2)
+    assert await take_all(batches, 2) == told[:2]
+    kept = await take(batches)
+    assert kept.events == told[2 : 2 + len(kept.events)]
     await first.stop()
+    with pytest.raises(BusUnavailable):
+        await kept.done()
     await asyncio.sleep(1.2)  # longer than the ack wait: what was not acknowledged would be ready again
-    again = (await bench.control(ack_wait=1.0)).follow(durable="api")
-    assert sorted([await take(again), await take(again)]) == [b"3", b"4"]
+    assert sorted(await take_all((await bench.control(ack_wait=1.0)).follow_batches("api"), 4)) == told[2:]
 
 
-async def test_an_event_in_the_hand_of_a_follower_that_died_comes_again(bench: Bench) -> None:
-    first, node = await bench.control(ack_wait=1.0), await bench.node()
-    await node.publish_event(new_id(), new_id(), b"x")
-    assert await take(first.follow(durable="api")) == b"x"
-    await first.stop()
-    assert await take((await bench.control(ack_wait=1.0)).follow(durable="api")) == b"x"
+async def test_a_batch_that_is_not_done_comes_again_among_newer_ones_in_order(bench: Bench) -> None:
+    control, node = await bench.control(ack_wait=1.0), await bench.node()
+    told = await publish(node, range(2))
+    batches, got = control.follow_batches("api"), list[bytes]()
+    while len(got) < 2:
+        got += (await take(batches)).events
+    await asyncio.sleep(1.2)
+    told += await publish(node, range(2, 4))
+    again: set[bytes] = set()
+    while len(again) < 4:
+        batch = await take(batches)
+        assert list(batch.events) == sorted(set(batch.events), key=int)
+        again.update(batch.events)
+        await batch.done()
+    assert sorted(again) == told
 
 
-async def test_two_followers_of_one_name_share_the_events(bench: Bench) -> None:
-    node, got = await bench.node(), list[bytes]()
+async def test_a_batch_done_late_or_twice_is_done(bench: Bench) -> None:
+    control, node = await bench.control(ack_wait=1.0), await bench.node()
+    told = await publish(node, range(1))
+    batches = control.follow_batches("api")
+    late, again = await take(batches), await take(batches)
+    assert late.events == again.events == told
+    for batch in (late, late, again):
+        await batch.done()
+    told = await publish(node, range(1, 2))
+    assert (await take(batches)).events == told
 
-    async def read(control: ControlBus) -> None:
-        async for data in control.follow(durable="api"):
-            got.append(data)
+
+async def test_followers_of_one_name_share_the_events_and_another_name_has_them_all(bench: Bench) -> None:
+    node, got = await bench.node(), dict[str, list[bytes]](api=[], other=[])
+
+    async def read(control: ControlBus, name: str) -> None:
+        async for batch in control.follow_batches(name, limit=3):
+            await batch.done()
+            got[name] += batch.events
 
     async def all_there() -> bool:
-        return len(got) >= 30
+        return min(map(len, got.values())) >= 30
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(2):
-            group.create_task(read(await bench.control()))
-        for seq in range(30):
-            await node.publish_event(new_id(), new_id(), b"%d" % seq)
+        for name in ("api", "api", "other"):
+            group.create_task(read(await bench.control(), name))
+        told = await publish(node, range(30))
         await until(all_there)
         await bench.close()
-    assert sorted(got, key=int) == [b"%d" % seq for seq in range(30)]
+    assert sorted(got["api"], key=int) == sorted(got["other"], key=int) == told
+
+
+async def test_a_follower_whose_name_would_reach_others_is_refused(bench: Bench) -> None:
+    control = await bench.control()
+    for bad in ("", "a.b", ">"):
+        with pytest.raises(BadCommand):
+            control.follow_batches(bad)
 
 
 # --- progress, finding, node records ----------------------------------------------------------------------------------
@@ -336,6 +419,24 @@ async def test_progress_reaches_a_live_follower(bench: Bench) -> None:
 
     await until(arrived)
     assert await waiting == b"half"
+
+
+async def test_progress_of_all_actions_reaches_a_live_follower(bench: Bench) -> None:
+    control, nodes = await bench.control(), [await bench.node("a"), await bench.node("b")]
+    told, got = {b"of a", b"of b"}, set[bytes]()
+
+    async def read() -> None:
+        async for data in control.follow_progress(""):
+            got.add(data)
+
+    async def arrived() -> bool:
+        for node, data in zip(nodes, sorted(told), strict=True):
+            await node.publish_progress(new_id(), data)
+        return got == told
+
+    reading = asyncio.create_task(read())
+    await until(arrived)
+    reading.cancel()
 
 
 async def test_the_nodes_that_have_it_answer(bench: Bench) -> None:
@@ -359,6 +460,31 @@ async def test_the_nodes_that_have_it_answer(bench: Bench) -> None:
 
     await until(both)
     assert asked == [b"who?"] * 3
+
+
+async def test_finding_ends_when_enough_have_answered(bench: Bench) -> None:
+    control, never = await bench.control(), asyncio.Event()
+
+    async def answer(data: bytes) -> bytes | None:
+        if data != b"all?":
+            return data
+        await never.wait()
+        return None
+
+    for name in ("a", "b", "c"):
+        await (await bench.node(name)).answer_find(answer)
+
+    async def all_hear() -> bool:
+        return len(await control.find(b"who?", 0.5)) == 3
+
+    await until(all_hear)
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    assert set(await control.find(b"one?", LIMIT, enough=1)) == {b"one?"}
+    assert await control.find(b"three?", LIMIT, enough=3) == [b"three?"] * 3
+    assert clock() - began < LIMIT / 2
+    assert await control.find(b"all?", 0.3, enough=1) == []
+    never.set()
 
 
 async def test_finding_does_not_wait_for_the_slow(bench: Bench) -> None:
@@ -399,7 +525,7 @@ async def test_node_records_appear_and_vanish(bench: Bench) -> None:
 async def test_stop_ends_every_iterator(bench: Bench) -> None:
     control, node, action = await bench.control(), await bench.node(), new_id()
 
-    async def drain(iterator: AsyncIterator[Delivery] | AsyncIterator[bytes]) -> None:
+    async def drain(iterator: AsyncIterator[Delivery | Batch | bytes]) -> None:
         async for _ in iterator:
             pass
 
@@ -409,8 +535,9 @@ async def test_stop_ends_every_iterator(bench: Bench) -> None:
             node.commands(),
             control.follow(),
             control.follow(action),
-            control.follow(durable="x"),
+            control.follow_batches("x"),
             control.follow_progress(action),
+            control.follow_progress(""),
         )
     ]
     _, waiting = await asyncio.wait(readers, timeout=0.3)

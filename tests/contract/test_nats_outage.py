@@ -68,13 +68,15 @@ async def test_a_broker_that_is_away_for_a_while(server: NatsServer, kill: bool,
     caplog.set_level(logging.INFO)
     async with ends(server.url) as (node, control):
         action = new_id()
-        commands, events, mine = node.commands(), control.follow(), control.follow(durable="api")
+        commands, events, batches = node.commands(), control.follow(), control.follow_batches("api")
         await control.send("n", "checkpoint", action, b"before")
         await node.publish_event(action, f"{action}.1", b"1")
         held = await take(commands)
-        assert [await take(events), await take(mine)] == [b"1", b"1"]
+        assert await take(events) == b"1"
+        batch = await take(batches)
+        assert batch.events == [b"1"]
         waiting = asyncio.create_task(take(commands))
-        following = [asyncio.create_task(take(each)) for each in (events, mine)]
+        following, next_batch = asyncio.create_task(take(events)), asyncio.create_task(take(batches))
 
         await asyncio.to_thread(server.stop, kill=kill)
         await connection(node, is_there=False)
@@ -84,18 +86,20 @@ async def test_a_broker_that_is_away_for_a_while(server: NatsServer, kill: bool,
             node.put_node(b""),
             held.done(),
             held.working(),
+            batch.done(),
             control.send("n", "checkpoint", new_id(), b"never stored"),
             control.find(b"", 1.0),
         ):
             with pytest.raises(BusUnavailable):
                 await asyncio.wait_for(call, 6)
         await node.publish_progress(action, b"lost, and nobody minds")
-        assert not any(task.done() for task in (waiting, *following))
+        assert not any(task.done() for task in (waiting, following, next_batch))
 
         await asyncio.to_thread(server.start)
         await connection(node, is_there=True)
         await connection(control, is_there=True)
         await held.done()  # on another connection than it came by
+        await batch.done()
         await node.publish_event(action, f"{action}.2", b"2")
         await control.send("n", "checkpoint", new_id(), b"after")
         after = await asyncio.wait_for(waiting, LIMIT)
@@ -103,7 +107,8 @@ async def test_a_broker_that_is_away_for_a_while(server: NatsServer, kill: bool,
             assert after.attempt == 2
             after = await take(commands)
         assert after.data == b"after"
-        assert await asyncio.wait_for(asyncio.gather(*following), LIMIT) == [b"2", b"2"]
+        assert await asyncio.wait_for(following, LIMIT) == b"2"
+        assert (await asyncio.wait_for(next_batch, LIMIT)).events[-1] == b"2"  # with 1 before it, if that came again
         assert [await take(control.follow(action)), node.connected] == [b"1", True]
     lines = [record for record in caplog.records if record.name == "hibernode.bus"]
     assert len([r for r in lines if r.getMessage().startswith("lost the broker")]) == 2  # two ends, one line each
@@ -209,6 +214,19 @@ async def test_a_consumer_that_somebody_deleted_is_made_anew(server: NatsServer)
         await admin.close()
         await control.send("n", "checkpoint", new_id(), b"x")
         assert (await asyncio.wait_for(waiting, 5)).data == b"x"
+
+
+async def test_a_place_that_somebody_deleted_is_made_anew_at_the_beginning(server: NatsServer) -> None:
+    async with ends(server.url) as (node, control):
+        batches = control.follow_batches("api")
+        await node.publish_event(new_id(), "1", b"1")
+        await (await take(batches)).done()
+        waiting = asyncio.create_task(take(batches))
+        await asyncio.wait([waiting], timeout=0.2)
+        admin = await nats.connect(server.url)
+        await admin.jetstream().delete_consumer(EVENTS, "c=api")
+        await admin.close()
+        assert (await asyncio.wait_for(waiting, 5)).events == [b"1"]
 
 
 async def delete_streams(server: NatsServer) -> None:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from hibernode.bus import Delivery
+from hibernode.bus import Batch, Delivery
 from hibernode.errors import BadCommand, BusUnavailable
 
 Answer = Callable[[bytes], Awaitable[bytes | None]]
@@ -30,7 +30,7 @@ class MemoryBus:
         self._away = False
         self._ids: set[str] = set()
         self._queues: dict[tuple[str, str], _Queue] = {}
-        self._durables: dict[tuple[str, str, str], _Queue] = {}
+        self._durables: dict[tuple[str, str], _Queue] = {}
         self._records: dict[tuple[str, str], tuple[bytes, float]] = {}
         self._answers: dict[MemoryNode, Answer] = {}
         self._changed = asyncio.Event()
@@ -79,16 +79,15 @@ class MemoryBus:
     def _queue(self, cluster: str, node: str) -> _Queue:
         return self._queues.setdefault((cluster, node), _Queue())
 
-    def _durable(self, cluster: str, action_id: str, name: str) -> _Queue:
-        key = (cluster, action_id, name)
-        if key not in self._durables:
-            self._durables[key] = _Queue([_Item("", data) for c, a, data in self.events if _is_for(key, c, a)])
-        return self._durables[key]
+    def _durable(self, cluster: str, name: str) -> _Queue:
+        if (cluster, name) not in self._durables:
+            self._durables[cluster, name] = _Queue([_Item("", data) for c, _, data in self.events if c == cluster])
+        return self._durables[cluster, name]
 
     def _store_event(self, cluster: str, action_id: str, data: bytes) -> None:
         self.events.append((cluster, action_id, data))
-        for key, queue in self._durables.items():
-            if _is_for(key, cluster, action_id):
+        for (of, _), queue in self._durables.items():
+            if of == cluster:
                 queue.items.append(_Item("", data))
         self._notify()
 
@@ -100,10 +99,6 @@ class MemoryBus:
         self._check()
         now = _now()
         return {node: data for (c, node), (data, until) in self._records.items() if c == cluster and until > now}
-
-
-def _is_for(key: tuple[str, str, str], cluster: str, action_id: str) -> bool:
-    return key[0] == cluster and key[1] in ("", action_id)
 
 
 def _now() -> float:
@@ -124,15 +119,14 @@ class _Queue:
     def __init__(self, items: list[_Item] | None = None) -> None:
         self.items = items or []
 
-    def take(self, ack_wait: float) -> _Item | None:
-        """The next one that may be given out: those that come again first."""
+    def take(self, ack_wait: float, limit: int = 1) -> list[_Item]:
+        """The next that may be given out: those that come again first."""
         ready = [item for item in self.items if item.again_at <= _now()]
         ready.sort(key=lambda item: item.attempt == 0)
-        if not ready:
-            return None
-        ready[0].attempt += 1
-        ready[0].again_at = _now() + ack_wait
-        return ready[0]
+        for item in ready[:limit]:
+            item.attempt += 1
+            item.again_at = _now() + ack_wait
+        return ready[:limit]
 
     def due(self) -> float:
         """Seconds until one may be given out."""
@@ -167,6 +161,19 @@ class _Delivery:
         self._item.again_at = _now() + self._ack_wait
 
 
+class _Batch:
+    def __init__(self, end: _End, queue: _Queue, items: list[_Item]) -> None:
+        self._end, self._queue, self._items = end, queue, set(items)
+        self.events = [item.data for item in queue.items if item in self._items]  # in the order of the stream
+
+    async def done(self) -> None:
+        self._end._check()
+        if self._end._bus.lose_acks > 0:
+            self._end._bus.lose_acks -= 1
+            raise BusUnavailable("the broker did not confirm it")
+        self._queue.items[:] = [item for item in self._queue.items if item not in self._items]
+
+
 class _End:
     """What both ends share: a start that waits for the broker, a stop that ends every reader."""
 
@@ -196,15 +203,15 @@ class _End:
         if not self.connected:
             raise BusUnavailable("not connected to the broker")
 
-    async def _deliveries(self, queue: Callable[[], _Queue]) -> AsyncIterator[_Delivery]:
+    async def _taken(self, queue: _Queue, limit: int = 1) -> AsyncIterator[list[_Item]]:
         while not self._stopped:
             if not self.connected:
                 await self._bus._wait()
-            elif (item := queue().take(self._ack_wait)) is not None:
-                self._bus.given_out += 1
-                yield _Delivery(self._bus, queue(), item, self._ack_wait)
+            elif items := queue.take(self._ack_wait, limit):
+                self._bus.given_out += len(items)
+                yield items
             else:
-                await self._bus._wait(queue().due())
+                await self._bus._wait(queue.due())
 
     async def _read(self, log: list[tuple[str, str, bytes]], action_id: str, place: int) -> AsyncIterator[bytes]:
         while not self._stopped:
@@ -223,8 +230,10 @@ class MemoryNode(_End):
         self._node, self._record_ttl = node, record_ttl
 
     async def commands(self) -> AsyncIterator[Delivery]:
-        async for delivery in self._deliveries(lambda: self._bus._queue(self._cluster, self._node)):
-            yield delivery
+        queue = self._bus._queue(self._cluster, self._node)
+        async for items in self._taken(queue):
+            for item in items:
+                yield _Delivery(self._bus, queue, item, self._ack_wait)
 
     async def publish_event(self, action_id: str, message_id: str, data: bytes, *, after: int | None = None) -> int:
         self._check()
@@ -260,33 +269,33 @@ class MemoryControl(_End):
             queue.items.append(_Item(verb, data))
             self._bus._notify()
 
-    def follow(self, action_id: str = "", *, durable: str = "") -> AsyncIterator[bytes]:
-        if durable:
-            return self._follow_durable(action_id, _token(durable, "durable"))
+    def follow(self, action_id: str = "") -> AsyncIterator[bytes]:
         return self._read(self._bus.events, action_id, 0)
 
-    async def _follow_durable(self, action_id: str, durable: str) -> AsyncIterator[bytes]:
-        async for delivery in self._deliveries(lambda: self._bus._durable(self._cluster, action_id, durable)):
-            yield delivery.data
-            with suppress(BusUnavailable):
-                await delivery.done()
+    def follow_batches(self, durable: str, *, limit: int = 500) -> AsyncIterator[Batch]:
+        return self._follow_batches(_token(durable, "durable"), limit)
+
+    async def _follow_batches(self, durable: str, limit: int) -> AsyncIterator[Batch]:
+        queue = self._bus._durable(self._cluster, durable)
+        async for items in self._taken(queue, limit):
+            yield _Batch(self, queue, items)
 
     def follow_progress(self, action_id: str) -> AsyncIterator[bytes]:
         return self._read(self._bus.progress, action_id, len(self._bus.progress))
 
-    async def find(self, data: bytes, timeout: float) -> list[bytes]:
+    async def find(self, data: bytes, timeout: float, *, enough: int = 0) -> list[bytes]:
         self._check()
-        answers: list[bytes] = []
+        answers, ends = list[bytes](), _now() + timeout
 
         async def ask(answer: Answer) -> None:
             if (found := await answer(data)) is not None:
                 answers.append(found)
 
-        asked = [asyncio.create_task(ask(each)) for end, each in self._bus._answers.items() if self._hears(end)]
-        if asked:
-            _, late = await asyncio.wait(asked, timeout=timeout)
-            for task in late:
-                task.cancel()
+        asked = {asyncio.create_task(ask(each)) for end, each in self._bus._answers.items() if self._hears(end)}
+        while asked and (left := ends - _now()) > 0 and not 0 < enough <= len(answers):
+            _, asked = await asyncio.wait(asked, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for late in asked:
+            late.cancel()
         return answers
 
     def _hears(self, end: MemoryNode) -> bool:

@@ -221,10 +221,14 @@ class FakeWorkloads:
         if target is not None and target.pid != ROOT and target.pod_name != FACTS.name:
             raise NotFound(f"no {target} on this node")
         pid = ROOT if self._machine.alive or self._machine.restored else 0
-        return [WorkloadView(kind="job", namespace="default", name=FACTS.name, uid=FACTS.uid, pid=pid)]
+        return [
+            WorkloadView(
+                kind="job", namespace="default", name=FACTS.name, uid=FACTS.uid, pid=pid, command="train", log="/var/log/train"
+            )
+        ]
 
-    def reap(self) -> None:
-        return
+    def reap(self) -> bool:
+        return False
 
 
 class FakeHost:

@@ -23,6 +23,7 @@ from hibernode.dispatch import BEHIND, Dispatcher
 from hibernode.errors import DumpFailed, HibernodeError, NoRoom, NotFound, Refused, StoreUnavailable
 from hibernode.journal import Entry, Journal, Tree
 from hibernode.model import (
+    MAX_LISTED,
     ActionCommand,
     CancelCommand,
     CheckpointCommand,
@@ -33,12 +34,14 @@ from hibernode.model import (
     RestoreCommand,
     Status,
     Target,
+    WorkloadView,
 )
 from hibernode.outbox import Outbox
 from hibernode.transfer import format
 from tests.fakes.bus import MemoryBus
 from tests.fakes.machine import FACTS, ROOT, memory
 from tests.fakes.script import Script
+from tests.fakes.store import MemoryStore
 from tests.flow.rig import DEADLINE, Rig, checkpoint_command, new_id
 
 pytestmark = pytest.mark.timeout(60)
@@ -215,6 +218,25 @@ async def test_a_checkpoint_and_its_restore(tmp_path: Path) -> None:
     assert rig.machine.restored
     assert not rig.leftovers("none")
     assert [e.status for e in desk.updates if isinstance(e, Event)] == [PROCESSING, CREATED, READY, PROCESSING, READY]
+
+
+async def test_the_end_of_a_checkpoint_says_where_it_is(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    other = MemoryStore(rig.script)
+    rig.store.location, other.location = "s3://bucket/prefix", "file:///other"
+    stores = {"": rig.store, "file:///other": other}
+    rig.node = replace(rig.node, open_store=stores.__getitem__)
+    async with running(rig) as desk:
+        for directory, store in stores.items():
+            command = checkpoint_command(directory=directory)
+            last = await desk.end(await desk.send(command))
+            assert last.details == {"location": f"{store.location}/{command.checkpoint_id}"}
+            assert f"{command.checkpoint_id}/manifest.json" in store.objects
+            assert not any(event.details for event in desk.events(command.action_id)[:-1])
+        rig.end_of_original()
+        assert (await desk.end(await desk.send(restore_command(command.checkpoint_id)))).details != last.details
+        failed = for_nobody()
+        assert "location" not in (await desk.end(await desk.send(failed))).details
 
 
 async def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
@@ -781,7 +803,8 @@ async def test_what_is_ready_stays_ready_though_the_disk_does_not_take_the_word(
             await eventually(lambda: said(logs, "cannot write down how it ended"), "the failed write")
         assert desk.statuses(command.action_id) == [PROCESSING, CREATED]
         away.rename(journal)
-        assert (await desk.end(command.action_id)).status == READY
+        last = await desk.end(command.action_id)
+        assert (last.status, last.details) == (READY, {"location": f"memory:////{command.checkpoint_id}"})
         assert [event.seq for event in desk.events(command.action_id)] == [1, 2, 3]
         await desk.acked()
 
@@ -901,6 +924,56 @@ async def test_a_node_whose_proc_cannot_be_read_for_a_while_is_told_again(tmp_pa
     assert rig.script.calls.count("host.load") > 3
 
 
+def listed(desk: Desk) -> list[WorkloadView]:
+    """What the node's record says that runs there; nothing while there is none."""
+    found = desk.bus._records.get(("c", "n"))
+    return wire.decode_node(found[0]).workloads if found else []
+
+
+async def test_a_nodes_record_says_what_runs_there(tmp_path: Path) -> None:
+    async with running(node(tmp_path)) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        (job,) = listed(desk)
+        assert (job.kind, job.namespace, job.name, job.uid, job.pid) == ("job", "default", FACTS.name, FACTS.uid, ROOT)
+        assert job.command == job.log == "", "it may be secret, and long"
+        assert [each.workloads for each in await desk.answers.nodes()] == [[job]]
+        desk.bus.away = True
+        assert [each.workloads for each in await desk.answers.nodes()] == [[job]]
+
+
+async def test_a_nodes_record_is_told_again_soon_after_something_has_changed(tmp_path: Path) -> None:
+    async with running(node(tmp_path, node_interval=1000.0)) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        await desk.end(await desk.send(checkpoint_command(criu_opts=KILL)))
+        await eventually(lambda: not listed(desk), "a record without what was killed")
+
+
+async def test_a_nodes_record_has_so_many_workloads_and_no_more(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    (job,) = rig.node.jobs.views(None)
+    many = [job.model_copy(update={"name": f"job-{number}"}) for number in range(MAX_LISTED + 7)]
+    rig.node.jobs.views = lambda _: many  # type: ignore[method-assign]
+    async with running(rig) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        assert [each.name for each in listed(desk)] == [each.name for each in many[:MAX_LISTED]]
+
+
+async def test_a_node_that_cannot_look_at_its_jobs_is_there_all_the_same(tmp_path: Path) -> None:
+    rig = node(tmp_path, node_interval=0.01)
+    calls: list[Target | None] = []
+
+    def broken(target: Target | None) -> list[WorkloadView]:
+        calls.append(target)
+        raise ValueError("a line of /proc that nobody knows")
+
+    async with running(rig) as desk:
+        await eventually(lambda: listed(desk), "the node's record")
+        rig.node.jobs.views = broken  # type: ignore[method-assign]
+        await eventually(lambda: len(calls) > 1, "another look, and one more")
+        desk.bus._records.clear()
+        await eventually(lambda: listed(desk), "a record all the same, with what was there when it was last seen")
+
+
 # --- after a crash ----------------------------------------------------------------------------------------------------------
 
 TREES = (Tree(pid=ROOT, start_time=1000 + ROOT),)
@@ -975,6 +1048,7 @@ async def test_a_crash_after_the_commit(tmp_path: Path, phase: str, kill: bool) 
     crashed(rig, command, phase, trees=TREES, kill=kill)
     _, last = await recovered(tmp_path, rig, command)
     assert (last.status, last.code) == (READY, "ok")
+    assert last.details == {"location": f"memory:////{command.checkpoint_id}"}
     assert rig.machine.alive is not kill
     assert not rig.machine.stopped or kill
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 
 from hibernode._pb import hibernode_pb2 as pb
-from hibernode.model import Event, Status
+from hibernode.model import Event
 from tests import keeper as processes
 from tests.matrix.bench import Bench, Subject
 from tests.matrix.programs import Beats, held
@@ -34,7 +34,6 @@ MORE = (
 )
 _UNNAMED = re.compile(r"^Thread-\d+ \(")  # numbered as they come
 PATIENCE = 3.0  # seconds something may take to go away by itself
-_RANK = {Status.INITIALIZED: 0, Status.PROCESSING: 1, Status.CHECKPOINT_CREATED: 2, Status.READY: 3, Status.ERROR: 3}
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def statuses(events: Sequence[Event]) -> Findings:
     terminals = [event for event in events if event.status.terminal]
     if len(terminals) > 1:
         found.append(Finding("duplicate_terminals", f"{told}"))
-    ranks, seqs = [_RANK[event.status] for event in events], [event.seq for event in events]
+    ranks, seqs = [event.status.rank for event in events], [event.seq for event in events]
     if any(a >= b for each in (ranks, seqs) for a, b in itertools.pairwise(each)):
         found.append(Finding("illegal_statuses", f"{told}"))
     return found

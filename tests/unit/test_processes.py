@@ -18,7 +18,7 @@ from hibernode.children import Children
 from hibernode.drivers.workloads import proc, trees
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
-from hibernode.model import JobSpec, TaskFacts, WorkloadFacts
+from hibernode.model import JobSpec, Target, TaskFacts, WorkloadFacts
 from tests import keeper
 from tests.keeper import wait_until
 
@@ -173,6 +173,22 @@ def test_saving_and_reaping_at_once_never_break_a_page_of_the_book(node: Node) -
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: node.jobs.save(replace(job, started_at=float(n))), range(200)))
     assert [found.uid for found in node.jobs.all()] == [job.uid]
+
+
+def test_what_is_told_of_all_jobs_is_what_is_told_of_each(node: Node) -> None:
+    program = "import os, time; os.fork(); time.sleep(60)"
+    pair = node.jobs.run(JobSpec(name="pair", argv=[sys.executable, "-S", "-c", program]))
+    wait_until(lambda: len(proc.tree(pair.pid)) == 2, 10, "its child")
+    node.job("single")
+    node.job("ended")
+    node.jobs.stop("default", "ended", "KILL")
+    told = node.workloads.views(None)
+    assert [(view.name, view.state, view.processes) for view in told] == [
+        ("pair", "running", 2), ("single", "running", 1), ("ended", "killed", 0),
+    ]  # fmt: skip
+    assert [bool(view.pid) and view.rss > 0 for view in told] == [True, True, False]
+    again = [view for name in ("pair", "single", "ended") for view in node.workloads.views(Target(pod_name=name))]
+    assert [view.model_copy(update={"rss": 0}) for view in again] == [view.model_copy(update={"rss": 0}) for view in told]
 
 
 # --- the end of a job -----------------------------------------------------------------------------------------------------------

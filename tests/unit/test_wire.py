@@ -16,6 +16,7 @@ from hibernode import wire
 from hibernode._pb import hibernode_pb2 as pb
 from hibernode.errors import BadCommand
 from hibernode.model import (
+    MAX_LISTED,
     ActionView,
     CancelCommand,
     Check,
@@ -111,6 +112,20 @@ events = st.builds(
 progresses = st.builds(
     Progress, action_id=ids, phase=texts, bytes_done=longs, bytes_total=longs, stored_bytes=longs, seconds=seconds
 )
+workloads = st.builds(
+    WorkloadView,
+    kind=st.sampled_from(["process", "job"]),
+    namespace=texts,
+    name=texts,
+    uid=texts,
+    pid=ints,
+    state=st.sampled_from(["running", "exited", "killed"]),
+    command=texts,
+    rss=longs,
+    processes=ints,
+    log=texts,
+    started_at=seconds,
+)
 records = st.builds(
     NodeRecord,
     node=texts,
@@ -127,20 +142,7 @@ records = st.builds(
     actions=ints,
     time=seconds,
     arena_bytes=longs,
-)
-workloads = st.builds(
-    WorkloadView,
-    kind=st.sampled_from(["process", "job"]),
-    namespace=texts,
-    name=texts,
-    uid=texts,
-    pid=ints,
-    state=st.sampled_from(["running", "exited", "killed"]),
-    command=texts,
-    rss=longs,
-    processes=ints,
-    log=texts,
-    started_at=seconds,
+    workloads=st.lists(workloads, max_size=3),
 )
 
 
@@ -240,6 +242,31 @@ def test_long_integers_are_read_as_strings_and_as_numbers() -> None:
 def test_what_is_absent_has_its_default() -> None:
     command = decode({"kind": None, "reason": "", "overrides": {}})
     assert command == CheckpointCommand(action_id=ID, checkpoint_id=ID, target=Target(pid=7))
+
+
+def test_what_is_absent_in_a_listed_workload_has_its_default() -> None:
+    record = NodeRecord(
+        node="n", cluster="c", version="", arch="", kernel="", criu="", store="", cpus=1, memory_total=1, memory_available=1, load=0.0,
+        actions=0, time=1.0, arena_bytes=0, workloads=[WorkloadView(kind="job", namespace="", name="trainer")],
+    )  # fmt: skip
+    table = json.loads(wire.encode_node(record))
+    del table["workloads"][0]["state"]
+    assert wire.decode_node(json.dumps(table).encode()) == record
+    with pytest.raises(BadCommand, match="kind"):
+        wire.decode_node(json.dumps(table | {"workloads": [{"name": "x"}] * 50_000}).encode())
+
+
+def test_the_longest_record_of_a_node_fits_into_a_message() -> None:
+    longest = WorkloadView(
+        kind="process", namespace="n" * 253, name="n" * 253, uid="u" * 64, pid=(1 << 31) - 1, state="running", rss=1 << 62,
+        processes=(1 << 31) - 1, started_at=1764000000.123456,
+    )  # fmt: skip
+    record = NodeRecord(
+        node="n" * 128, cluster="c" * 128, version="v" * 20, arch="x86_64", kernel="k" * 64, criu="4.2.1", store="s" * 4096, cpus=1 << 10,
+        memory_total=1 << 62, memory_available=1 << 62, load=1e6 / 3, actions=99, time=1764000000.123456, arena_bytes=1 << 62,
+        workloads=[longest] * MAX_LISTED,
+    )  # fmt: skip
+    assert len(wire.encode_node(record)) < wire.MESSAGE_LIMIT / 2
 
 
 def test_ids_in_upper_case_are_the_same_ids() -> None:

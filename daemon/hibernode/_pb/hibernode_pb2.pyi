@@ -197,7 +197,7 @@ class Workload(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., command: _Optional[str] = ..., rss: _Optional[int] = ..., processes: _Optional[int] = ..., log: _Optional[str] = ..., started_at: _Optional[float] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
-    __slots__ = ("node", "cluster", "version", "arch", "kernel", "criu", "store", "cpus", "memory_total", "memory_available", "load", "actions", "time", "arena_bytes")
+    __slots__ = ("node", "cluster", "version", "arch", "kernel", "criu", "store", "cpus", "memory_total", "memory_available", "load", "actions", "time", "arena_bytes", "workloads")
     NODE_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +212,7 @@ class NodeRecord(_message.Message):
     ACTIONS_FIELD_NUMBER: _ClassVar[int]
     TIME_FIELD_NUMBER: _ClassVar[int]
     ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKLOADS_FIELD_NUMBER: _ClassVar[int]
     node: str
     cluster: str
     version: str
@@ -226,7 +227,8 @@ class NodeRecord(_message.Message):
     actions: int
     time: float
     arena_bytes: int
-    def __init__(self, node: _Optional[str] = ..., cluster: _Optional[str] = ..., version: _Optional[str] = ..., arch: _Optional[str] = ..., kernel: _Optional[str] = ..., criu: _Optional[str] = ..., store: _Optional[str] = ..., cpus: _Optional[int] = ..., memory_total: _Optional[int] = ..., memory_available: _Optional[int] = ..., load: _Optional[float] = ..., actions: _Optional[int] = ..., time: _Optional[float] = ..., arena_bytes: _Optional[int] = ...) -> None: ...
+    workloads: _containers.RepeatedCompositeFieldContainer[Workload]
+    def __init__(self, node: _Optional[str] = ..., cluster: _Optional[str] = ..., version: _Optional[str] = ..., arch: _Optional[str] = ..., kernel: _Optional[str] = ..., criu: _Optional[str] = ..., store: _Optional[str] = ..., cpus: _Optional[int] = ..., memory_total: _Optional[int] = ..., memory_available: _Optional[int] = ..., load: _Optional[float] = ..., actions: _Optional[int] = ..., time: _Optional[float] = ..., arena_bytes: _Optional[int] = ..., workloads: _Optional[_Iterable[_Union[Workload, _Mapping[str, object]]]] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("event", "progress")

@@ -28,7 +28,7 @@ import logging
 import random
 import re
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,7 +50,7 @@ from nats.js.api import (
 )
 from nats.js.errors import APIError, BadRequestError, NoStreamResponseError, NotFoundError
 
-from hibernode.bus import Delivery
+from hibernode.bus import Batch, Delivery
 from hibernode.config import Bus
 from hibernode.errors import BadCommand, BusUnavailable, HibernodeError, Refused
 from hibernode.loop import end
@@ -69,6 +69,7 @@ PAUSE = 0.2  # seconds until something that failed on a live connection is tried
 RETRY = (0.2, 5.0)  # seconds between two attempts to connect: the first, the longest
 DUPLICATES = 3600.0  # seconds the server remembers message ids: of commands; events have their place as well
 FOLLOW = 256  # events asked for at once by a follower that does not acknowledge
+OUT = 20  # batches that all servers of one name may have together: more than a few servers, each with one in hand and one on its way
 FORGET = 300.0  # seconds until the server removes the place of a follower that is gone
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 PERMANENT = {10052, 10058, 10065, 10069, 10074}  # the server's codes for settings it will never take
@@ -117,9 +118,10 @@ class NatsNode:
             with self._link.logged(client, "commands"):
                 if self._config.make_streams:
                     await _ensure_consumer(client, COMMANDS, config)
-                async with aclosing(_pull(client, COMMANDS, str(config.name), batch=1)) as messages:
-                    async for message in messages:
-                        yield _Delivery(self._link, message)
+                async with aclosing(_pull(client, COMMANDS, str(config.name), batch=1)) as batches:
+                    async for batch in batches:
+                        for message in batch:
+                            yield _Delivery(self._link, message)
 
     async def publish_event(self, action_id: str, message_id: str, data: bytes, *, after: int | None = None) -> int:
         subject = f"hibernode.evt.{self._cluster}.{self._node}.{_token(action_id, 'action_id')}"
@@ -188,11 +190,9 @@ class NatsControl:
         subject = f"hibernode.cmd.{self._cluster}.{_token(node, 'node')}.{verb}"
         await self._link.store(subject, data, f"{_token(action_id, 'action_id')}.{verb}")
 
-    def follow(self, action_id: str = "", *, durable: str = "") -> AsyncIterator[bytes]:
-        """Order holds but for events that come again: a durable follower that died with one in hand gets it later."""
+    def follow(self, action_id: str = "") -> AsyncIterator[bytes]:
         part = f"*.{_token(action_id, 'action_id')}" if action_id else ">"
-        subject = f"hibernode.evt.{self._cluster}.{part}"
-        return self._follow_durable(subject, _token(durable, "durable")) if durable else self._follow(subject)
+        return self._follow(f"hibernode.evt.{self._cluster}.{part}")
 
     async def _follow(self, subject: str) -> AsyncIterator[bytes]:
         """From the beginning, then live. The place is kept here; every connection gets a consumer of its own."""
@@ -200,44 +200,47 @@ class NatsControl:
         async for client in self._link.clients():
             with self._link.logged(client, "events"):
                 consumer = await _follower(client, subject, last)
-                async with aclosing(_pull(client, EVENTS, consumer, batch=FOLLOW)) as messages:
-                    async for message in _in_order(messages):
+                async with aclosing(_pull(client, EVENTS, consumer, batch=FOLLOW)) as batches:
+                    async for message in _in_order(batches):
                         last = message.metadata.sequence.stream
                         yield message.data
 
-    async def _follow_durable(self, subject: str, durable: str) -> AsyncIterator[bytes]:
-        """The server keeps the place. An event is acknowledged when the next is asked for, so a crash repeats it."""
+    def follow_batches(self, durable: str, *, limit: int = 500) -> AsyncIterator[Batch]:
+        return self._follow_batches(f"{self._cluster}={_token(durable, 'durable')}", limit)
+
+    async def _follow_batches(self, name: str, limit: int) -> AsyncIterator[Batch]:
+        """The server keeps the place."""
         config = ConsumerConfig(
-            name=f"{self._cluster}={durable}",
-            durable_name=f"{self._cluster}={durable}",
-            filter_subject=subject,
+            name=name,
+            durable_name=name,
+            filter_subject=f"hibernode.evt.{self._cluster}.>",
             deliver_policy=DeliverPolicy.ALL,
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=self._config.ack_wait,
             max_deliver=-1,
+            max_ack_pending=OUT * limit,  # of all servers together; beyond it none is given any
         )
         async for client in self._link.clients():
             with self._link.logged(client, "events"):
                 await _ensure_consumer(client, EVENTS, config)
-                async with aclosing(_pull(client, EVENTS, str(config.name), batch=1)) as messages:
-                    async for message in messages:
-                        yield message.data
-                        await _Delivery(self._link, message).done()
+                async with aclosing(_pull(client, EVENTS, name, batch=limit)) as batches:
+                    async for batch in batches:
+                        yield _Batch(self._link, batch)
 
     async def follow_progress(self, action_id: str) -> AsyncIterator[bytes]:
-        subject = f"hibernode.progress.{self._cluster}.*.{_token(action_id, 'action_id')}"
+        subject = f"hibernode.progress.{self._cluster}.*.{_token(action_id, 'action_id') if action_id else '*'}"
         async for client in self._link.clients():
             with self._link.logged(client, "progress"):
                 subscription = await client.subscribe(subject)
                 try:
                     while client.is_connected:
-                        if (message := await _next(subscription, PULL)) is not None:
+                        for message in await _some(subscription, PULL):
                             yield message.data
                 finally:
                     await _unsubscribe(subscription)
 
-    async def find(self, data: bytes, timeout: float) -> list[bytes]:
-        """Waits the whole time, as nobody knows how many nodes there are; ends at once where none listens at all."""
+    async def find(self, data: bytes, timeout: float, *, enough: int = 0) -> list[bytes]:
+        """Without `enough` it waits the whole time, as nobody knows how many nodes there are; ends at once where none listens at all."""
         answers: list[bytes] = []
         ends = asyncio.get_running_loop().time() + timeout
         with self._link.translated() as client:
@@ -245,11 +248,11 @@ class NatsControl:
             subscription = await client.subscribe(inbox)
             try:
                 await client.publish(f"hibernode.find.{self._cluster}", data, reply=inbox)
-                while (left := ends - asyncio.get_running_loop().time()) > 0:
-                    message = await _next(subscription, left)
-                    if message is None or _status(message):
+                while (left := ends - asyncio.get_running_loop().time()) > 0 and not 0 < enough <= len(answers):
+                    messages = await _some(subscription, left)
+                    answers += [message.data for message in messages if not _status(message)]
+                    if not messages or _status(messages[-1]):
                         break
-                    answers.append(message.data)
             finally:
                 await _unsubscribe(subscription)
             if not answers and not client.is_connected:
@@ -261,7 +264,7 @@ class NatsControl:
 
 
 class _Delivery:
-    """A command, or an event of a durable follower. Answers go out on whatever connection there is then."""
+    """A command. Answers go out on whatever connection there is then."""
 
     def __init__(self, link: _Link, message: Msg) -> None:
         self._link = link
@@ -271,17 +274,31 @@ class _Delivery:
         self.attempt = message.metadata.num_delivered
 
     async def done(self) -> None:
-        await self._link.ask(self._reply, b"+ACK")
+        await self._link.ask(b"+ACK", self._reply)
 
     async def later(self, delay: float) -> None:
         when = b" " + json.dumps({"delay": int(delay * 1e9)}).encode() if delay > 0 else b""
-        await self._link.ask(self._reply, b"-NAK" + when)
+        await self._link.ask(b"-NAK" + when, self._reply)
 
     async def drop(self) -> None:
-        await self._link.ask(self._reply, b"+TERM")
+        await self._link.ask(b"+TERM", self._reply)
 
     async def working(self) -> None:
-        await self._link.ask(self._reply, b"+WPI")
+        await self._link.ask(b"+WPI", self._reply)
+
+
+class _Batch:
+    """What came together, in the order of the stream and each once: what comes again comes among newer ones."""
+
+    def __init__(self, link: _Link, messages: Sequence[Msg]) -> None:
+        places = {message.metadata.sequence.stream: message for message in messages}
+        in_order = [places[place] for place in sorted(places)]
+        self._link = link
+        self._replies = [message.reply for message in in_order]
+        self.events = [message.data for message in in_order]
+
+    async def done(self) -> None:
+        await self._link.ask(b"+ACK", *self._replies)
 
 
 # --- one connection after the other -----------------------------------------------------------------------------------
@@ -465,9 +482,12 @@ class _Link:
         publishing = client.jetstream(timeout=CALL).publish(subject, data, headers=headers or None)
         return (await self._answered(publishing)).seq
 
-    async def ask(self, subject: str, data: bytes) -> bytes:
+    async def ask(self, data: bytes, *subjects: str) -> None:
+        """Send it to all of them; returns when the last has answered. By then the server has read the others: it is one connection."""
         with self.translated() as client:
-            return (await self._answered(client.request(subject, data, timeout=CALL))).data
+            for subject in subjects[:-1]:
+                await client.publish(subject, data)
+            await self._answered(client.request(subjects[-1], data, timeout=CALL))
 
     async def _answered(self, call: Coroutine[Any, Any, T]) -> T:
         """Its answer, or BusUnavailable as soon as the connection is lost: nats-py would wait for its whole time."""
@@ -753,8 +773,8 @@ async def _follower(client: Client, subject: str, last: int) -> str:
     return (await jetstream.add_consumer(EVENTS, config)).name
 
 
-async def _pull(client: Client, stream: str, consumer: str, *, batch: int) -> AsyncGenerator[Msg, None]:
-    """Messages for as long as the connection and the consumer live; then an error.
+async def _pull(client: Client, stream: str, consumer: str, *, batch: int) -> AsyncGenerator[list[Msg], None]:
+    """What is there, `batch` messages at most, for as long as the connection and the consumer live; then an error.
 
     nats-py's own fetch tells only when its time is over that the consumer is gone, and holds a batch back until it is
     full.
@@ -766,38 +786,52 @@ async def _pull(client: Client, stream: str, consumer: str, *, batch: int) -> As
         while True:
             await client.publish(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", request, reply=inbox)
             left = batch
-            while left and (message := await _next(subscription, PULL + CALL)) is not None:
-                status = _status(message)
-                if status in ("404", "408"):  # nothing there, time is over
+            while left and (came := await _some(subscription, PULL + CALL, left)):
+                messages = [message for message in came if not _status(message)]
+                left -= len(messages)
+                if messages:
+                    yield messages
+                if (over := next((message for message in came if _status(message)), None)) is None:
+                    continue
+                if _status(over) in ("404", "408"):  # nothing there, time is over
                     break
-                if status:
-                    reason = (message.headers or {}).get("Description", "no consumer")
-                    if "shutdown" in reason.lower():  # the connection ends next, and has a line of its own
-                        return
-                    raise BusUnavailable(f"the broker ended the request: {reason} ({status})")
-                left -= 1
-                yield message
+                reason = (over.headers or {}).get("Description", "no consumer")
+                if "shutdown" in reason.lower():  # the connection ends next, and has a line of its own
+                    return
+                raise BusUnavailable(f"the broker ended the request: {reason} ({_status(over)})")
     finally:
         await _unsubscribe(subscription)
 
 
-async def _in_order(messages: AsyncIterator[Msg]) -> AsyncIterator[Msg]:
+async def _in_order(batches: AsyncIterator[list[Msg]]) -> AsyncIterator[Msg]:
     """Nobody acknowledges these, so a lost one is seen only by the gap in the consumer's count."""
     expected = 1
-    async for message in messages:
-        if message.metadata.sequence.consumer != expected:
-            raise BusUnavailable("a message was lost on its way from the broker")
-        expected += 1
-        yield message
+    async for batch in batches:
+        for message in batch:
+            if message.metadata.sequence.consumer != expected:
+                raise BusUnavailable("a message was lost on its way from the broker")
+            expected += 1
+            yield message
 
 
-async def _next(subscription: Subscription, limit: float) -> Msg | None:
-    """The next message; None after `limit` seconds, or when the connection is gone."""
-    try:
-        async with asyncio.timeout(limit):
-            return await anext(subscription.messages)
-    except (TimeoutError, StopAsyncIteration):
-        return None
+async def _some(subscription: Subscription, seconds: float, most: int = FOLLOW) -> list[Msg]:
+    """What is there, `most` messages at most, as soon as there is one; none after `seconds`, or when the connection is gone.
+
+    nats-py makes two tasks for each message it is asked for, and so hands out a tenth of what it can read: those that wait are taken
+    from its queue, as its own iterator takes them.
+    """
+    queue, taken = subscription._pending_queue, list[Msg]()
+    if queue.empty():
+        try:
+            async with asyncio.timeout(seconds):
+                taken.append(await anext(subscription.messages))
+        except (TimeoutError, StopAsyncIteration):
+            return []
+    while len(taken) < most and not queue.empty():
+        taken.append(message := queue.get_nowait())
+        queue.task_done()
+        subscription._pending_size -= len(message.data)
+    return taken
 
 
 async def _unsubscribe(subscription: Subscription) -> None:

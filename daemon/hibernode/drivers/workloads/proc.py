@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from hibernode.model import PAGE
@@ -130,17 +130,38 @@ def tree(root: int) -> list[int]:
 
 def forest(roots: Iterable[Identity]) -> list[Identity]:
     """Those of `roots` that are there, and all descendants that these have now, parents first."""
-    there, children = {}, defaultdict(list)
+    there, children = _everybody_by_parent()
+    pids = _with_descendants([pid for pid, started in roots if _is(there, pid, started)], children)
+    return [(pid, there[pid].start_time) for pid in pids]
+
+
+def families(roots: Iterable[Identity]) -> dict[Identity, list[Stat]]:
+    """Each of `roots` that is there, with all descendants that it has now, itself first: one look at /proc for however many."""
+    there, children = _everybody_by_parent()
+    found = [(pid, started) for pid, started in roots if _is(there, pid, started)]
+    return {root: [there[pid] for pid in _with_descendants([root[0]], children)] for root in found}
+
+
+def _everybody_by_parent() -> tuple[dict[int, Stat], Mapping[int, list[int]]]:
+    there, children = {}, defaultdict[int, list[int]](list)
     for found in everybody():
-        there[found.pid] = found.start_time
+        there[found.pid] = found
         children[found.ppid].append(found.pid)
-    pids = dict.fromkeys(pid for pid, started in roots if started and there.get(pid) == started)
+    return there, children
+
+
+def _is(there: Mapping[int, Stat], pid: int, started: int) -> bool:
+    return started != 0 and pid in there and there[pid].start_time == started
+
+
+def _with_descendants(roots: Iterable[int], children: Mapping[int, list[int]]) -> list[int]:
+    pids = dict.fromkeys(roots)
     queue = list(pids)
     for pid in queue:
-        new = [child for child in children[pid] if child not in pids]
+        new = [child for child in children.get(pid, ()) if child not in pids]
         pids.update(dict.fromkeys(new))
         queue += new
-    return [(pid, there[pid]) for pid in pids]
+    return queue
 
 
 def facts(pid: int) -> ProcessFacts:

@@ -211,7 +211,7 @@ class Jobs:
         jobs = [(job.pid, job.start_time) for job in self.all() if job.uid != but]
         return jobs + [(pid, proc.start_time(pid)) for pid, uid in list(self._guests.items()) if uid != but]
 
-    def reap(self) -> None:
+    def reap(self) -> bool:
         """Wait for children that have ended: keep the exit codes of those that were jobs, remove the cgroups. Never blocks."""
         self._children.reap()
         exits = self._children.take_exits()
@@ -222,24 +222,32 @@ class Jobs:
                     cgroup.remove(job.uid)
         for pid in exits.keys() & self._guests.keys():
             cgroup.remove(self._guests.pop(pid))
+        return bool(exits)
 
     def view(self, job: Job) -> WorkloadView:
-        running = job.running
-        pids = proc.tree(job.pid) if running else []
-        state = "running" if running else "killed" if (job.exit_code or 0) < 0 else "exited"
-        return WorkloadView(
-            kind="job",
-            namespace=job.namespace,
-            name=job.name,
-            uid=job.uid,
-            pid=job.pid if running else 0,
-            state=state,
-            command=" ".join(job.argv),
-            rss=sum(_rss(pid) for pid in pids),
-            processes=len(pids),
-            log=job.log,
-            started_at=job.started_at,
-        )
+        return self.views([job])[0]
+
+    def views(self, jobs: Sequence[Job]) -> list[WorkloadView]:
+        """How they are now."""
+        families = proc.families([(job.pid, job.start_time) for job in jobs if job.running])
+        return [_view(job, families.get((job.pid, job.start_time), [])) for job in jobs]
+
+
+def _view(job: Job, tree: Sequence[proc.Stat]) -> WorkloadView:
+    """Of one whose processes these are; none: it has ended."""
+    return WorkloadView(
+        kind="job",
+        namespace=job.namespace,
+        name=job.name,
+        uid=job.uid,
+        pid=job.pid if tree else 0,
+        state="running" if tree else "killed" if (job.exit_code or 0) < 0 else "exited",
+        command=" ".join(job.argv),
+        rss=sum(process.rss for process in tree),
+        processes=len(tree),
+        log=job.log,
+        started_at=job.started_at,
+    )
 
 
 def insist_startable(spec: JobSpec) -> None:
@@ -272,13 +280,6 @@ def _start(spec: JobSpec, log: int) -> subprocess.Popen[bytes]:
         ) from e
     child.returncode = 0  # `children` waits for it like for a restored one; this object must not
     return child
-
-
-def _rss(pid: int) -> int:
-    try:
-        return proc.stat(pid).rss
-    except proc.GONE:
-        return 0
 
 
 class ProcessWorkloads:
@@ -356,13 +357,13 @@ class ProcessWorkloads:
     def stop(self, namespace: str, name: str, signal_name: str) -> WorkloadView:
         return self._jobs.stop(namespace, name, signal_name)
 
-    def reap(self) -> None:
-        self._jobs.reap()
+    def reap(self) -> bool:
+        return self._jobs.reap()
 
     def views(self, target: Target | None) -> list[WorkloadView]:
         """All jobs, or the one workload that `target` names."""
         if target is None:
-            return [self._jobs.view(job) for job in self._jobs.all()]
+            return self._jobs.views(self._jobs.all())
         if not target.pid:
             return [self._jobs.view(self._job(target))]
         workload = self._process(target.pid)
