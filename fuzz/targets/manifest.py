@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from fuzz.edits import edited
 from fuzz.feed import Feed
-from fuzz.guard import guarded, require, root
+from fuzz.guard import MEMORY, guarded, require, root
 from fuzz.targets import golden
 from hibernode import ports
 from hibernode.config import Signing
@@ -23,6 +23,7 @@ from hibernode.model import PAGE, Signature
 from hibernode.transfer import format
 
 MAX_LENGTH = 8192
+_PER_BYTE = 8  # of memory: what pydantic makes of JSON. Edits that multiply lists make 20 MB of some bytes, which take 223
 _RAW, _SEALED, _EDITED, _SIGNED = 0, 1, 2, 3
 _ID = json.loads(golden.manifest())["checkpoint_id"]
 _ENVELOPE = re.compile(rb'\{"digest":"[0-9a-f]{64}",\n(?:"signature":\{[^}]*\},\n)?')
@@ -51,7 +52,7 @@ def one(data: bytes) -> None:
     else:
         _forge(feed)
         return
-    with guarded(Corrupt, Refused):
+    with guarded(Corrupt, Refused, memory=MEMORY + _PER_BYTE * len(raw)):
         _check(raw, _Anybody())
 
 
