@@ -34,7 +34,7 @@ class Delivery(Protocol):
 
 
 class Batch(Protocol):
-    """Events, delivered at least once. Until it is done somebody else may get them: after `ack_wait`, or when a server ends."""
+    """Events, delivered at least once. Those of a batch that is not done come again, to anybody, after `ack_wait`."""
 
     @property
     def events(self) -> Sequence[bytes]:

