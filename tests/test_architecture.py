@@ -18,11 +18,13 @@ GENERATED = "_pb/"
 
 # Package -> files of daemon/hibernode that may import it; a name with a slash at its end is a folder, "" is everywhere.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "alembic": ("api/migrate.py", "api/migrations/"),
     "blake3": ("transfer/format.py",),
     "boto3": ("drivers/s3.py",),
     "botocore": ("drivers/s3.py",),
     "click": ("cli.py", "cli/", "__main__.py"),
     "cryptography": ("drivers/keyring.py", "drivers/notary.py", "transfer/seal.py"),
+    "fastapi": ("api/app.py", "api/openapi.py", "api/problems.py", "api/server.py"),
     "google": ("rpc.py", "wire.py", "drivers/criu.py", "cli.py", "cli/", GENERATED),
     "grpc": ("rpc.py", "cli.py", "cli/", "__main__.py", GENERATED),
     "grpc_health": ("rpc.py", "cli.py", "cli/"),
@@ -30,12 +32,26 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "mypy_boto3_s3": ("drivers/s3.py",),  # types only
     "nats": ("drivers/nats.py",),
     "numpy": ("transfer/",),
-    "prometheus_client": ("metrics.py",),
+    "prometheus_client": ("metrics.py", "api/metrics.py"),
     "pycriu": ("drivers/criu.py", "transfer/pagemap.py"),
-    "pydantic": ("model.py", "config.py", "drivers/keyring.py", "journal.py", "preflight.py", "wire.py", "transfer/format.py"),
+    "pydantic": (
+        "model.py",
+        "config.py",
+        "drivers/keyring.py",
+        "journal.py",
+        "preflight.py",
+        "wire.py",
+        "transfer/format.py",
+        "api/control.py",
+        "api/schema.py",
+    ),
     "pydantic_core": ("wire.py",),
     "rich": ("cli.py", "cli/", "__main__.py"),
+    "sqlalchemy": ("api/db.py", "api/migrate.py", "api/migrations/"),
+    "starlette": ("api/problems.py",),
     "structlog": ("",),
+    "typing_extensions": ("api/schema.py",),
+    "uvicorn": ("api/server.py",),
     "urllib3": ("drivers/s3.py",),
     "zstandard": ("transfer/codec.py",),
 }

@@ -1,5 +1,5 @@
-"""`hibernode ...`: `node` is the daemon (`service.py`), `watchdog` watches over it (`watchdog.py`), `check-config` shows their
-configuration; everything else is `cli.py`.
+"""`hibernode ...`: `node` is the daemon (`service.py`), `watchdog` watches over it (`watchdog.py`), `api` is the control plane (`api/`),
+`check-config` shows their configuration; everything else is `cli.py`.
 
 Each is imported only when it is meant: click and rich would cost the daemon memory that it promises not to need, and the daemon's
 drivers would cost the command line its quick start.
@@ -8,6 +8,7 @@ drivers would cost the command line its quick start.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from hibernode import config
 from hibernode.config import Config
-from hibernode.errors import HibernodeError
+from hibernode.errors import HibernodeError, Refused
 
 EXIT_CONFIG = 78  # EX_CONFIG; the unit does not start again after it, because that would not help
 EXIT_RUNNING = 75  # EX_TEMPFAIL; another one is at work: it may have ended when the unit tries again
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(_node(words[1:]))
         case ["watchdog"]:
             sys.exit(_watchdog(words[1:]))
+        case ["api", "token", *rest]:
+            sys.exit(_api_token(rest))
+        case ["api"]:
+            sys.exit(_api(words[1:]))
         case ["check-config"]:
             sys.exit(_check_config(words[1:]))
         case _:
@@ -75,6 +80,82 @@ def _watchdog(words: Sequence[str]) -> int:
 
     try:
         watchdog.run(_load(arguments), once=arguments.once)
+    except HibernodeError as e:
+        return _complain(e)
+    return 0
+
+
+_API = """\
+Run the control plane: the Actions REST API and its page, over the event stream and a database. Any number of servers may run on one
+PostgreSQL; SQLite is for one. Runs until SIGTERM.
+"""
+_API_DOES = """\
+It needs `bus.url`. `api.database` is SQLite in `state_dir` unless you say postgresql://user:password@host/name.
+At its start a server brings the database to the tables of its version.
+
+examples:
+  hibernode api token new ops          print a new token; it is shown once
+  hibernode api                        serve on `api.listen`, 127.0.0.1:9466 by default
+  hibernode api --migrate              bring the database to this version, and end
+  hibernode api --print-openapi        the document of the API
+"""
+
+
+def _api(words: Sequence[str]) -> int:
+    """Run the API server until SIGTERM or SIGINT."""
+    parser = _parser("api", _API, _API_DOES)
+    parser.add_argument("--print-openapi", action="store_true", help="print the document of the API and end")
+    parser.add_argument("--migrate", action="store_true", help="bring the database to this version and end")
+    arguments = parser.parse_args(words)
+    try:
+        from hibernode.api import migrate, server  # noqa: PLC0415 - see above
+    except ModuleNotFoundError as e:
+        return _complain(
+            Refused("config", f"{e.name} is not installed", prop="packages", found="none", wanted=e.name, hint=_NO_API)
+        )
+    try:
+        if arguments.print_openapi:
+            sys.stdout.write(json.dumps(server.document(), indent=2) + "\n")
+            return 0
+        settings = _load(arguments)
+        if arguments.migrate:
+            sys.stdout.write(f"the database is at version {migrate.migrate(server.database_of(settings))}\n")
+            return 0
+        from hibernode import service  # noqa: PLC0415
+        from hibernode.drivers.nats import NatsControl  # noqa: PLC0415
+
+        service.log_to_stderr(settings)
+        server.run(settings, NatsControl(settings.bus, settings.cluster))
+    except HibernodeError as e:
+        return _complain(e)
+    return 0
+
+
+_NO_API = "pip install 'hibernode[api]'"
+
+
+def _api_token(words: Sequence[str]) -> int:
+    """Make, list or remove tokens of the API."""
+    parser = _parser(
+        "api token", "Make, list or remove the tokens that open the API. Works on the database; no server needs to run."
+    )
+    parser.add_argument("what", choices=("new", "list", "remove"), help="new prints the token, once; it is kept as its SHA-256")
+    parser.add_argument("name", nargs="?", default="", help="whose it is")
+    parser.add_argument("--read-only", action="store_true", help="it may look, and change nothing")
+    parser.add_argument("--days", type=float, default=0.0, help="it opens for so many days; 0: until it is removed")
+    arguments = parser.parse_args(words)
+    from hibernode.api import migrate, server, tokens  # noqa: PLC0415 - see above
+
+    try:
+        database = server.database_of(_load(arguments))
+        migrate.migrate(database)
+        if arguments.what == "list":
+            sys.stdout.write("".join(f"{token.name}\t{'read' if token.read_only else 'write'}\n" for token in database.tokens()))
+        elif arguments.what == "new":
+            secret = tokens.make(database, arguments.name, read_only=arguments.read_only, days=arguments.days)
+            sys.stdout.write(f"{secret}\n")
+        else:
+            tokens.remove(database, arguments.name)
     except HibernodeError as e:
         return _complain(e)
     return 0

@@ -11,7 +11,7 @@ class Delivery(Protocol):
 
     @property
     def verb(self) -> str:
-        """checkpoint, restore or cancel."""
+        """checkpoint, restore, cancel or delete."""
 
     @property
     def data(self) -> bytes: ...

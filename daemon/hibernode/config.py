@@ -146,6 +146,34 @@ class Metrics(Section):
     listen: str = "127.0.0.1:9465"  # empty: none
 
 
+class Heartbeat(Section):
+    """A pod that the control plane checkpoints again and again: by UID, or by namespace and name."""
+
+    pod_id: str = ""
+    namespace: str = "default"
+    pod_name: str = ""
+    interval: float = Field(default=3600.0, ge=10)  # seconds from one to the next; skipped while one is at work
+    keep_last: int = Field(default=0, ge=0)  # ready ones that stay; 0: all
+
+
+class Api(Section):
+    """The control plane, `hibernode api`. It needs a bus; a node does not read this."""
+
+    listen: str = "127.0.0.1:9466"
+    database: str = ""  # sqlite:////path/to/file or postgresql://user:password@host/name; empty: SQLite in `state_dir`
+    tls_cert: str = ""  # path of a certificate in PEM; empty: no TLS
+    tls_key: str = ""
+    auth: Literal["token", "none"] = "token"  # none: for a loopback address alone
+    tokens: tuple[str, ...] = ()  # `name:sha256 of the token in hex`, beside those in the database
+    find_timeout: float = Field(default=1.0, gt=0)  # seconds nodes have to say that a pod is theirs
+    silent_after: float = Field(default=120.0, gt=0)  # seconds without a word of its node until an action is `error`
+    expires_after: float = Field(default=3600.0, gt=0)  # seconds a command waits for a node that is down
+    body_limit: ByteSize = Field(default=ByteSize(MIB), ge=1024)
+    rate: float = Field(default=100.0, gt=0)  # requests each second of one token (without: of one address), in the long run
+    burst: int = Field(default=200, ge=1)  # at once
+    heartbeats: tuple[Heartbeat, ...] = ()  # beside those in the database
+
+
 class Log(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, else json
@@ -168,6 +196,7 @@ class Config(Section):
     gc: Retention = Retention()
     watchdog: Watchdog = Watchdog()
     metrics: Metrics = Metrics()
+    api: Api = Api()
     log: Log = Log()
 
     def criu_path(self) -> str:
@@ -210,7 +239,7 @@ def load(path: Path | None, environ: Mapping[str, str] = os.environ) -> Config:
 
 
 _OUTSIDE = {"HIBERNODE_CONFIG", "HIBERNODE_SOCKET_PATH"}  # read by the command line, not keys of the configuration
-_LISTS = ("allowed", "trusted", "former", "command")  # of a variable: with commas between
+_LISTS = ("allowed", "trusted", "former", "command", "tokens")  # of a variable: with commas between
 _SECRET = ("password", "secret", "token", "credentials")
 _WITH_SECRETS = ("bus", "store.s3")  # tables that hold some
 
@@ -269,6 +298,8 @@ def _toml(value: object) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return str(int(value) if isinstance(value, int) else value)
+    if isinstance(value, BaseModel):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     return json.dumps(without_secrets(str(value)), ensure_ascii=False).replace("\x7f", "\\u007f")

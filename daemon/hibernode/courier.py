@@ -13,12 +13,31 @@ import math
 
 import structlog
 
-from hibernode import wire
+from hibernode import gc, wire
 from hibernode.bus import Delivery, NodeBus
 from hibernode.dispatch import Dispatcher
-from hibernode.errors import BadCommand, BusUnavailable, HibernodeError, Interrupted, Refused
+from hibernode.errors import (
+    BadCommand,
+    BusUnavailable,
+    HibernodeError,
+    Interrupted,
+    NotFound,
+    Permanent,
+    Refused,
+    Transient,
+)
 from hibernode.loop import Tasks, in_thread
-from hibernode.model import MAX_LISTED, ActionCommand, CancelCommand, NodeRecord, Outcome, Progress, WorkloadView
+from hibernode.model import (
+    MAX_LISTED,
+    ActionCommand,
+    CancelCommand,
+    DeleteCommand,
+    NodeRecord,
+    Outcome,
+    Progress,
+    RestoreCommand,
+    WorkloadView,
+)
 from hibernode.node import Node
 from hibernode.outbox import Outbox
 
@@ -100,6 +119,11 @@ class Courier:
                     if await self._answered(delivery):
                         return
                     patience = None
+                except BusUnavailable:
+                    raise
+                except Transient as e:  # of a delete: it is tried until it is done
+                    _log.warning("could not delete", code=e.code, error=str(e))
+                    patience = self._node.config.limits.retry_delay
                 except OSError as e:  # the journal's disk: what is not written down is not begun
                     _log.error("could not begin", verb=delivery.verb, error=str(e))
                     patience = self._node.config.limits.retry_delay
@@ -115,6 +139,12 @@ class Courier:
         except BadCommand as e:
             await self._refuse_unreadable(delivery, e)
             return True
+        if isinstance(command, DeleteCommand):
+            if self._dispatcher.stopping:
+                return False
+            await self._delete(command)
+            await delivery.done()
+            return True
         if self._dispatcher.stopping and self._node.journal.find(command.action_id) is None:
             return False
         if isinstance(command, CancelCommand):
@@ -124,6 +154,19 @@ class Courier:
             await self._run_delivered(command, delivery)
         await delivery.done()
         return True
+
+    async def _delete(self, command: DeleteCommand) -> None:
+        """Transient while somebody uses it, or the store is away. What nobody can do is said and over."""
+        key, who = f"checkpoint {command.checkpoint_id}", f"delete {command.action_id}"
+        try:
+            with self._node.claims.claim(key, who):
+                await in_thread(gc.remove, self._node.open_store(command.directory), command.checkpoint_id)
+        except NotFound:
+            pass  # it was done before
+        except Permanent as e:
+            _log.error("cannot delete", checkpoint=command.checkpoint_id, code=e.code, error=str(e))
+        else:
+            _log.info("deleted by command", checkpoint=command.checkpoint_id)
 
     async def _run_delivered(self, command: ActionCommand, delivery: Delivery) -> None:
         if delivery.attempt > self._node.config.bus.max_deliver and self._node.journal.find(command.action_id) is None:
@@ -150,10 +193,10 @@ class Courier:
             self._filled.set()
 
     async def _refuse_unreadable(self, delivery: Delivery, error: BadCommand) -> None:
-        """Answer it if it says which action it is; drop it either way. A cancel is no action: nobody waits for its end. Nothing of it is
-        logged but what is wrong with it: what somebody has put into a wrong place may be secret."""
+        """Answer it if it says which action it is; drop it either way. A cancel or a delete is no action: nobody waits for its end.
+        Nothing of it is logged but what is wrong with it: what somebody has put into a wrong place may be secret."""
         _log.warning("malformed command", verb=delivery.verb, error=str(error), size=len(delivery.data))
-        if delivery.verb != "cancel":
+        if delivery.verb not in ("cancel", "delete"):
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, BadCommand):
                 self._answer_unreadable(delivery, error)
         with contextlib.suppress(BusUnavailable):
@@ -163,7 +206,7 @@ class Courier:
         found = json.loads(delivery.data)
         known = {"action_id": found["action_id"], "checkpoint_id": found.get("checkpoint_id") or found["action_id"]}
         stand_in = wire.decode_command("restore", json.dumps(known).encode())
-        if not isinstance(stand_in, CancelCommand) and self._node.journal.find(stand_in.action_id) is None:
+        if isinstance(stand_in, RestoreCommand) and self._node.journal.find(stand_in.action_id) is None:
             entry = self._node.journal.begin(stand_in)
             entry.update(type="restore" if delivery.verb == "restore" else "checkpoint")
             self._dispatcher.end(entry, Outcome.of(error))

@@ -17,6 +17,7 @@
     └── Transient                 the same command may succeed later
         ├── StoreUnavailable      store_unavailable
         ├── BusUnavailable        bus_unavailable
+        ├── DatabaseUnavailable   database_unavailable   of the control plane
         ├── KeyService            key_service        a key management service does not answer as it must
         ├── Busy                  busy               the workload or the node has another action
         └── NoRoom                no_room            disk, tmpfs or memory is full
@@ -116,6 +117,10 @@ class StoreUnavailable(Transient):
 
 class BusUnavailable(Transient):
     code = "bus_unavailable"
+
+
+class DatabaseUnavailable(Transient):
+    code = "database_unavailable"
 
 
 class KeyService(Transient):

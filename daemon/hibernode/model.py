@@ -134,8 +134,16 @@ class CancelCommand(Value):
     action_id: Id
 
 
+class DeleteCommand(Value):
+    """Take a checkpoint out of its store. `action_id` made it. No action: there are no events."""
+
+    action_id: Id
+    checkpoint_id: Id
+    directory: str = ""  # as in Overrides
+
+
 ActionCommand = CheckpointCommand | RestoreCommand
-Command = CheckpointCommand | RestoreCommand | CancelCommand
+Command = CheckpointCommand | RestoreCommand | CancelCommand | DeleteCommand
 
 
 class PhaseCost(Value):

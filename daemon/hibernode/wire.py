@@ -34,6 +34,7 @@ from hibernode.model import (
     Check,
     CheckpointCommand,
     Command,
+    DeleteCommand,
     Event,
     Garbage,
     GarbageRequest,
@@ -61,6 +62,7 @@ COMMANDS: dict[str, tuple[type[Message], type[Command]]] = {
     "checkpoint": (pb.CheckpointCommand, CheckpointCommand),
     "restore": (pb.RestoreCommand, RestoreCommand),
     "cancel": (pb.CancelCommand, CancelCommand),
+    "delete": (pb.DeleteCommand, DeleteCommand),
 }
 
 V = TypeVar("V", bound=Value)
@@ -71,7 +73,9 @@ M = TypeVar("M", bound=Message)
 
 
 def verb_of(command: Command) -> str:
-    """checkpoint, restore or cancel."""
+    """checkpoint, restore, cancel or delete."""
+    if isinstance(command, DeleteCommand):
+        return "delete"
     return "cancel" if isinstance(command, CancelCommand) else command.type
 
 
@@ -87,15 +91,20 @@ def decode_command(verb: str, data: bytes) -> Command:
     return _checked(_build(model, _read(message, data, COMMAND_LIMIT)))
 
 
-def command_to_pb(command: Command) -> pb.CheckpointCommand | pb.RestoreCommand | pb.CancelCommand:
+PbCommand = pb.CheckpointCommand | pb.RestoreCommand | pb.CancelCommand | pb.DeleteCommand
+
+
+def command_to_pb(command: Command) -> PbCommand:
     if isinstance(command, CheckpointCommand):
         return _fill(pb.CheckpointCommand(), command)
     if isinstance(command, RestoreCommand):
         return _fill(pb.RestoreCommand(), command)
+    if isinstance(command, DeleteCommand):
+        return _fill(pb.DeleteCommand(), command)
     return _fill(pb.CancelCommand(), command)
 
 
-def command_from_pb(message: pb.CheckpointCommand | pb.RestoreCommand | pb.CancelCommand) -> Command:
+def command_from_pb(message: PbCommand) -> Command:
     """As `decode_command`, for a message that is a protobuf already."""
     if message.ByteSize() > COMMAND_LIMIT:
         _too_long(message.ByteSize(), COMMAND_LIMIT)
@@ -105,7 +114,7 @@ def command_from_pb(message: pb.CheckpointCommand | pb.RestoreCommand | pb.Cance
 
 def _checked(command: Command) -> Command:
     """What the types of a command cannot say."""
-    if isinstance(command, CancelCommand):
+    if isinstance(command, CancelCommand | DeleteCommand):
         return command
     if not 0 <= command.expires_at < LATEST:
         _bad("expires_at is not a time in seconds since the epoch", "expires_at", command.expires_at, "0 or seconds")

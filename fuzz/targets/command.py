@@ -22,6 +22,7 @@ from hibernode.model import (
     MAX_STREAMS,
     CancelCommand,
     CheckpointCommand,
+    DeleteCommand,
     Event,
     NodeRecord,
     Overrides,
@@ -82,6 +83,7 @@ _DOORS = (
     _command("checkpoint", wire.encode_command(_CHECKPOINT), pb.CheckpointCommand),
     _command("restore", wire.encode_command(_RESTORE), pb.RestoreCommand),
     _command("cancel", wire.encode_command(CancelCommand(action_id=_ID)), pb.CancelCommand),
+    _command("delete", wire.encode_command(DeleteCommand(action_id=_ID, checkpoint_id=_OTHER)), pb.DeleteCommand),
     _Door(wire.decode_find, wire.encode_find, wire.encode_find(Target(pod_name="trainer")), pb.Target, wire.target_from_pb),
     _Door(
         wire.decode_found, lambda found: wire.encode_found(*found), wire.encode_found("a", [_WORKLOAD]), pb.Workload,

@@ -6,11 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
-from hibernode.errors import Busy, NotFound
-from hibernode.model import Status
-from tests.flow.rig import checkpoint_command
-from tests.flow.test_dispatch import KILL, Gate, eventually, node, restore_command, running
+from hibernode.errors import Busy, NotFound, StoreUnavailable
+from hibernode.model import DeleteCommand, Status
+from tests.flow.rig import checkpoint_command, new_id
+from tests.flow.test_dispatch import KILL, FailsTimes, Gate, eventually, node, restore_command, running, said
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -66,3 +67,39 @@ async def test_two_deletes_are_two(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             await desk.answers.delete(made)
     assert not rig.node.claims._taken
+
+
+async def test_a_delete_by_command_waits_for_whoever_reads_it(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    made = rig.checkpoint(streams=1)
+    rig.end_of_original()
+    gate = Gate("store.read pages-0.zst")
+    rig.rescript(gate)
+    async with running(rig) as desk:
+        command = restore_command(made)
+        await desk.dispatcher.submit(command)
+        await eventually(gate.reached.is_set, "a restore that reads")
+        with capture_logs() as logs:
+            await desk.send(DeleteCommand(action_id=new_id(), checkpoint_id=made))
+            await eventually(lambda: said(logs, "could not delete"), "the delete")
+        gate.open.set()
+        assert (await desk.end(command.action_id)).status == Status.READY
+        await desk.acked()
+        assert not rig.store.objects
+
+
+async def test_a_delete_of_what_is_not_there_or_nobody_may_reach_is_done(tmp_path: Path) -> None:
+    async with running(node(tmp_path)) as desk:
+        await desk.send(DeleteCommand(action_id=new_id(), checkpoint_id=new_id()))
+        await desk.send_raw("delete", b'{"action_id": "x"}')
+        await desk.acked()
+
+
+async def test_a_delete_that_the_store_does_not_take_is_tried_again(tmp_path: Path) -> None:
+    rig = node(tmp_path)
+    made = rig.checkpoint()
+    rig.rescript(FailsTimes("store.stat manifest.json", 2, lambda: StoreUnavailable("away")))
+    async with running(rig) as desk:
+        await desk.send(DeleteCommand(action_id=new_id(), checkpoint_id=made))
+        await desk.acked()
+        assert not rig.store.objects

@@ -22,6 +22,7 @@ from hibernode.model import (
     Check,
     CheckpointCommand,
     Command,
+    DeleteCommand,
     Event,
     Garbage,
     GarbageRequest,
@@ -79,6 +80,7 @@ commands: st.SearchStrategy[Command] = st.one_of(
     ),
     st.builds(RestoreCommand, action_id=ids, checkpoint_id=ids, reason=reasons, overrides=overrides, expires_at=seconds),
     st.builds(CancelCommand, action_id=ids),
+    st.builds(DeleteCommand, action_id=ids, checkpoint_id=ids, directory=texts),
 )
 costs = st.builds(PhaseCost, seconds=seconds, bytes=longs)
 profiles = st.builds(
@@ -412,7 +414,7 @@ def test_a_message_from_grpc_passes_the_same_gate() -> None:
             wire.command_from_pb(bad)
 
 
-@given(st.binary(max_size=200), st.sampled_from(["checkpoint", "restore", "cancel", ""]))
+@given(st.binary(max_size=200), st.sampled_from(["checkpoint", "restore", "cancel", "delete", ""]))
 def test_bytes_raise_only_bad_command(data: bytes, verb: str) -> None:
     expect_value_or_bad_command(data, verb)
 

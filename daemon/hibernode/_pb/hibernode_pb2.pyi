@@ -73,6 +73,16 @@ class CancelCommand(_message.Message):
     action_id: str
     def __init__(self, action_id: _Optional[str] = ...) -> None: ...
 
+class DeleteCommand(_message.Message):
+    __slots__ = ("action_id", "checkpoint_id", "directory")
+    ACTION_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    action_id: str
+    checkpoint_id: str
+    directory: str
+    def __init__(self, action_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., directory: _Optional[str] = ...) -> None: ...
+
 class PhaseCost(_message.Message):
     __slots__ = ("seconds", "bytes")
     SECONDS_FIELD_NUMBER: _ClassVar[int]

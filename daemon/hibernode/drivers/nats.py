@@ -2,7 +2,7 @@
 
 What only this file knows: the names of streams, consumers and subjects, and how nats-py and the server behave.
 
-- `HIBERNODE_COMMANDS`, work queue: `hibernode.cmd.<cluster>.<node>.{checkpoint,restore,cancel}`. Each node has one
+- `HIBERNODE_COMMANDS`, work queue: `hibernode.cmd.<cluster>.<node>.{checkpoint,restore,cancel,delete}`. Each node has one
   durable pull consumer, so that commands wait for a node that is down. A delivery nobody answers within `ack_wait`
   comes again. The server is told to deliver without end (`max_deliver` -1): it would fall silent after the last one,
   whereas whoever takes the commands sees `attempt`, compares it with `bus.max_deliver` and gives up with an answer.
@@ -59,7 +59,7 @@ COMMANDS = "HIBERNODE_COMMANDS"
 EVENTS = "HIBERNODE_EVENTS"
 NODES = "KV_HIBERNODE_NODES"  # a bucket is a stream with this prefix and the settings of `_bucket`
 RECORDS = "$KV.HIBERNODE_NODES"
-VERBS = ("checkpoint", "restore", "cancel")
+VERBS = ("checkpoint", "restore", "cancel", "delete")
 
 CALL = 5.0  # seconds a call may take before it is BusUnavailable
 DIAL = 10.0  # seconds to connect: TCP, TLS, login, against the slowest link we mean to serve
@@ -186,7 +186,7 @@ class NatsControl:
 
     async def send(self, node: str, verb: str, action_id: str, data: bytes) -> None:
         if verb not in VERBS:
-            raise BadCommand(f"there is no command {verb!r}", property="verb", found=verb, wanted="checkpoint, restore, cancel")
+            raise BadCommand(f"there is no command {verb!r}", property="verb", found=verb, wanted=", ".join(VERBS))
         subject = f"hibernode.cmd.{self._cluster}.{_token(node, 'node')}.{verb}"
         await self._link.store(subject, data, f"{_token(action_id, 'action_id')}.{verb}")
 

@@ -1,0 +1,147 @@
+"""What an action is to the control plane, and the rules by which its status moves. Pure: values in, values out.
+
+A status comes from the node's events, and only forward. There is one exception. Where a node says nothing, the control plane must say
+something: it calls the action `error`, and marks that as `provisional`, its own word. The node's next event, whatever it says, takes its
+place. So nobody waits for ever, and in the end what is said is what happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hibernode.model import ActionType, Event, Status
+
+NODE_SILENT = "node_silent"
+NEVER_BEGUN = "never_begun"
+LATE = 60.0  # seconds after a command has expired until nobody begins it any more: clocks differ, an event needs its time
+
+
+@dataclass(frozen=True)
+class Action:
+    """One row. Times are seconds since the epoch; 0 and "" are what is not known."""
+
+    action_id: str
+    checkpoint_id: str
+    type: ActionType
+    status: Status
+    created_at: float
+    updated_at: float
+    cluster: str
+    node: str = ""
+    reason: str = "manual"
+    kind: str = "simple"
+    namespace: str = ""
+    pod_name: str = ""
+    pod_id: str = ""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)  # what its node said of itself: arch, kernel, criu, store
+    source: str = ""  # of a restore: the action whose checkpoint it brings back
+    expires_at: float = 0.0
+    completed_at: float = 0.0  # of a checkpoint: when it became `ready`
+    seq: int = 0  # of the last event that counted
+    provisional: bool = False
+    code: str = ""
+    message: str = ""
+    hint: str = ""
+    retry: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+    profile: dict[str, Any] = field(default_factory=dict)
+    location: str = ""
+    deleted_at: float = 0.0  # of a checkpoint: when it was taken out of its store
+
+    @property
+    def pod(self) -> str:
+        return f"{self.namespace or 'default'}/{self.pod_name}" if self.pod_name else self.pod_id
+
+
+def after(action: Action, events: Sequence[Event], now: float) -> Action:
+    """The action when these have happened; no node's clock is believed to be ahead of `now`. An event that came before, or comes late,
+    or from another node than the action was given to, changes nothing; so the order in which several servers take them does not matter."""
+    for event in sorted(events, key=lambda event: event.seq):
+        action = _after(action, event, now)
+    return action
+
+
+def _after(action: Action, event: Event, now: float) -> Action:
+    if event.seq <= action.seq or (action.node and event.node != action.node):
+        return action
+    if not action.provisional and event.status.rank <= action.status.rank:
+        return replace(action, seq=event.seq)
+    then = min(event.time, now)
+    ready = event.status == Status.READY and action.type == "checkpoint"
+    return replace(
+        action,
+        status=event.status,
+        seq=event.seq,
+        node=event.node,
+        provisional=False,
+        updated_at=then,
+        completed_at=then if ready else action.completed_at,
+        code="" if event.code == "ok" else event.code,
+        message=event.message,
+        hint=event.hint,
+        retry=event.retry,
+        details=dict(event.details),
+        profile=event.profile.model_dump() if event.profile is not None else action.profile,
+        location=str(event.details.get("location", "")) or action.location,
+    )
+
+
+def begun_elsewhere(event: Event, cluster: str, now: float) -> Action:
+    """An action that nobody filed here, but on its node, by gRPC: known from its first event on."""
+    return Action(
+        action_id=event.action_id,
+        checkpoint_id=event.checkpoint_id,
+        type=event.type,
+        status=Status.INITIALIZED,
+        created_at=min(event.time, now),
+        updated_at=min(event.time, now),
+        cluster=cluster,
+        node=event.node,
+    )
+
+
+def failed(action: Action, code: str, message: str, hint: str, now: float) -> Action:
+    """The control plane's own word, until the node has another. What has ended stays as it is."""
+    if action.status.terminal:
+        return action
+    return replace(
+        action,
+        status=Status.ERROR,
+        provisional=True,
+        updated_at=now,
+        code=code,
+        message=message,
+        hint=hint,
+        retry=True,
+        details={},
+    )
+
+
+def overdue(action: Action, node_seen_at: float, now: float, silent_after: float) -> Action:
+    """`failed` where nobody is to be waited for any more: the command has expired and was never begun, or the node is silent. For a
+    node that was never seen, `node_seen_at` is 0."""
+    if action.status.terminal:
+        return action
+    if action.status == Status.INITIALIZED and not action.seq and action.expires_at and now > action.expires_at + LATE:
+        return failed(
+            action, NEVER_BEGUN, f"the command waited for node {action.node} until it expired", "is its daemon running? Give it again",
+            now,
+        )  # fmt: skip
+    silent = now - max(node_seen_at, action.updated_at)
+    if silent > silent_after:
+        return failed(
+            action, NODE_SILENT, f"node {action.node} has said nothing for {silent:.0f} s",
+            "if it comes back it says how the action ended, and this status is corrected", now,
+        )  # fmt: skip
+    return action
+
+
+def uploaded(action: Action, status: Status) -> Action:
+    """The status that an upload brings along, where it is a step forward that is not the node's alone to say: `ready` and `error` are.
+    Anything else leaves the status as it is."""
+    if status.terminal or status.rank <= action.status.rank:
+        return action
+    return replace(action, status=status)

@@ -1,0 +1,371 @@
+"""What can be asked of the control plane: each question once, from the check of what was asked to the command in the stream.
+
+An action is in the database before its command is in the stream, so that none is at work that nobody knows. Where the stream does not
+answer, the action is `error`, provisionally: a broker may have taken a command and only not said so, and then its node will.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import structlog
+from pydantic import ValidationError
+
+from hibernode import wire
+from hibernode.api import actions, placing
+from hibernode.api.actions import Action
+from hibernode.api.db import Database, Upload, dumps
+from hibernode.api.schema import CheckpointPod, CheckpointStatusWithPodSpec, RestorePod
+from hibernode.bus import ControlBus
+from hibernode.config import Config, Transfer
+from hibernode.errors import BadCommand, BusUnavailable, HibernodeError, NotFound, Refused
+from hibernode.loop import in_thread
+from hibernode.model import (
+    ActionCommand,
+    CancelCommand,
+    CheckpointCommand,
+    CriuOpts,
+    DeleteCommand,
+    NodeRecord,
+    Overrides,
+    Reason,
+    RestoreCommand,
+    Status,
+    Target,
+    WorkloadView,
+)
+
+_SPACE = uuid.UUID("6c1f3a52-8c0e-5d0b-9a54-0d8c3f5a7e11")  # of the ids that are made from a caller's own key
+_log = structlog.get_logger("hibernode.api")
+
+
+class Control:
+    """On one event loop. `clock` gives seconds since the epoch."""
+
+    def __init__(
+        self,
+        settings: Config,
+        database: Database,
+        bus: ControlBus,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings, self._database, self._bus, self._clock = settings, database, bus, clock
+
+    @property
+    def cluster(self) -> str:
+        return self._settings.cluster
+
+    # --- checkpoint and restore ---------------------------------------------------------------------------------------------
+
+    async def checkpoint_pod(self, wanted: CheckpointPod, key: str = "", *, reason: Reason | None = None) -> str:
+        """File a checkpoint; the action's id. BadCommand or Refused: nothing was filed. NotFound: no node has this pod. BusUnavailable:
+        the action is there, as `error`. The same `key` again: the same action."""
+        self._insist_cluster(wanted.cluster_id or "")
+        if wanted.action_id is not None:
+            raise BadCommand(
+                "action_id is chosen by the server", hint="to make a request that may be repeated, send the header Idempotency-Key",
+                property="action_id", found=wanted.action_id[:100], wanted="absent",
+            )  # fmt: skip
+        given = wanted.overrides
+        overrides = _checked(given.model_dump(exclude_none=True) if given else {})
+        target = _target(wanted)
+        action_id = _new_id("checkpoint", key)
+        command = CheckpointCommand(
+            action_id=action_id, checkpoint_id=action_id, target=target, kind=wanted.kind, reason=reason or wanted.reason,
+            overrides=overrides, expires_at=self._expiry(),
+        )  # fmt: skip
+        _insist_encodable(command)
+        if key and await self._is_known(action_id):
+            return action_id
+        action = self._new(command, namespace=target.namespace, pod_name=target.pod_name, pod_id=target.pod_id, kind=wanted.kind)
+        try:
+            node, workload = await self._find(target)
+            host = await self._host(node)
+        except BusUnavailable as e:
+            raise await self._lost(action, e, new=True) from e
+        _insist_same(wanted, workload)
+        action = _placed(action, node, host, workload)
+        return await self._file(action, command)
+
+    async def restore_pod(self, wanted: RestorePod, key: str = "", *, avoid: str = "") -> str:
+        """File a restore of the checkpoint that this action made, on the node that suits it best; the new action's id. Errors as
+        `checkpoint_pod`, BadCommand for an action that made none."""
+        self._insist_cluster(wanted.cluster_id)
+        made = await self._made(wanted.action_id)
+        given = wanted.overrides
+        overrides = _checked(given.model_dump(exclude_none=True) if given else {})
+        command = RestoreCommand(
+            action_id=_new_id("restore", key), checkpoint_id=made.checkpoint_id, reason=wanted.reason, overrides=overrides,
+            expires_at=self._expiry(),
+        )  # fmt: skip
+        if not command.overrides.directory and (directory := made.overrides.get("directory")):
+            command = command.model_copy(update={"overrides": overrides.model_copy(update={"directory": directory})})
+        _insist_encodable(command)
+        if key and await self._is_known(command.action_id):
+            return command.action_id
+        action = self._new(
+            command, namespace=made.namespace, pod_name=overrides.pod_name or made.pod_name, pod_id=made.pod_id, kind=made.kind,
+            source=made.action_id,
+        )  # fmt: skip
+        try:
+            nodes = await self.nodes()
+        except BusUnavailable as e:
+            raise await self._lost(action, e, new=True) from e
+        node = placing.choose(made, list(nodes.values()), avoid)
+        return await self._file(replace(action, node=node.node, host=_host_of(node)), command)
+
+    async def _made(self, action_id: str) -> Action:
+        made = await in_thread(self._database.find, action_id) if wire.UUID.fullmatch(action_id) else None
+        if made is None:
+            raise BadCommand(
+                f"there is no action {action_id[:100]!r}", hint="`GET /v2/checkpoints` lists what can be restored",
+                property="action_id", found=action_id[:100], wanted="the action of a checkpoint",
+            )  # fmt: skip
+        for prop, found, want in (
+            ("type", made.type, "checkpoint"),
+            ("status", made.status.value, Status.READY.value),
+            ("deleted", bool(made.deleted_at), False),
+        ):
+            if found != want:
+                raise Refused(
+                    "not_restorable", f"action {action_id} made no checkpoint that can be restored: its {prop} is {found}", prop=prop,
+                    found=found, wanted=want, hint="`GET /v2/checkpoints` lists what can be restored",
+                )  # fmt: skip
+        return made
+
+    def _new(self, command: ActionCommand, **facts: Any) -> Action:
+        now = self._clock()
+        overrides = command.overrides.model_dump(exclude_defaults=True)
+        return Action(
+            action_id=command.action_id, checkpoint_id=command.checkpoint_id, type=command.type, status=Status.INITIALIZED,
+            created_at=now, updated_at=now, cluster=self.cluster, reason=command.reason, overrides=overrides,
+            expires_at=command.expires_at, **facts,
+        )  # fmt: skip
+
+    async def _file(self, action: Action, command: ActionCommand) -> str:
+        """Into the database, then into the stream."""
+        if not await in_thread(self._database.add, action):  # the same key twice: at the same time, or after a crash
+            there = await in_thread(self._database.find, action.action_id)
+            if there is None or there.status != Status.INITIALIZED or there.seq or there.node != action.node:
+                return action.action_id
+        try:
+            await self._bus.send(action.node, command.type, action.action_id, wire.encode_command(command))
+        except BusUnavailable as e:
+            raise await self._lost(action, e, new=False) from e
+        _log.info("filed", action=action.action_id, type=action.type, pod=action.pod, node=action.node, reason=action.reason)
+        return action.action_id
+
+    async def _lost(self, action: Action, error: HibernodeError, *, new: bool) -> BusUnavailable:
+        """The action is told, not lost."""
+
+        def rule(now: Action) -> Action:
+            return actions.failed(now, error.code, error.message, "is the broker up? Give the command again", self._clock())
+
+        if new:
+            await in_thread(self._database.add, rule(action))
+        else:
+            await in_thread(self._database.move, action.action_id, rule)
+        _log.warning("the event stream does not answer", action=action.action_id, type=action.type, error=error.message)
+        return BusUnavailable(
+            f"the event stream does not answer: {error.message}", hint="is the broker up? Give the command again",
+            action_id=action.action_id, status=Status.ERROR.value,
+        )  # fmt: skip
+
+    async def cancel(self, action_id: str) -> None:
+        """Ask its node to stop it. Returns when the command is filed; the action's status says how it ended."""
+        action = await self.action(action_id)
+        if action.status.terminal and not action.provisional:
+            raise Refused(
+                "ended", f"action {action_id} has ended", prop="status", found=action.status.value, wanted="an action at work",
+            )  # fmt: skip
+        if not action.node:
+            raise Refused("no_node", f"action {action_id} never came to a node", prop="node", found="none", wanted="a node")
+        command = CancelCommand(action_id=action_id)
+        await self._bus.send(action.node, "cancel", action_id, wire.encode_command(command))
+        _log.info("cancel filed", action=action_id, node=action.node)
+
+    # --- looking ------------------------------------------------------------------------------------------------------------
+
+    async def action(self, action_id: str) -> Action:
+        found = await in_thread(self._database.find, action_id) if wire.UUID.fullmatch(action_id) else None
+        if found is None:
+            raise NotFound(
+                f"there is no action {action_id[:100]!r}", hint="`GET /v2/actions` lists them", action_id=action_id[:100]
+            )
+        return found
+
+    async def nodes(self) -> dict[str, NodeRecord]:
+        """Every node that is alive, by name, as it said of itself within the last seconds."""
+        found: dict[str, NodeRecord] = {}
+        for name, data in (await self._bus.nodes()).items():
+            try:
+                record = wire.decode_node(data)
+            except BadCommand as e:
+                _log.warning("a node's record cannot be read", node_of_record=name, error=str(e))
+            else:
+                if record.node == name:
+                    found[name] = record
+        return found
+
+    async def upload(self, given: CheckpointStatusWithPodSpec) -> str:
+        """Keep what came with it; NotFound if the action is unknown, or what is said of it makes no sense."""
+        await self.action(given.action_id)
+        status = _known_status(given.status)
+        if given.pod_id and not wire.NAME.fullmatch(given.pod_id):
+            raise NotFound("no pod has such a UID", property="pod_id", found=given.pod_id[:100], wanted=wire.NAME.pattern)
+        upload = Upload(
+            given.action_id, given.pod_id or "",
+            *(dumps(value) if value is not None else None for value in (
+                given.pod_spec, given.pod_metadata_spec, given.persistent_volume_claim,
+            )),
+        )  # fmt: skip
+        if not await in_thread(self._database.upload, upload, status, self._clock()):
+            raise NotFound(f"there is no action {given.action_id!r}", action_id=given.action_id)
+        return given.action_id
+
+    async def delete(self, made: Action) -> None:
+        """Take a checkpoint out of its store. It is not listed any more from now on; a node that reaches the store does the rest, and
+        leaves it as long as somebody reads it."""
+        nodes = await self.nodes()
+        node = placing.reaching(made, list(nodes.values()))
+        command = DeleteCommand(
+            action_id=made.action_id, checkpoint_id=made.checkpoint_id, directory=made.overrides.get("directory", "")
+        )
+        if await in_thread(self._database.mark_deleted, made.action_id, self._clock()):
+            await self._bus.send(node.node, "delete", made.action_id, wire.encode_command(command))
+            _log.info("delete filed", action=made.action_id, node=node.node, location=made.location)
+
+    # --- parts --------------------------------------------------------------------------------------------------------------
+
+    async def _is_known(self, action_id: str) -> bool:
+        """It is there, and its command was surely filed."""
+        there = await in_thread(self._database.find, action_id)
+        return there is not None and (there.status != Status.INITIALIZED or there.seq > 0)
+
+    def _expiry(self) -> float:
+        return self._clock() + self._settings.api.expires_after
+
+    def _insist_cluster(self, cluster_id: str) -> None:
+        if cluster_id and cluster_id != self.cluster:
+            raise BadCommand(
+                f"this is the control plane of cluster {self.cluster!r}", property="cluster_id", found=cluster_id[:100],
+                wanted=self.cluster, hint="leave it out",
+            )  # fmt: skip
+
+    async def _find(self, target: Target) -> tuple[str, WorkloadView]:
+        """The one node that has it, and what it is there."""
+        # One UID is one pod: the first who answers has it. A name may be there twice, which only time can tell.
+        enough = 1 if target.pod_id else 0
+        answers = await self._bus.find(wire.encode_find(target), self._settings.api.find_timeout, enough=enough)
+        found: list[tuple[str, WorkloadView]] = []
+        for data in answers:
+            try:
+                node, views = wire.decode_found(data)
+            except BadCommand as e:
+                _log.warning("an answer cannot be read", error=str(e))
+            else:
+                found += [(node, view) for view in views]
+        if not found:
+            raise NotFound(
+                f"no node has {target}", hint="`GET /v2/nodes` shows what runs where; names are exact, a UID is sure",
+                property="target", found="on no node", wanted=str(target),
+            )  # fmt: skip
+        if len(found) > 1:
+            places = [f"{node}: {view.namespace}/{view.name} {view.uid}" for node, view in found]
+            raise Refused(
+                "ambiguous", f"{target} is there {len(found)} times", prop="target", found=places[:20], wanted="one of them",
+                hint="give its pod_id",
+            )  # fmt: skip
+        return found[0]
+
+    async def _host(self, node: str) -> dict[str, Any]:
+        record = (await self.nodes()).get(node)
+        return _host_of(record) if record is not None else {}
+
+
+def _host_of(record: NodeRecord) -> dict[str, Any]:
+    return {"arch": record.arch, "kernel": record.kernel, "criu": record.criu, "store": record.store}
+
+
+def _placed(action: Action, node: str, host: dict[str, Any], workload: WorkloadView) -> Action:
+    return replace(action, node=node, host=host, namespace=workload.namespace, pod_name=workload.name, pod_id=workload.uid)
+
+
+def _new_id(verb: str, key: str) -> str:
+    return str(uuid.uuid5(_SPACE, f"{verb} {key}")) if key else str(uuid.uuid4())
+
+
+def _target(wanted: CheckpointPod) -> Target:
+    if wanted.pod_id:
+        return Target(pod_id=wanted.pod_id)
+    if not wanted.pod_name:
+        raise BadCommand(
+            "the request names no pod", hint="give pod_id, or namespace and pod_name", property="pod_id, pod_name", found="nothing",
+            wanted="one of them",
+        )  # fmt: skip
+    return Target(namespace=wanted.namespace or "default", pod_name=wanted.pod_name)
+
+
+def _insist_same(wanted: CheckpointPod, found: WorkloadView) -> None:
+    """Who gives a UID and a name means one pod."""
+    for prop, want, have in (("pod_name", wanted.pod_name, found.name), ("namespace", wanted.namespace, found.namespace)):
+        if want and want != have:
+            raise BadCommand(
+                f"pod {found.uid} has another {prop}",
+                property=prop,
+                found=want[:100],
+                wanted=have,
+                hint="leave it out, or the UID",
+            )
+
+
+def _checked(given: dict[str, Any]) -> Overrides:
+    """What a node would refuse whatever its configuration says is refused here."""
+    overrides = Overrides(**given)
+    if overrides.criu_opts:
+        _parsed("criu_opts", CriuOpts, overrides.criu_opts)
+    if overrides.compression:
+        try:
+            Transfer(compression=overrides.compression)
+        except ValidationError:
+            raise BadCommand(
+                "overrides.compression is not known", property="overrides.compression", found=overrides.compression[:100],
+                wanted="zstd, zstd:<level from -7 to 19> or none",
+            ) from None  # fmt: skip
+    if overrides.directory and not overrides.directory.startswith(("s3://", "file:///")):
+        raise BadCommand(
+            "overrides.directory is no store", property="overrides.directory", found=overrides.directory[:100],
+            wanted="s3://bucket/prefix or file:///path",
+        )  # fmt: skip
+    return overrides
+
+
+def _parsed(prop: str, shape: type[CriuOpts], text: str) -> None:
+    try:
+        shape.model_validate_json(text)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise BadCommand(
+            f"{prop}: {key or 'the text'}: {first['msg'].lower()}", property=f"overrides.{prop}.{key}".rstrip("."),
+            found=str(first.get("input"))[:100], wanted="one of " + ", ".join(shape.model_fields),
+            hint='a JSON object in a string, for example {"tcp": "close", "leave_running": false}',
+        ) from None  # fmt: skip
+
+
+def _insist_encodable(command: ActionCommand) -> None:
+    """A node reads it as strictly: what it would not take is refused here, with the same words."""
+    wire.decode_command(wire.verb_of(command), wire.encode_command(command))
+
+
+def _known_status(text: str) -> Status:
+    try:
+        return Status(text)
+    except ValueError:
+        raise NotFound(
+            f"there is no status {text[:100]!r}", property="status", found=text[:100], wanted=", ".join(Status)
+        ) from None

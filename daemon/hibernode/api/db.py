@@ -1,0 +1,601 @@
+"""All SQL of the control plane: SQLite where there is one server, PostgreSQL where there are more. Blocking; call it from threads.
+
+Every method is one transaction, and may raise DatabaseUnavailable: then nothing of it was done, or, where the connection broke while it
+committed, all of it; each may be called again. Two servers may do the same at the same time: rows are locked in the order of their keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event as hooks
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from hibernode.api import actions
+from hibernode.api.actions import Action
+from hibernode.config import without_secrets
+from hibernode.errors import DatabaseUnavailable, Refused
+from hibernode.model import Event, Status
+
+PATIENCE = 10.0  # seconds for a lock, a connection, a statement
+POOL = 10  # connections of one server; PostgreSQL allows 100 in all by default
+_COUNTED = {"preserve_rowcount": True}  # of an INSERT, too
+_OPEN = ("initialized", "processing", "checkpoint_created")
+
+tables = sa.MetaData()
+
+
+def _text(name: str, **more: Any) -> sa.Column[str]:
+    return sa.Column(name, sa.Text, nullable=False, server_default="", **more)
+
+
+def _number(name: str) -> sa.Column[int]:
+    return sa.Column(name, sa.BigInteger, nullable=False, server_default="0")
+
+
+def _time(name: str) -> sa.Column[float]:
+    """Seconds since the epoch; 0: never."""
+    return sa.Column(name, sa.Double, nullable=False, server_default="0")
+
+
+def _json(name: str) -> sa.Column[Any]:
+    return sa.Column(name, sa.JSON, nullable=False, server_default="{}")
+
+
+_actions = sa.Table(
+    "actions",
+    tables,
+    sa.Column("action_id", sa.Text, primary_key=True),
+    sa.Column("checkpoint_id", sa.Text, nullable=False),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    _time("created_at"),
+    _time("updated_at"),
+    _text("cluster"),
+    _text("node"),
+    _text("reason"),
+    _text("kind"),
+    _text("namespace"),
+    _text("pod_name"),
+    _text("pod_id"),
+    _json("overrides"),
+    _json("host"),
+    _text("source"),
+    _time("expires_at"),
+    _time("completed_at"),
+    _number("seq"),
+    sa.Column("provisional", sa.Boolean, nullable=False, server_default=sa.false()),
+    _text("code"),
+    _text("message"),
+    _text("hint"),
+    sa.Column("retry", sa.Boolean, nullable=False, server_default=sa.false()),
+    _json("details"),
+    _json("profile"),
+    _text("location"),
+    _time("deleted_at"),
+    sa.Index("actions_newest", "created_at", "action_id"),
+    sa.Index("actions_type", "type", "created_at", "action_id"),
+    sa.Index("actions_status", "status", "created_at", "action_id"),
+    sa.Index("actions_node", "node", "created_at", "action_id"),
+    sa.Index("actions_pod_id", "pod_id", "created_at", "action_id"),
+    sa.Index("actions_pod_name", "pod_name", "created_at", "action_id"),
+    sa.Index("actions_checkpoint", "checkpoint_id"),
+)
+
+_events = sa.Table(
+    "events",
+    tables,
+    sa.Column("action_id", sa.Text, primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("status", sa.Text, nullable=False),
+    _text("node"),
+    _time("time"),
+    _text("code"),
+    _text("message"),
+    _text("hint"),
+    _json("details"),
+)
+
+_uploads = sa.Table(
+    "uploads",
+    tables,
+    sa.Column("action_id", sa.Text, primary_key=True),
+    _time("uploaded_at"),
+    _text("pod_id", index=True),
+    sa.Column("pod_spec", sa.Text),  # JSON as it came; null: none came
+    sa.Column("pod_metadata_spec", sa.Text),
+    sa.Column("persistent_volume_claim", sa.Text),
+)
+
+_nodes = sa.Table(
+    "nodes",
+    tables,
+    sa.Column("cluster", sa.Text, primary_key=True),
+    sa.Column("node", sa.Text, primary_key=True),
+    _time("seen_at"),
+    _json("record"),
+)
+
+_tokens = sa.Table(
+    "tokens",
+    tables,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("sha256", sa.Text, nullable=False, unique=True),
+    sa.Column("read_only", sa.Boolean, nullable=False, server_default=sa.false()),
+    _time("created_at"),
+    _time("expires_at"),
+)
+
+_heartbeats = sa.Table(
+    "heartbeats",
+    tables,
+    sa.Column("heartbeat_id", sa.Text, primary_key=True),
+    _text("cluster"),
+    _text("namespace"),
+    _text("pod_name"),
+    _text("pod_id"),
+    sa.Column("interval", sa.Double, nullable=False),
+    _number("keep_last"),
+    sa.Column("configured", sa.Boolean, nullable=False, server_default=sa.false()),
+    _time("next_at"),
+    _text("last_action_id"),
+    _text("message"),
+)
+
+_moves = sa.Table(
+    "moves",
+    tables,
+    sa.Column("move_id", sa.Text, primary_key=True),
+    _text("cluster"),
+    _text("node"),
+    _text("reason"),
+    _text("namespace"),
+    _text("pod_name"),
+    _text("pod_id"),
+    _text("checkpoint_action_id"),
+    _text("restore_action_id"),
+    _text("state", index=True),
+    _text("message"),
+    _time("created_at"),
+)
+
+_COLUMNS = tuple(field.name for field in fields(Action))
+# What an event can change. `pod_*` are not among them: an upload may write them meanwhile.
+_MOVED = (
+    "status", "seq", "node", "provisional", "updated_at", "completed_at", "code", "message", "hint", "retry", "details", "profile",
+    "location",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Of a list of actions; empty ones let everything through."""
+
+    type: str = ""
+    status: str = ""
+    node: str = ""
+    namespace: str = ""
+    pod_name: str = ""
+    pod_id: str = ""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What somebody wants kept so that a pod can be made again. JSON texts; None: nothing came."""
+
+    action_id: str
+    pod_id: str = ""
+    pod_spec: str | None = None
+    pod_metadata_spec: str | None = None
+    persistent_volume_claim: str | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    name: str
+    sha256: str
+    read_only: bool = False
+    created_at: float = 0.0
+    expires_at: float = 0.0  # 0: never
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A pod that is checkpointed every `interval` seconds, next at `next_at`."""
+
+    heartbeat_id: str
+    cluster: str
+    namespace: str
+    pod_name: str
+    pod_id: str
+    interval: float
+    keep_last: int = 0
+    configured: bool = False
+    next_at: float = 0.0
+    last_action_id: str = ""
+    message: str = ""  # of the last time: why there was none
+
+
+@dataclass(frozen=True)
+class Move:
+    """A pod on its way from a node that leaves to another: `checkpointing`, `restoring`, then `done` or `failed`."""
+
+    move_id: str
+    cluster: str
+    node: str
+    reason: str
+    namespace: str
+    pod_name: str
+    pod_id: str
+    state: str
+    created_at: float
+    checkpoint_action_id: str = ""
+    restore_action_id: str = ""
+    message: str = ""
+
+    @property
+    def open(self) -> bool:
+        return self.state in ("checkpointing", "restoring")
+
+
+class Database:
+    """Thread-safe. Connects when it is first used."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine = _engine(url)
+        self._insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        with _translated(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with _translated(), self._engine.connect() as connection:
+            yield connection.execution_options(reading=True)
+
+    def ping(self) -> None:
+        with self._reading() as connection:
+            connection.execute(sa.select(sa.literal(1)))
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # --- actions ------------------------------------------------------------------------------------------------------------
+
+    def add(self, action: Action) -> bool:
+        """Keep a new action; False if there is one of that id, which stays as it is."""
+        with self.writing() as connection:
+            return self._is_new(connection, _actions, asdict(action))
+
+    def find(self, action_id: str) -> Action | None:
+        with self._reading() as connection:
+            row = connection.execute(sa.select(_actions).where(_actions.c.action_id == action_id)).one_or_none()
+            return _action(row) if row is not None else None
+
+    def move(self, action_id: str, rule: Any) -> Action | None:
+        """`rule(action)` in its place; the new one, None if there is no such action."""
+        with self.writing() as connection:
+            found = self._locked(connection, [action_id])
+            for action in found.values():
+                moved = rule(action)
+                self._store(connection, [(action, moved)])
+                return moved  # type: ignore[no-any-return]
+            return None
+
+    def apply(self, events: Sequence[Event], cluster: str, now: float) -> int:
+        """Keep these, each once, and move their actions; how many were new. Those that came before change nothing."""
+        if not events:
+            return 0
+        by_action: dict[str, list[Event]] = defaultdict(list)
+        for event in events:
+            by_action[event.action_id].append(event)
+        with self.writing() as connection:
+            known = self._locked(connection, by_action)
+            if strange := sorted(by_action.keys() - known.keys()):
+                rows = [asdict(actions.begun_elsewhere(by_action[action_id][0], cluster, now)) for action_id in strange]
+                connection.execute(self._insert(_actions).on_conflict_do_nothing(), rows)
+                known |= self._locked(connection, strange)
+            rows = [_event_row(event) for event in _once(events)]
+            new = connection.execute(self._insert(_events).on_conflict_do_nothing(), rows, execution_options=_COUNTED).rowcount
+            self._store(connection, [(action, actions.after(action, by_action[key], now)) for key, action in known.items()])
+        return new
+
+    def _is_new(self, connection: sa.Connection, table: sa.Table, row: Mapping[str, Any]) -> bool:
+        """Insert it, unless there is one with its key."""
+        statement = self._insert(table).values(row).on_conflict_do_nothing()
+        return connection.execute(statement, execution_options=_COUNTED).rowcount == 1
+
+    def _locked(self, connection: sa.Connection, ids: Iterable[str]) -> dict[str, Action]:
+        query = sa.select(_actions).where(_actions.c.action_id.in_(sorted(ids))).order_by(_actions.c.action_id).with_for_update()
+        return {row.action_id: _action(row) for row in connection.execute(query)}
+
+    def _store(self, connection: sa.Connection, moves: Iterable[tuple[Action, Action]]) -> None:
+        changed = [new for old, new in moves if new != old]
+        if changed:
+            values: dict[str, sa.BindParameter[Any]] = {name: sa.bindparam(f"new_{name}") for name in _MOVED}
+            statement = _actions.update().where(_actions.c.action_id == sa.bindparam("id")).values(values)
+            connection.execute(
+                statement, [{"id": new.action_id, **{f"new_{name}": getattr(new, name) for name in _MOVED}} for new in changed]
+            )
+
+    def newest(self, filters: Filters, limit: int, before: tuple[float, str] | None = None) -> list[Action]:
+        """The newest first, from behind `before` on: the (created_at, action_id) of the last one of the page before."""
+        return self._listed([_actions.c[name] == value for name, value in vars(filters).items() if value], limit, before)
+
+    def checkpoints(self, limit: int, before: tuple[float, str] | None = None) -> list[Action]:
+        """Those that can be restored, the newest first."""
+        return self._listed(_restorable(), limit, before)
+
+    def _listed(self, where: Sequence[sa.ColumnElement[bool]], limit: int, before: tuple[float, str] | None) -> list[Action]:
+        place = (_actions.c.created_at, _actions.c.action_id)
+        query = sa.select(_actions).where(*where).order_by(*(column.desc() for column in place)).limit(limit)
+        if before is not None:
+            query = query.where(sa.tuple_(*place) < sa.tuple_(*map(sa.literal, before)))
+        with self._reading() as connection:
+            return [_action(row) for row in connection.execute(query)]
+
+    def open_actions(self) -> list[Action]:
+        """Those that have not ended."""
+        with self._reading() as connection:
+            return [_action(row) for row in connection.execute(sa.select(_actions).where(_actions.c.status.in_(_OPEN)))]
+
+    def latest_of_pod(self, pod_id: str) -> str:
+        """The newest action of the pod with this UID; "" if there is none."""
+        with self._reading() as connection:
+            newest = _actions.c.created_at.desc(), _actions.c.action_id.desc()
+            uploaded = sa.select(_uploads.c.action_id).where(_uploads.c.pod_id == pod_id)
+            mine = sa.or_(_actions.c.pod_id == pod_id, _actions.c.action_id.in_(uploaded))
+            found = connection.execute(
+                sa.select(_actions.c.action_id).where(mine).order_by(*newest).limit(1)
+            ).scalar_one_or_none()
+            return found or ""
+
+    def latest_checkpoint(self, name: str) -> Action | None:
+        """The newest restorable one of a pod of that name, `namespace/name` or `name` alone, or UID; or of the action with that id."""
+        namespace, slash, pod_name = name.rpartition("/")
+        pod = _actions.c.pod_name == pod_name
+        if slash:
+            pod = sa.and_(pod, _actions.c.namespace == namespace)
+        named = pod if slash else sa.or_(pod, _actions.c.pod_id == name, _actions.c.action_id == name)
+        found = self._listed([*_restorable(), named], 1, None)
+        return found[0] if found else None
+
+    def events(self, action_id: str) -> list[dict[str, Any]]:
+        with self._reading() as connection:
+            query = sa.select(_events).where(_events.c.action_id == action_id).order_by(_events.c.seq)
+            return [dict(row._mapping) for row in connection.execute(query)]
+
+    # --- uploads ------------------------------------------------------------------------------------------------------------
+
+    def upload(self, upload: Upload, status: Status, now: float) -> bool:
+        """Keep it in place of an earlier one, what does not come staying as it was; False if there is no such action."""
+        given = {name: value for name, value in asdict(upload).items() if value not in (None, "")} | {"uploaded_at": now}
+        with self.writing() as connection:
+            known = self._locked(connection, [upload.action_id])
+            for action in known.values():
+                statement = self._insert(_uploads).values(given)
+                connection.execute(statement.on_conflict_do_update(index_elements=["action_id"], set_=given))
+                if upload.pod_id and not action.pod_id:
+                    connection.execute(
+                        _actions.update().where(_actions.c.action_id == upload.action_id).values(pod_id=upload.pod_id)
+                    )
+                self._store(connection, [(action, replace(actions.uploaded(action, status), updated_at=now))])
+        return bool(known)
+
+    def uploaded(self, action_id: str) -> Upload | None:
+        with self._reading() as connection:
+            columns = [_uploads.c[field.name] for field in fields(Upload)]
+            row = connection.execute(sa.select(*columns).where(_uploads.c.action_id == action_id)).one_or_none()
+            return Upload(**row._mapping) if row is not None else None
+
+    # --- nodes --------------------------------------------------------------------------------------------------------------
+
+    def see(self, cluster: str, records: Mapping[str, Mapping[str, Any]], now: float) -> None:
+        """These nodes are there, and say this of themselves."""
+        rows = [{"cluster": cluster, "node": name, "seen_at": now, "record": record} for name, record in sorted(records.items())]
+        if rows:
+            statement = self._insert(_nodes)
+            changed = {name: statement.excluded[name] for name in ("seen_at", "record")}
+            with self.writing() as connection:
+                connection.execute(statement.on_conflict_do_update(index_elements=["cluster", "node"], set_=changed), rows)
+
+    def nodes(self, cluster: str) -> dict[str, tuple[float, dict[str, Any]]]:
+        """When each was last seen, and what it said of itself then."""
+        with self._reading() as connection:
+            query = sa.select(_nodes).where(_nodes.c.cluster == cluster).order_by(_nodes.c.node)
+            return {row.node: (row.seen_at, row.record) for row in connection.execute(query)}
+
+    # --- heartbeats and moves -----------------------------------------------------------------------------------------------
+
+    def heartbeats(self, cluster: str) -> list[Heartbeat]:
+        with self._reading() as connection:
+            query = sa.select(_heartbeats).where(_heartbeats.c.cluster == cluster).order_by(_heartbeats.c.heartbeat_id)
+            return [Heartbeat(**row._mapping) for row in connection.execute(query)]
+
+    def put_heartbeat(self, heartbeat: Heartbeat) -> None:
+        """A new one, or other settings for one that is there; its turn stays."""
+        statement = self._insert(_heartbeats).values(asdict(heartbeat))
+        settings = {name: statement.excluded[name] for name in ("interval", "keep_last", "configured")}
+        with self.writing() as connection:
+            connection.execute(statement.on_conflict_do_update(index_elements=["heartbeat_id"], set_=settings))
+
+    def remove_heartbeat(self, heartbeat_id: str) -> bool:
+        with self.writing() as connection:
+            return connection.execute(_heartbeats.delete().where(_heartbeats.c.heartbeat_id == heartbeat_id)).rowcount == 1
+
+    def take_turn(self, heartbeat: Heartbeat, next_at: float) -> bool:
+        """The turn of `heartbeat.next_at` is ours alone; the next one is at `next_at`. False: another server had it."""
+        here = (_heartbeats.c.heartbeat_id == heartbeat.heartbeat_id, _heartbeats.c.next_at == heartbeat.next_at)
+        with self.writing() as connection:
+            return connection.execute(_heartbeats.update().where(*here).values(next_at=next_at)).rowcount == 1
+
+    def note_turn(self, heartbeat_id: str, action_id: str, message: str) -> None:
+        values = {"message": message} | ({"last_action_id": action_id} if action_id else {})
+        with self.writing() as connection:
+            connection.execute(_heartbeats.update().where(_heartbeats.c.heartbeat_id == heartbeat_id).values(values))
+
+    def pod_at_work(self, namespace: str, pod_name: str, pod_id: str) -> str:
+        """An action of this pod that has not ended; "" if there is none."""
+        where = [_actions.c.status.in_(_OPEN), _of_pod(namespace, pod_name, pod_id)]
+        with self._reading() as connection:
+            return connection.execute(sa.select(_actions.c.action_id).where(*where).limit(1)).scalar_one_or_none() or ""
+
+    def checkpoints_of_pod(self, namespace: str, pod_name: str, pod_id: str, *, reason: str = "") -> list[Action]:
+        """Those that can be restored, the newest first."""
+        where = [*_restorable(), _of_pod(namespace, pod_name, pod_id), *([_actions.c.reason == reason] if reason else [])]
+        return self._listed(where, 10_000, None)
+
+    def in_use(self, action_ids: Iterable[str]) -> set[str]:
+        """Which of these checkpoints a restore that has not ended reads."""
+        query = sa.select(_actions.c.source).where(_actions.c.status.in_(_OPEN), _actions.c.source.in_(sorted(action_ids)))
+        with self._reading() as connection:
+            return set(connection.execute(query).scalars())
+
+    def mark_deleted(self, action_id: str, now: float) -> bool:
+        """From now on nobody is told of this checkpoint; False if it was marked before."""
+        here = (_actions.c.action_id == action_id, _actions.c.deleted_at == 0)
+        with self.writing() as connection:
+            return connection.execute(_actions.update().where(*here).values(deleted_at=now)).rowcount == 1
+
+    def add_moves(self, moves: Sequence[Move]) -> None:
+        """Those that are there stay as they are."""
+        if moves:
+            with self.writing() as connection:
+                connection.execute(self._insert(_moves).on_conflict_do_nothing(), [asdict(move) for move in moves])
+
+    def moves(self, cluster: str, node: str = "", *, only_open: bool = False) -> list[Move]:
+        query = sa.select(_moves).where(_moves.c.cluster == cluster).order_by(_moves.c.created_at, _moves.c.move_id)
+        if node:
+            query = query.where(_moves.c.node == node)
+        if only_open:
+            query = query.where(_moves.c.state.in_(("checkpointing", "restoring")))
+        with self._reading() as connection:
+            return [Move(**row._mapping) for row in connection.execute(query)]
+
+    def change_move(self, old: Move, new: Move) -> bool:
+        """False: somebody else has changed it."""
+        here = (_moves.c.move_id == old.move_id, _moves.c.state == old.state)
+        with self.writing() as connection:
+            return connection.execute(_moves.update().where(*here).values(asdict(new))).rowcount == 1
+
+    # --- tokens -------------------------------------------------------------------------------------------------------------
+
+    def token(self, sha256: str) -> Token | None:
+        with self._reading() as connection:
+            row = connection.execute(sa.select(_tokens).where(_tokens.c.sha256 == sha256)).one_or_none()
+            return Token(**row._mapping) if row is not None else None
+
+    def tokens(self) -> list[Token]:
+        with self._reading() as connection:
+            return [Token(**row._mapping) for row in connection.execute(sa.select(_tokens).order_by(_tokens.c.name))]
+
+    def add_token(self, token: Token) -> bool:
+        """False if there is one of that name."""
+        with self.writing() as connection:
+            return self._is_new(connection, _tokens, asdict(token))
+
+    def remove_token(self, name: str) -> bool:
+        with self.writing() as connection:
+            return connection.execute(_tokens.delete().where(_tokens.c.name == name)).rowcount == 1
+
+
+def _of_pod(namespace: str, pod_name: str, pod_id: str) -> sa.ColumnElement[bool]:
+    if pod_id:
+        return _actions.c.pod_id == pod_id
+    return sa.and_(_actions.c.namespace == (namespace or "default"), _actions.c.pod_name == pod_name)
+
+
+def _restorable() -> list[sa.ColumnElement[bool]]:
+    return [_actions.c.type == "checkpoint", _actions.c.status == "ready", _actions.c.deleted_at == 0]
+
+
+def _action(row: sa.Row[Any]) -> Action:
+    values = {name: getattr(row, name) for name in _COLUMNS}
+    return Action(**{**values, "status": Status(values["status"])})
+
+
+def _event_row(event: Event) -> dict[str, object]:
+    return {
+        "action_id": event.action_id,
+        "seq": event.seq,
+        "status": event.status.value,
+        "node": event.node,
+        "time": event.time,
+        "code": event.code,
+        "message": event.message,
+        "hint": event.hint,
+        "details": event.details,
+    }
+
+
+def _once(events: Sequence[Event]) -> Iterable[Event]:
+    """PostgreSQL takes no row twice in one statement."""
+    return {(event.action_id, event.seq): event for event in events}.values()
+
+
+def _engine(url: str) -> sa.Engine:
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "postgresql" and "+" not in parsed.drivername:
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+            raise ValueError(f"no database of ours: {parsed.drivername}")
+    except (SQLAlchemyError, ValueError) as e:
+        raise Refused(
+            "config", f"api.database is not the address of a database: {without_secrets(url)!r}", prop="api.database",
+            found=without_secrets(url), wanted="sqlite:////path or postgresql://user:password@host/name",
+        ) from e  # fmt: skip
+    if parsed.drivername == "sqlite":
+        return _sqlite(parsed)
+    return sa.create_engine(
+        parsed, pool_size=POOL, max_overflow=0, pool_timeout=PATIENCE, pool_pre_ping=True, json_serializer=dumps,
+        connect_args={"connect_timeout": int(PATIENCE), "options": f"-c lock_timeout={PATIENCE}s -c statement_timeout={3 * PATIENCE}s"},
+    )  # fmt: skip
+
+
+def _sqlite(url: sa.URL) -> sa.Engine:
+    """One writer at a time: a transaction that will write says so when it begins, or two that have read would wait for each other."""
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    engine = sa.create_engine(
+        url, json_serializer=dumps, pool_size=POOL, max_overflow=0, pool_timeout=PATIENCE, connect_args={"timeout": PATIENCE}
+    )
+
+    def prepare(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # the driver's own transactions begin too late
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged to the broker does not come again
+
+    def begin(connection: sa.Connection) -> None:
+        reading = connection.get_execution_options().get("reading")
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    hooks.listen(engine, "connect", prepare)
+    hooks.listen(engine, "begin", begin)
+    return engine
+
+
+def dumps(value: object) -> str:
+    """In ASCII: a database need not hold what JSON can (NUL, half characters)."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout, OSError) as e:  # any other is a defect of ours
+        reason = str(e.orig if isinstance(e, DBAPIError) else e).strip().split("\n")[0]
+        raise DatabaseUnavailable(f"the database does not answer: {reason}", hint="is it up? See api.database") from e

@@ -1,0 +1,85 @@
+"""The event stream into the database. Any number of servers share one place in it: each event comes to one of them, is kept, and only then
+acknowledged; one that dies in between leaves it to the others. What comes twice changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from hibernode import wire
+from hibernode.api.db import Database
+from hibernode.bus import Batch, ControlBus
+from hibernode.errors import BadCommand, BusUnavailable, DatabaseUnavailable
+from hibernode.loop import in_thread
+from hibernode.model import Event, Progress
+
+DURABLE = "api"  # the name of that place
+BATCH = 500  # events of one transaction: measured, see benchmarks
+AGAIN = 0.5  # seconds until a database that did not answer is asked again
+_PROGRESS = 10_000  # actions whose progress is remembered
+_log = structlog.get_logger("hibernode.api")
+
+
+async def follow(bus: ControlBus, database: Database, cluster: str, observe: Callable[[Sequence[Event]], None]) -> None:
+    """For ever. `observe` is told of what was kept."""
+    async for batch in bus.follow_batches(DURABLE, limit=BATCH):
+        await take(batch, database, cluster, observe)
+
+
+async def take(batch: Batch, database: Database, cluster: str, observe: Callable[[Sequence[Event]], None]) -> None:
+    """One batch into the database, however long that is away; meanwhile the broker may give it to another server."""
+    events = [event for event in map(_read, batch.events) if event is not None]
+    while True:
+        try:
+            await in_thread(database.apply, events, cluster, time.time())
+            break
+        except DatabaseUnavailable as e:
+            _log.warning("events wait", waiting=len(events), error=e.message)
+            await asyncio.sleep(AGAIN)
+    observe(events)
+    try:
+        await batch.done()
+    except BusUnavailable as e:  # they come again, and change nothing
+        _log.warning("could not acknowledge events", error=e.message)
+
+
+def _read(data: bytes) -> Event | None:
+    try:
+        event = wire.decode_event(data)
+        if b"\\u0000" in data:  # JSON can hold it, PostgreSQL's texts cannot
+            texts = {name: getattr(event, name).replace("\0", "\ufffd") for name in ("node", "code", "message", "hint")}
+            event = event.model_copy(update=texts)
+        return event
+    except BadCommand as e:  # nobody can ever read it: not to hold up all that come after it
+        _log.error("an event cannot be read", size=len(data), error=str(e))
+        return None
+
+
+class Progresses:
+    """How far the running actions are, by this server's own ear; lossy as progress is."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Progress] = {}
+
+    def get(self, action_id: str) -> Progress | None:
+        return self._last.get(action_id)
+
+    async def follow(self, bus: ControlBus) -> None:
+        async for data in bus.follow_progress(""):
+            try:
+                progress = wire.decode_progress(data)
+            except BadCommand as e:
+                _log.warning("a progress cannot be read", error=str(e))
+                continue
+            self._last.pop(progress.action_id, None)
+            self._last[progress.action_id] = progress
+            while len(self._last) > _PROGRESS:
+                del self._last[next(iter(self._last))]
+
+    def forget(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if event.status.terminal:
+                self._last.pop(event.action_id, None)

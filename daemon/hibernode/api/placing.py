@@ -1,0 +1,81 @@
+"""Which node a checkpoint is restored on. Pure.
+
+What is asked here is what the control plane can know: the node itself looks at all of it again, against the manifest, before it touches
+anything (`preflight.restore`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hibernode.api.actions import Action
+from hibernode.errors import Refused
+from hibernode.model import NodeRecord
+
+
+def choose(made: Action, nodes: Sequence[NodeRecord], avoid: str = "") -> NodeRecord:
+    """The node for this checkpoint: the one it was made on if that will do, else the one with the least to do. Refused("no_node") says
+    of each node why it will not do. `avoid` is a node that is about to leave."""
+    whynot = {record.node: _unfit(made, record, avoid) for record in nodes}
+    fit = [record for record in nodes if not whynot[record.node]]
+    if not fit:
+        raise Refused(
+            "no_node", "no node can restore this checkpoint", prop="node", found=whynot or "no node is alive",
+            wanted=_wanted(made), hint="`GET /v2/nodes` shows what there is",
+        )  # fmt: skip
+    return min(fit, key=lambda record: (record.node != made.node, _business(record), record.node))
+
+
+def reaching(made: Action, nodes: Sequence[NodeRecord]) -> NodeRecord:
+    """A node that reaches the store of this checkpoint: the one that made it, else any. Refused("no_node")."""
+    fit = [record for record in nodes if record.node == made.node or _reaches(record, made.location)]
+    if not fit:
+        raise Refused(
+            "no_node", "no node that is alive reaches this checkpoint", prop="location", found=made.location,
+            wanted="a node with this store", hint="`GET /v2/nodes` shows what there is",
+        )  # fmt: skip
+    return min(fit, key=lambda record: (record.node != made.node, record.node))
+
+
+def _unfit(made: Action, record: NodeRecord, avoid: str) -> str:
+    """Why not; empty if it will do."""
+    host, memory = made.host, _memory(made)
+    if record.node == avoid:
+        return "it is leaving"
+    if host.get("arch") and record.arch != host["arch"]:
+        return f"arch is {record.arch}, the checkpoint's {host['arch']}"
+    if _version(record.criu) < _version(str(host.get("criu", ""))):
+        return f"criu is {record.criu}, the checkpoint was made with {host['criu']}"
+    if record.memory_available < memory:
+        return f"memory available is {record.memory_available}, the checkpoint has {memory}"
+    if record.node != made.node and not _reaches(record, made.location):
+        return f"its store is {record.store}, the checkpoint is at {made.location or 'a place nobody knows'}"
+    return ""
+
+
+def _reaches(record: NodeRecord, location: str) -> bool:
+    return bool(location) and location.startswith(record.store.rstrip("/") + "/")
+
+
+def _memory(made: Action) -> int:
+    """Bytes that must be there: each page that is stored, once."""
+    profile: Mapping[str, Any] = made.profile
+    return int(profile.get("raw_bytes", 0)) - int(profile.get("zero_bytes", 0))
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Of CRIU: the first two numbers count, as for the node."""
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+def _business(record: NodeRecord) -> float:
+    """How much it has to do; the share of its memory that is taken breaks ties."""
+    taken = 1 - record.memory_available / max(1, record.memory_total)
+    return record.actions + record.load / max(1, record.cpus) + taken
+
+
+def _wanted(made: Action) -> dict[str, object]:
+    return {
+        "arch": made.host.get("arch", "any"), "criu": made.host.get("criu", "any"), "memory": _memory(made), "location": made.location,
+    }  # fmt: skip

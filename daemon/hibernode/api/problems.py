@@ -1,0 +1,99 @@
+"""Who may come in, and which error is which status: `ApiError` bodies for all of them, no traceback for anybody."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+import structlog
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+
+from hibernode.api import schema
+from hibernode.api.guard import Tokens
+from hibernode.errors import HibernodeError, NotFound, Permanent
+
+_BEARER = HTTPBearer(scheme_name="Token", auto_error=False)
+_log = structlog.get_logger("hibernode.api")
+
+
+class _Unauthorized(Exception):
+    """No token, or one that opens nothing."""
+
+
+class _Forbidden(Exception):
+    """A token that may only read."""
+
+
+# --- who may ----------------------------------------------------------------------------------------------------------------
+
+
+def door(tokens: Tokens) -> Callable[..., Awaitable[None]]:
+    async def enter(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
+        if not tokens.wanted:
+            request.state.caller = "anybody"
+            return
+        holder = await tokens.holder(given.credentials) if given is not None else None
+        if holder is None:
+            raise _Unauthorized
+        request.state.caller = holder.name
+        if holder.read_only and request.method != "GET":
+            raise _Forbidden
+
+    return enter
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------------
+
+
+def error(status: int, message: str, details: dict[str, Any], **headers: str) -> JSONResponse:
+    body = schema.ApiError(code=str(status), message=message, details=details)
+    return JSONResponse(body.model_dump(mode="json"), status, headers)
+
+
+def _status_of(problem: HibernodeError) -> int:
+    if isinstance(problem, NotFound):
+        return 404
+    return 400 if isinstance(problem, Permanent) and problem.code != "internal" else 500
+
+
+def install(app: FastAPI) -> None:
+    @app.exception_handler(HibernodeError)
+    async def known(_request: Request, problem: HibernodeError) -> Response:
+        details = {"code": problem.code, "hint": problem.hint, "retry": problem.retry, **problem.details}
+        return error(_status_of(problem), problem.message, schema.sayable(details))
+
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(request: Request, problem: RequestValidationError) -> Response:
+        first = problem.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
+        details = {"code": "bad_command", "property": place, "found": repr(first.get("input"))[:200], "wanted": first["msg"]}
+        # The contract has no 400 here: what cannot be read names no action that there is.
+        status = 404 if request.url.path == "/v2/actions/upload" else 400
+        return error(status, f"{place}: {first['msg'].lower()}", schema.sayable(details))
+
+    @app.exception_handler(HTTPException)
+    async def of_http(request: Request, problem: HTTPException) -> Response:
+        upload = request.url.path == "/v2/actions/upload" and problem.status_code in (400, 415)
+        status = 404 if upload else problem.status_code
+        return error(status, str(problem.detail).lower(), {"code": _CODES.get(status, "http")}, **(problem.headers or {}))
+
+    @app.exception_handler(_Unauthorized)
+    async def unauthorized(_request: Request, _problem: _Unauthorized) -> Response:
+        details = {"code": "unauthorized", "hint": "Authorization: Bearer TOKEN; `hibernode api token new NAME` makes one"}
+        return error(401, "no valid token", details, **{"WWW-Authenticate": "Bearer"})
+
+    @app.exception_handler(_Forbidden)
+    async def forbidden(_request: Request, _problem: _Forbidden) -> Response:
+        return error(403, "this token may only read", {"code": "read_only"})
+
+    @app.exception_handler(Exception)
+    async def defect(request: Request, problem: Exception) -> Response:
+        _log.error("defect", path=request.url.path, exc_info=problem)
+        return error(500, "an internal error; the server's log has it", {"code": "internal"})
+
+
+_CODES = {400: "bad_command", 404: "no_such_path", 405: "method", 415: "media_type"}

@@ -1,0 +1,745 @@
+"""The API from HTTP to the broker and back: every endpoint of the contract, every status code of each, on a broker in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from hibernode.api.guard import hashed, new_token
+from hibernode.api.rounds import Rounds
+from hibernode.model import Status
+from tests.flow.api_rig import STORE, ApiRig, FakeNode
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[ApiRig]:
+    async with ApiRig(tmp_path) as running:
+        yield running
+
+
+async def ready_checkpoint(rig: ApiRig, node: FakeNode, pod: str, **body: object) -> str:
+    action_id = await rig.checkpoint(pod, **body)
+    await node.complete(await node.take_checkpoint())
+    await rig.until_status(action_id, "ready")
+    return action_id
+
+
+# --- checkpoint -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_checkpoint_goes_to_its_node_and_its_status_comes_back(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    before = time.time()
+    action_id = await rig.checkpoint(
+        "trainer", kind="simple", reason="heartbeat",
+        overrides={"asynchronous": True, "compression": "zstd:3", "criu_opts": '{"tcp": "close"}', "streams": 4,
+                   "directory": "s3://bucket/prefix/other"},
+    )  # fmt: skip
+    assert await rig.status(action_id) == "initialized"
+    command = await node.take_checkpoint()
+    assert (command.action_id, str(command.target)) == (action_id, "pod default/trainer")
+    assert (command.kind, command.reason) == ("simple", "heartbeat")
+    assert command.overrides.model_dump() == {
+        "asynchronous": True, "compression": "zstd:3", "criu_opts": '{"tcp": "close"}', "streams": 4,
+        "directory": "s3://bucket/prefix/other", "pod_name": "",
+    }  # fmt: skip
+    assert before + 3600 <= command.expires_at <= time.time() + 3600
+    for status in (Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY):
+        await node.say(command, status)
+        await rig.until_status(action_id, status.value)
+    (listed,) = (await rig.get("/v2/actions")).json()
+    assert listed["node_name"] == "n1"
+    assert (listed["namespace"], listed["pod_name"], listed["pod_id"]) == ("default", "trainer", node.pods[0].uid)
+    assert (listed["total_duration"], listed["total_io"], listed["pause_ns"]) == (5_000_000, 77, 1_000)
+    assert (listed["platform"], listed["gpu"], listed["reason"], listed["details"]) == ("linux/x86_64", "none", "heartbeat", None)
+    assert listed["action_timestamp"] <= listed["checkpoint_completed_timestamp"]
+    found = await rig.action(action_id)
+    assert [event["status"] for event in found["events"]] == ["processing", "checkpoint_created", "ready"]
+
+
+async def test_a_pod_is_found_by_its_uid(rig: ApiRig) -> None:
+    await rig.node("n1", "other")
+    node = await rig.node("n2", "trainer")
+    uid = node.pods[0].uid
+    reply = await rig.ask("POST", "/v2/checkpoint/pod", {"pod_id": uid})
+    assert reply.status == 200
+    assert (await node.take_checkpoint()).target.pod_id == uid
+    assert (await rig.get(f"/v2/actions/from_pod/{uid}")).text == reply.text
+    found = await rig.action(reply.text)
+    assert (found["pod_name"], found["node_name"]) == ("trainer", "n2")
+
+
+@pytest.mark.parametrize(
+    ("body", "prop"),
+    [
+        ({}, "pod_id, pod_name"),
+        ({"pod_name": "no name"}, "target.pod_name"),
+        ({"pod_id": "a/b"}, "target.pod_id"),
+        ({"pod_name": "p", "kind": "whole"}, "kind"),
+        ({"pod_name": "p", "reason": "because"}, "reason"),
+        ({"pod_name": "p", "cluster_id": "elsewhere"}, "cluster_id"),
+        ({"pod_name": "p", "action_id": str(uuid.uuid4())}, "action_id"),
+        ({"pod_name": "p", "steams": 3}, "steams"),
+        ({"pod_name": 7}, "pod_name"),
+        ({"pod_name": "p", "overrides": {"streams": 65}}, "overrides.streams"),
+        ({"pod_name": "p", "overrides": {"streams": "4"}}, "overrides.streams"),
+        ({"pod_name": "p", "overrides": {"compression": "gzip"}}, "overrides.compression"),
+        ({"pod_name": "p", "overrides": {"directory": "/tmp"}}, "overrides.directory"),
+        ({"pod_name": "p", "overrides": {"criu_opts": "{"}}, "overrides.criu_opts"),
+        ({"pod_name": "p", "overrides": {"criu_opts": '{"tcp": "maybe"}'}}, "overrides.criu_opts.tcp"),
+        ({"pod_name": "p", "overrides": {"criu_opts": '{"action-script": "/bin/sh"}'}}, "overrides.criu_opts.action-script"),
+        ({"pod_name": "p", "overrides": {"threads": 1}}, "overrides.threads"),
+        ([], "body"),
+        (b"{", "1"),
+        (b'{"pod_name": "\\ud800"}', "target.pod_name"),
+    ],
+)
+async def test_bad_parameters_are_a_400_that_names_them_and_nothing_is_filed(rig: ApiRig, body: object, prop: str) -> None:
+    await rig.node("n1", "p")
+    reply = await rig.ask("POST", "/v2/checkpoint/pod", body)
+    found = reply.json()
+    assert (reply.status, found["code"]) == (400, "400"), found
+    assert found["details"]["property"] == prop, found
+    assert found["message"]
+    assert (await rig.get("/v2/actions")).json() == []
+
+
+async def test_a_pod_that_nobody_has_is_a_404(rig: ApiRig) -> None:
+    await rig.node("n1", "p")
+    for body in ({"pod_name": "trainer"}, {"pod_id": str(uuid.uuid4())}, {"namespace": "other", "pod_name": "p"}):
+        reply = await rig.ask("POST", "/v2/checkpoint/pod", body)
+        assert (reply.status, reply.code) == (404, "not_found")
+    assert (await rig.get("/v2/actions")).json() == []
+
+
+async def test_a_name_that_is_there_twice_is_a_400_that_says_where(rig: ApiRig) -> None:
+    await rig.node("n1", "trainer")
+    await rig.node("n2", "trainer")
+    reply = await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "trainer"})
+    assert (reply.status, reply.code) == (400, "ambiguous")
+    assert [place[:2] for place in reply.json()["details"]["found"]] == ["n1", "n2"]
+
+
+async def test_a_uid_with_another_name_is_a_400(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    reply = await rig.ask("POST", "/v2/checkpoint/pod", {"pod_id": node.pods[0].uid, "pod_name": "other"})
+    assert (reply.status, reply.json()["details"]["property"]) == (400, "pod_name")
+
+
+async def test_the_same_key_again_is_the_same_action_filed_once(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    body = {"pod_name": "trainer"}
+    first = await rig.ask("POST", "/v2/checkpoint/pod", body, Idempotency_Key="k")
+    second = await rig.ask("POST", "/v2/checkpoint/pod", body, Idempotency_Key="k")
+    other = await rig.ask("POST", "/v2/checkpoint/pod", body, Idempotency_Key="other")
+    assert first.text == second.text != other.text
+    assert {(await node.take()).action_id, (await node.take()).action_id} == {first.text, other.text}
+    assert len((await rig.get("/v2/actions")).json()) == 2
+
+
+async def test_without_the_event_stream_a_checkpoint_is_a_500_and_its_action_an_error(rig: ApiRig) -> None:
+    await rig.node("n1", "trainer")
+    rig.bus.away = True
+    reply = await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "trainer"})
+    assert (reply.status, reply.code) == (500, "bus_unavailable")
+    told = reply.json()["details"]
+    assert told["status"] == "error"
+    found = (await rig.get(f"/v2/checkpoint/status/{told['action_id']}")).json()
+    assert found["status"] == "error"
+    assert "broker" in found["details"]
+    assert (await rig.get("/readyz")).status == 503
+    rig.bus.away = False
+
+    async def is_ready() -> bool:
+        return (await rig.get("/readyz")).status == 200
+
+    await rig.eventually(is_ready, "readiness")
+
+
+async def test_a_command_that_the_broker_took_and_did_not_confirm_is_told_as_its_node_tells_it(rig: ApiRig) -> None:
+    """The action is an error to its caller; when its node begins it all the same, that is what is said."""
+    node = await rig.node("n1", "trainer")
+    rig.bus.lose_sends = 1
+    reply = await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "trainer"})
+    assert reply.status == 500
+    action_id = reply.json()["details"]["action_id"]
+    assert (await rig.action(action_id))["provisional"]
+    await node.complete(await node.take_checkpoint())
+    await rig.until_status(action_id, "ready")
+    assert not (await rig.action(action_id))["provisional"]
+
+
+# --- restore --------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_restore_is_a_new_action_on_the_node_that_made_the_checkpoint(rig: ApiRig) -> None:
+    await rig.node("n0")
+    node = await rig.node("n1", "trainer")
+    made = await ready_checkpoint(rig, node, "trainer")
+    restored = await rig.restore(
+        made, reason="nodeUnschedulable", overrides={"pod_name": "again", "criu_opts": '{"tcp":"close"}'}
+    )
+    assert restored != made
+    command = await node.take_restore()
+    assert (command.action_id, command.checkpoint_id, command.reason) == (restored, made, "nodeUnschedulable")
+    assert (command.overrides.pod_name, command.overrides.criu_opts) == ("again", '{"tcp":"close"}')
+    await node.complete(command)
+    await rig.until_status(restored, "ready")
+    found = await rig.action(restored)
+    assert (found["type"], found["source_action_id"], found["pod_name"], found["checkpoint_id"]) == (
+        "restore",
+        made,
+        "again",
+        made,
+    )
+    assert found["checkpoint_completed_timestamp"] is None
+
+
+async def test_a_restore_goes_elsewhere_where_its_node_is_gone_and_to_who_has_least_to_do(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    made = await ready_checkpoint(rig, node, "trainer")
+    rig.bus._records.clear()  # its time is over
+    await rig.node("busy", load=8.0)
+    calm = await rig.node("calm", load=0.1)
+    await rig.node("arm", arch="aarch64", load=0.0)
+    await rig.node("old", criu="3.17", load=0.0)
+    await rig.node("far", store="s3://another/place", load=0.0)
+    await rig.node("full", memory_available=1000, load=0.0)
+    restored = await rig.restore(made)
+    assert (await calm.take_restore()).action_id == restored
+
+
+async def test_no_node_that_fits_is_a_400_that_says_why_of_each(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    made = await ready_checkpoint(rig, node, "trainer")
+    rig.bus._records.clear()
+    await rig.node("arm", arch="aarch64")
+    await rig.node("far", store="s3://another/place")
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": made, "reason": "manual"})
+    assert (reply.status, reply.code) == (400, "no_node")
+    assert set(reply.json()["details"]["found"]) == {"arm", "far"}
+
+
+async def test_what_made_no_checkpoint_cannot_be_restored(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    running = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    made = await ready_checkpoint(rig, node, "trainer")
+    restored = await rig.restore(made)
+    for action_id, code in (
+        (running, "not_restorable"), (restored, "not_restorable"), (str(uuid.uuid4()), "bad_command"), ("x", "bad_command"),
+        (made.upper(), "bad_command"),
+    ):  # fmt: skip
+        reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": action_id, "reason": "manual"})
+        assert (reply.status, reply.code) == (400, code), action_id
+    await node.say(command, Status.ERROR, code="dump_failed", message="no", hint="look")
+    await rig.until_status(running, "error")
+    found = (await rig.get(f"/v2/checkpoint/status/{running}")).json()
+    assert found["details"] == "no (hint: look)"
+    assert (await rig.action(running))["details"]["code"] == "dump_failed"
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"action_id": "x"}, {"action_id": "x", "reason": "heartbeat"}, {"action_id": 1, "reason": "manual"}]
+)
+async def test_a_restore_with_bad_parameters_is_a_400(rig: ApiRig, body: object) -> None:
+    assert (await rig.ask("POST", "/v2/restore/pod", body)).status == 400
+
+
+async def test_without_the_event_stream_a_restore_is_a_500_and_its_action_an_error(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    made = await ready_checkpoint(rig, node, "trainer")
+    rig.bus.away = True
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": made, "reason": "manual"})
+    assert (reply.status, reply.code) == (500, "bus_unavailable")
+    assert await rig.status(reply.json()["details"]["action_id"]) == "error"
+    rig.bus.away = False
+
+
+# --- looking --------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_list_is_filtered_and_comes_in_pages(rig: ApiRig) -> None:
+    node = await rig.node("n1", "a", "b")
+    made = [await rig.checkpoint(pod) for pod in ("a", "b", "a")]
+    for _ in made:
+        await node.complete(await node.take_checkpoint())
+    for action_id in made:
+        await rig.until_status(action_id, "ready")
+    restored = await rig.restore(made[0])
+    assert [each["action_id"] for each in (await rig.get("/v2/actions")).json()] == [restored, *reversed(made)]
+    assert [each["action_id"] for each in (await rig.get("/v2/actions?type=restore")).json()] == [restored]
+    assert len((await rig.get("/v2/actions?type=checkpoint&pod_name=a&status=ready&node=n1&namespace=default")).json()) == 2
+    assert (await rig.get("/v2/actions?node=n2")).json() == []
+    found, path = list[str](), "/v2/actions?limit=3&type=checkpoint"
+    found += [each["action_id"] for each in (await rig.get("/v2/actions?limit=2&type=checkpoint")).json()]
+    link = (await rig.get("/v2/actions?limit=2&type=checkpoint")).headers["link"]
+    assert link.endswith('; rel="next"')
+    following = await rig.get(link[1 : link.index(">")])
+    found += [each["action_id"] for each in following.json()]
+    assert found == list(reversed(made))
+    assert "link" not in following.headers
+    assert "link" not in (await rig.get(path)).headers
+    assert [each["action_id"] for each in (await rig.get("/v2/checkpoints")).json()] == list(reversed(made))
+
+
+@pytest.mark.parametrize("query", ["type=pod", "status=done", "limit=0", "limit=x", "before=nonsense", "node=a%00b"])
+async def test_a_list_with_bad_parameters_is_a_400(rig: ApiRig, query: str) -> None:
+    reply = await rig.get(f"/v2/actions?{query}")
+    assert (reply.status, reply.json()["code"]) == (400, "400")
+
+
+async def test_the_path_of_the_latest_checkpoint(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    old, new = [await ready_checkpoint(rig, node, "trainer") for _ in range(2)]
+    for name, made in (("trainer", new), ("default/trainer", new), (node.pods[0].uid, new), (old, old)):
+        assert (await rig.get(f"/v2/checkpoint/path?name={name}")).text == f"{STORE}/{made}"
+    for query in ("", "?name=", "?name=nobody", "?name=other/trainer", "?name=a%00"):
+        reply = await rig.get(f"/v2/checkpoint/path{query}")
+        assert (reply.status, reply.json()["code"]) == (400, "400"), query
+
+
+async def test_what_is_not_there_is_a_404(rig: ApiRig) -> None:
+    for path in (
+        f"/v2/checkpoint/status/{uuid.uuid4()}", "/v2/checkpoint/status/x", "/v2/checkpoint/status/a%00", "/v2/actions/from_pod/nobody",
+        "/v2/actions/from_pod/%00", f"/v2/actions/{uuid.uuid4()}", "/v2/actions/x", "/v2/nothing", "/nothing",
+    ):  # fmt: skip
+        reply = await rig.get(path)
+        assert (reply.status, reply.json()["code"]) == (404, "404"), path
+
+
+async def test_a_method_that_is_not_there_is_a_405(rig: ApiRig) -> None:
+    for method, path in (("GET", "/v2/actions/upload"), ("DELETE", "/v2/actions"), ("POST", "/v2/checkpoint/path")):
+        reply = await rig.ask(method, path)
+        assert (reply.status, reply.json()["code"]) == (405, "405"), path
+        assert reply.headers["allow"]
+
+
+async def test_what_a_node_says_of_itself_is_listed_and_stays_when_it_is_silent(rig: ApiRig) -> None:
+    await rig.node("n1", "trainer", load=1.5)
+    await rounds(rig).once()
+    (node,) = (await rig.get("/v2/nodes")).json()
+    assert (node["name"], node["alive"], node["load"], node["gpus"]) == ("n1", True, 1.5, [])
+    assert [each["name"] for each in node["workloads"]] == ["trainer"]
+    rig.bus._records.clear()
+    (node,) = (await rig.get("/v2/nodes")).json()
+    assert (node["name"], node["alive"]) == ("n1", False)
+
+
+# --- upload -----------------------------------------------------------------------------------------------------------------------
+
+
+async def test_an_upload_is_kept_and_moves_the_status_where_that_is_legal(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    spec = {"containers": [{"name": "a\0"}]}
+    body = {
+        "action_id": action_id,
+        "status": "processing",
+        "pod_id": "uid-1",
+        "pod_spec": spec,
+        "pod_metadata_spec": {"name": "x"},
+    }
+    reply = await rig.ask("POST", "/v2/actions/upload", body)
+    assert (reply.status, reply.text) == (200, action_id)
+    assert await rig.status(action_id) == "processing"
+    for status in ("ready", "error", "initialized"):
+        assert (await rig.ask("POST", "/v2/actions/upload", {"action_id": action_id, "status": status})).status == 200
+        assert await rig.status(action_id) == "processing"
+    kept = rig.server.database.uploaded(action_id)
+    assert kept is not None
+    assert json.loads(kept.pod_spec or "") == spec
+    assert kept.persistent_volume_claim is None
+    assert (await rig.get("/v2/actions/from_pod/uid-1")).text == action_id
+    await node.complete(await node.take_checkpoint())
+    await rig.until_status(action_id, "ready")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"action_id": str(uuid.uuid4()), "status": "ready"},
+        {"action_id": "x", "status": "ready"},
+        {},
+        [],
+        b"{",
+        {"status": "ready"},
+    ],
+)
+async def test_an_upload_to_no_action_is_a_404(rig: ApiRig, body: object) -> None:
+    reply = await rig.ask("POST", "/v2/actions/upload", body)
+    assert (reply.status, reply.json()["code"]) == (404, "404")
+
+
+# --- cancel -----------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_cancel_goes_to_the_node_that_has_the_action(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    reply = await rig.ask("POST", f"/v2/actions/{action_id}/cancel")
+    assert (reply.status, reply.text) == (202, action_id)
+    assert (await node.take_cancel()).action_id == action_id
+    await node.say(command, Status.ERROR, code="cancelled", message="cancelled by command")
+    await rig.until_status(action_id, "error")
+    reply = await rig.ask("POST", f"/v2/actions/{action_id}/cancel")
+    assert (reply.status, reply.code) == (400, "ended")
+    assert (await rig.ask("POST", f"/v2/actions/{uuid.uuid4()}/cancel")).status == 404
+
+
+# --- silent nodes -------------------------------------------------------------------------------------------------------------------
+
+
+def rounds(rig: ApiRig, ahead: float = 0.0) -> Rounds:
+    """Rounds of a server whose clock is so far ahead."""
+    return Rounds(rig.config, rig.server.database, rig.server.control, clock=lambda: time.time() + ahead)
+
+
+async def test_an_action_of_a_node_that_is_silent_is_an_error_until_the_node_tells_the_truth(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    await node.say(command, Status.PROCESSING)
+    await rig.until_status(action_id, "processing")
+    late = rounds(rig)
+    await late.once()
+    rig.bus._records.clear()
+    await late.once()
+    assert await rig.status(action_id) == "processing"
+    late._clock = lambda: time.time() + 121
+    await late.once()
+    found = await rig.action(action_id)
+    assert (found["status"], found["details"]["code"], found["provisional"]) == ("error", "node_silent", True)
+    await node.say(command, Status.CHECKPOINT_CREATED)
+    await rig.until_status(action_id, "checkpoint_created")
+    await node.say(command, Status.READY)
+    await rig.until_status(action_id, "ready")
+    assert not (await rig.action(action_id))["provisional"]
+
+
+async def test_who_cannot_hear_says_of_nobody_that_he_is_silent(rig: ApiRig) -> None:
+    await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    deaf = rounds(rig, ahead=1000.0)
+    rig.bus.away = True
+    await deaf.once()
+    assert await rig.status(action_id) == "initialized"
+    rig.bus.away = False
+    rig.bus._records.clear()
+    await rig.eventually(_answers(rig), "the broker")
+    await deaf.once()  # it hears since this moment only
+    assert await rig.status(action_id) == "initialized"
+
+
+def _answers(rig: ApiRig):  # type: ignore[no-untyped-def]
+    async def answers() -> bool:
+        return rig.server.control._bus.connected
+
+    return answers
+
+
+async def test_a_command_that_nobody_took_until_it_expired_is_an_error(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    late = rounds(rig, ahead=3600 + 61)
+    await node.tell()
+    await late.once()
+    assert (await rig.action(action_id))["details"]["code"] == "never_begun"
+
+
+# --- heartbeats -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_heartbeat_checkpoints_a_pod_again_and_again_and_keeps_the_newest(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    reply = await rig.ask("POST", "/v2/heartbeats", {"pod_name": "trainer", "interval": 60, "keep_last": 1})
+    assert reply.status == 200, reply.text
+    heartbeats = rig.server._heartbeats
+    await heartbeats.round()
+    first = await node.take_checkpoint()
+    assert first.reason == "heartbeat"
+    await heartbeats.round()  # not its turn yet
+    heartbeats._clock = lambda: time.time() + 61
+    await heartbeats.round()  # its turn, but the first is at work
+    (listed,) = (await rig.get("/v2/heartbeats")).json()
+    assert listed["message"] == f"left out: action {first.action_id} is at work"
+    await node.complete(first)
+    await rig.until_status(first.action_id, "ready")
+    heartbeats._clock = lambda: time.time() + 121
+    await heartbeats.round()
+    second = await node.take_checkpoint()
+    await heartbeats.round()
+    assert len((await rig.get("/v2/checkpoints")).json()) == 1, "the only one that is ready stays"
+    await node.complete(second)
+    await rig.until_status(second.action_id, "ready")
+    await heartbeats.round()
+    assert (await node.take_delete()).checkpoint_id == first.checkpoint_id
+    assert [each["action_id"] for each in (await rig.get("/v2/checkpoints")).json()] == [second.action_id]
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": first.action_id, "reason": "manual"})
+    assert (reply.status, reply.code) == (400, "not_restorable")
+    assert (await rig.ask("DELETE", f"/v2/heartbeats/{listed['heartbeat_id']}")).status == 200
+    assert (await rig.ask("DELETE", f"/v2/heartbeats/{listed['heartbeat_id']}")).status == 404
+    assert (await rig.get("/v2/heartbeats")).json() == []
+
+
+async def test_what_a_restore_reads_stays(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    made = [await ready_checkpoint(rig, node, "trainer", reason="heartbeat") for _ in range(3)]
+    await rig.restore(made[0])
+    await rig.ask("POST", "/v2/heartbeats", {"pod_name": "trainer", "interval": 60, "keep_last": 1})
+    heartbeats = rig.server._heartbeats
+    await heartbeats.round()
+    assert [each["action_id"] for each in (await rig.get("/v2/checkpoints")).json()] == [made[2], made[0]]
+
+
+async def test_two_servers_take_one_turn(tmp_path: Path, rig: ApiRig) -> None:
+    await rig.node("n1", "trainer")
+    await rig.ask("POST", "/v2/heartbeats", {"pod_name": "trainer", "interval": 60})
+    database = f"sqlite:///{tmp_path}/api.sqlite"
+    async with ApiRig(tmp_path, rig.bus, database) as other:
+        await asyncio.gather(rig.server._heartbeats.round(), other.server._heartbeats.round())
+        assert len((await rig.get("/v2/actions")).json()) == 1
+
+
+async def test_heartbeats_of_the_configuration_are_there_and_go_with_it(tmp_path: Path) -> None:
+    heartbeats = [{"pod_name": "trainer", "interval": 60}]
+    async with ApiRig(tmp_path, heartbeats=heartbeats) as rig:
+        await rig.server._heartbeats.configure()
+        (listed,) = (await rig.get("/v2/heartbeats")).json()
+        assert listed["configured"]
+    async with ApiRig(tmp_path) as rig:
+        await rig.server._heartbeats.configure()
+        assert (await rig.get("/v2/heartbeats")).json() == []
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"interval": 60}, {"pod_name": "a", "pod_id": "b", "interval": 60}, {"pod_name": "a", "interval": 1}]
+)
+async def test_a_heartbeat_of_nobody_is_a_400(rig: ApiRig, body: object) -> None:
+    assert (await rig.ask("POST", "/v2/heartbeats", body)).status == 400
+
+
+# --- a node leaves ------------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_pods_of_a_node_that_leaves_go_elsewhere(rig: ApiRig) -> None:
+    leaving, staying = await rig.node("n1", "trainer"), await rig.node("n2")
+    reply = await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})
+    assert reply.status == 202, reply.text
+    (move,) = reply.json()
+    assert (move["pod_name"], move["state"]) == ("trainer", "checkpointing")
+    saving = await leaving.take_checkpoint()
+    assert (saving.reason, json.loads(saving.overrides.criu_opts)) == ("nodeUnschedulable", {"leave_running": False})
+    (again,) = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})).json()
+    assert again["checkpoint_action_id"] == saving.action_id, "a pod that is going does not go twice"
+    await leaving.complete(saving)
+    await rig.until_status(saving.action_id, "ready")
+    await departures(rig).round()
+    restoring = await staying.take_restore()
+    assert (restoring.checkpoint_id, restoring.reason) == (saving.checkpoint_id, "nodeUnschedulable")
+    await staying.complete(restoring)
+    await rig.until_status(restoring.action_id, "ready")
+    await departures(rig).round()
+    assert [move.state for move in rig.server.database.moves("c", "n1")] == ["done"]
+
+
+def departures(rig: ApiRig):  # type: ignore[no-untyped-def]
+    return rig.server.departures
+
+
+async def test_a_node_that_is_silent_and_ends_gives_its_pods_latest_checkpoint(rig: ApiRig) -> None:
+    gone, staying = await rig.node("n1", "trainer"), await rig.node("n2")
+    made = await ready_checkpoint(rig, gone, "trainer")
+    await rounds(rig).once()
+    rig.bus._records.clear()
+    await staying.tell()
+    (move,) = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeTermination"})).json()
+    assert move["state"] == "restoring"
+    assert (await staying.take_restore()).checkpoint_id == made
+
+
+async def test_a_silent_node_that_does_not_end_keeps_its_pods(rig: ApiRig) -> None:
+    """Or its pods would run twice when it comes back."""
+    gone, staying = await rig.node("n1", "trainer"), await rig.node("n2")
+    await ready_checkpoint(rig, gone, "trainer")
+    await rounds(rig).once()
+    rig.bus._records.clear()
+    await staying.tell()
+    (move,) = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})).json()
+    assert move["state"] == "failed"
+    assert "n1" in move["message"]
+
+
+async def test_a_pod_that_could_not_be_checkpointed_stays_where_it_is(rig: ApiRig) -> None:
+    leaving = await rig.node("n1", "trainer")
+    await rig.node("n2")
+    await ready_checkpoint(rig, leaving, "trainer")
+    await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeTermination"})
+    saving = await leaving.take_checkpoint()
+    await leaving.say(saving, Status.PROCESSING)
+    await leaving.say(saving, Status.ERROR, code="dump_failed", message="no")
+    await rig.until_status(saving.action_id, "error")
+    await departures(rig).round()
+    (move,) = rig.server.database.moves("c", "n1")
+    assert (move.state, move.restore_action_id) == ("failed", "")
+    assert "dump_failed" in move.message
+
+
+async def test_a_node_that_falls_silent_while_it_ends_gives_its_latest_checkpoint(rig: ApiRig) -> None:
+    leaving, staying = await rig.node("n1", "trainer"), await rig.node("n2")
+    made = await ready_checkpoint(rig, leaving, "trainer")
+    late = rounds(rig)
+    await late.once()
+    await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeTermination"})
+    saving = await leaving.take_checkpoint()
+    rig.bus._records.clear()
+    await staying.tell()
+    late._clock = lambda: time.time() + 121
+    await late.once()
+    assert (await rig.action(saving.action_id))["details"]["code"] == "node_silent"
+    await departures(rig).round()
+    assert (await staying.take_restore()).checkpoint_id == made
+
+
+async def test_a_node_that_nobody_has_seen_is_a_404(rig: ApiRig) -> None:
+    assert (await rig.ask("POST", "/v2/nodes/n9/leave", {"reason": "nodeTermination"})).status == 404
+
+
+# --- who may, and how much ------------------------------------------------------------------------------------------------------
+
+
+async def test_without_a_token_nothing_is_told(rig: ApiRig) -> None:
+    for token in (None, "nonsense", "hn_" + "A" * 43):
+        for method, path in (("GET", "/v2/actions"), ("POST", "/v2/checkpoint/pod"), ("GET", "/v2/nodes")):
+            reply = await rig.ask(method, path, token=token)
+            assert (reply.status, reply.code) == (401, "unauthorized"), path
+            assert reply.headers["www-authenticate"] == "Bearer"
+
+
+async def test_probes_page_and_document_need_no_token(rig: ApiRig) -> None:
+    for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/"):
+        assert (await rig.get(path, token=None)).status == 200, path
+
+
+async def test_a_token_of_the_database_opens_until_its_end_and_one_that_reads_changes_nothing(rig: ApiRig) -> None:
+    from hibernode.api import tokens
+
+    reading = tokens.make(rig.server.database, "reader", read_only=True, days=0)
+    ended = tokens.make(rig.server.database, "ended", read_only=False, days=-1)
+    assert (await rig.get("/v2/actions", token=reading)).status == 200
+    reply = await rig.ask("POST", "/v2/heartbeats", {"pod_name": "p", "interval": 60}, token=reading)
+    assert (reply.status, reply.code) == (403, "read_only")
+    assert (await rig.get("/v2/actions", token=ended)).status == 401
+
+
+async def test_tokens_are_kept_as_hashes_alone(tmp_path: Path) -> None:
+    from hibernode.api import tokens
+
+    async with ApiRig(tmp_path) as rig:
+        secret = tokens.make(rig.server.database, "ops2", read_only=False, days=1)
+        assert (await rig.get("/v2/actions", token=secret)).status == 200
+    assert not [path.name for path in files_of(tmp_path) if secret.encode() in path.read_bytes()]
+
+
+def files_of(directory: Path) -> list[Path]:
+    return list(directory.glob("api.sqlite*"))
+
+
+async def test_too_many_requests_are_a_429_that_says_when(tmp_path: Path) -> None:
+    async with ApiRig(tmp_path, rate=0.5, burst=3) as rig:
+        found = [await rig.get("/v2/actions") for _ in range(4)]
+        assert [reply.status for reply in found] == [200, 200, 200, 429]
+        assert int(found[-1].headers["retry-after"]) >= 1
+        assert (await rig.get("/healthz", token=None)).status == 200, "another caller is not held up"
+
+
+async def test_a_body_that_is_too_large_is_a_413(tmp_path: Path) -> None:
+    async with ApiRig(tmp_path, body_limit=2048) as rig:
+        reply = await rig.ask("POST", "/v2/checkpoint/pod", b"x" * 2049)
+        assert (reply.status, reply.code) == (413, "too_large")
+        reply = await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "p" * 1900})
+        assert reply.status == 400
+
+
+async def test_every_answer_has_a_request_id_and_the_page_its_policy(rig: ApiRig) -> None:
+    reply = await rig.get("/v2/actions", X_Request_ID="mine-1")
+    assert reply.headers["x-request-id"] == "mine-1"
+    for hostile in ("a b", "x" * 65, "é"):
+        assert uuid.UUID((await rig.get("/", X_Request_ID=hostile)).headers["x-request-id"])
+    assert "default-src 'self'" in (await rig.get("/")).headers["content-security-policy"]
+    assert "access-control-allow-origin" not in (await rig.get("/v2/actions", Origin="http://evil.example")).headers
+
+
+async def test_metrics_count_requests_and_events(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    await ready_checkpoint(rig, node, "trainer")
+    page = (await rig.get("/metrics")).text
+    assert 'hibernode_api_events_total{status="ready",type="checkpoint"} 1.0' in page
+    assert 'hibernode_api_request_seconds_count{method="POST",operation="checkpoint_pod",status="200"} 1.0' in page
+    assert "hibernode_api_bus_connected 1.0" in page
+
+
+# --- events that nobody wants -----------------------------------------------------------------------------------------------------
+
+
+async def test_events_that_cannot_be_read_hold_up_nothing(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    await node.end.publish_event(action_id, "x1", b"nonsense")
+    await node.end.publish_event(action_id, "x2", b'{"action_id": 7}')
+    await node.say(command, Status.PROCESSING, message="odd \0 text", code="c")
+    await node.say(command, Status.READY)
+    await rig.until_status(action_id, "ready")
+
+
+async def test_an_action_that_was_begun_on_its_node_is_known_by_its_events(rig: ApiRig) -> None:
+    from hibernode.model import CheckpointCommand, Target
+
+    node = await rig.node("n1", "trainer")
+    action_id = str(uuid.uuid4())
+    await node.complete(CheckpointCommand(action_id=action_id, checkpoint_id=action_id, target=Target(pid=7)))
+
+    async def known() -> bool:
+        return (await rig.get(f"/v2/actions/{action_id}")).status == 200
+
+    await rig.eventually(known, "the action")
+    await rig.until_status(action_id, "ready")
+    assert (await rig.get(f"/v2/checkpoint/path?name={action_id}")).text == f"{STORE}/{action_id}"
+
+
+async def test_progress_is_shown_while_an_action_runs(rig: ApiRig) -> None:
+    from hibernode import wire
+    from hibernode.model import Progress
+
+    node = await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    await node.say(command, Status.PROCESSING)
+    progress = Progress(action_id=action_id, phase="dumping", bytes_done=1, bytes_total=4, stored_bytes=1, seconds=0.5)
+
+    async def shown() -> bool:
+        await node.end.publish_progress(action_id, wire.encode_progress(progress))
+        return (await rig.action(action_id))["progress"] is not None
+
+    await rig.eventually(shown, "the progress")
+    assert (await rig.action(action_id))["progress"]["phase"] == "dumping"
+    await node.say(command, Status.READY)
+    await rig.until_status(action_id, "ready")
+    assert (await rig.action(action_id))["progress"] is None
+
+
+def test_a_token_is_long_and_its_hash_says_nothing_of_it() -> None:
+    first, second = new_token(), new_token()
+    assert first != second
+    assert len(first) > 40
+    assert hashed(first) != hashed(second)
