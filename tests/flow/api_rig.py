@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
-import json
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,30 +30,13 @@ from hibernode.model import (
     Status,
     WorkloadView,
 )
+from tests import api_client
+from tests.api_client import Reply
 from tests.fakes.bus import MemoryBus
 
 CLUSTER = "c"
 LIMIT = 20.0  # seconds, for whatever is waited for
 STORE = "s3://bucket/prefix"
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def text(self) -> str:
-        return self.body.decode()
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def code(self) -> str:
-        """The stable one, of an ApiError."""
-        return str(self.json()["details"]["code"])
 
 
 class FakeNode:
@@ -194,23 +174,9 @@ class ApiRig:
 
     async def ask(self, method: str, path: str, body: object = None, *, token: str | None = "", **headers: str) -> Reply:
         """`token`: "" is the one that may write, None is none. Headers with _ for -."""
-        secret = self.token if token == "" else token
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        if secret is not None:
-            named["Authorization"] = f"Bearer {secret}"
-        data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
-        if data is not None:
-            named.setdefault("Content-Type", "application/json")
-        return await asyncio.to_thread(self._ask, method, path, data, named)
-
-    def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Reply:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
-        try:
-            connection.request(method, path, data, headers)
-            answer = connection.getresponse()
-            return Reply(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
-        finally:
-            connection.close()
+        secret = self.token if token == "" else token
+        return await asyncio.to_thread(api_client.ask, self.port, method, path, body, token=secret, headers=named)
 
     async def get(self, path: str, **more: Any) -> Reply:
         return await self.ask("GET", path, **more)
@@ -254,12 +220,3 @@ class ApiRig:
         while not await condition():
             assert time.monotonic() < deadline, f"{what}: not within {LIMIT} s"
             await asyncio.sleep(0.01)
-
-
-@contextlib.asynccontextmanager
-async def made(rig: ApiRig, node: FakeNode, pod: str) -> AsyncIterator[str]:
-    """A checkpoint of this pod that is ready; the action's id."""
-    action_id = await rig.checkpoint(pod)
-    await node.complete(await node.take_checkpoint())
-    await rig.until_status(action_id, "ready")
-    yield action_id

@@ -137,12 +137,10 @@ class Guard:
             seconds = time.monotonic() - began
             route = getattr(scope.get("route"), "operation_id", None) or "other"
             self._observe(scope["method"], route, status, seconds)
-            if route != "other" or status >= 400:
-                say = _log.warning if status >= 500 else _log.info
-                say(
-                    "request", request=request_id, method=scope["method"], path=scope["path"], status=status,
-                    seconds=round(seconds, 4), by=scope.get("state", {}).get("caller"),
-                )  # fmt: skip
+            _say(status, scope["method"])(
+                "request", request=request_id, method=scope["method"], path=scope["path"], status=status,
+                seconds=round(seconds, 4), by=scope.get("state", {}).get("caller"),
+            )  # fmt: skip
 
     async def _guarded(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, headers: dict[bytes, str]) -> None:
         caller = hashed(headers[b"authorization"]) if b"authorization" in headers else str((scope.get("client") or ("",))[0])
@@ -176,6 +174,13 @@ class Guard:
 
     async def _too_large(self, send: Send) -> None:
         await _refuse(send, 413, "too_large", f"the body has more than {self._limit} bytes")
+
+
+def _say(status: int, method: str) -> Callable[..., None]:
+    """What changes something is told; who only looks, as the page does every other second, only to who wants to know."""
+    if status >= 500:
+        return _log.warning  # type: ignore[no-any-return]
+    return _log.info if status >= 400 or method != "GET" else _log.debug  # type: ignore[no-any-return]
 
 
 async def _refuse(send: Send, status: int, code: str, message: str, retry_after: float = 0.0) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import signal
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -42,10 +43,16 @@ def run(settings: Config, bus: ControlBus) -> None:
     host, port = _place(settings)
     server = Server(settings, bus)
     server.migrate()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ended)  # uvicorn stops in order for either, and raises it again when it has: that is no failure
     uvicorn.run(
         server.asgi, host=host, port=port, log_config=None, access_log=False, server_header=False, lifespan="on",
         timeout_graceful_shutdown=GRACE, ssl_certfile=settings.api.tls_cert or None, ssl_keyfile=settings.api.tls_key or None,
     )  # fmt: skip
+
+
+def _ended(_number: int, _frame: object) -> None:
+    pass
 
 
 def document() -> dict[str, Any]:
