@@ -1,24 +1,25 @@
-"""The demo: a NumPy training job is checkpointed by command, killed and restored, and the old process goes on.
+"""The demo: a NumPy training job is checkpointed by the REST API, killed and restored, and the old process goes on.
 
-It starts what it needs on this machine (a NATS server, for `--store s3` an S3 server, the daemon), files commands on JetStream as
-any control plane would, shows statuses and progress as they come back, and ends everything it started.
+It starts what it needs on this machine (a NATS server, for `--store s3` an S3 server, the API, the daemon), asks the API as any client
+would, shows statuses and progress as they come, and ends everything it started; with `--keep` not before you say so.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import http.client
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hibernode import wire  # noqa: E402 - after the path
-from hibernode.config import Bus  # noqa: E402
-from hibernode.drivers.nats import NatsControl  # noqa: E402
-from hibernode.model import CheckpointCommand, Profile, RestoreCommand, Status, Target  # noqa: E402
+from hibernode.api.guard import hashed, new_token  # noqa: E402 - after the path
 from tests.nats_server import NatsServer  # noqa: E402
 from tests.servers import S3Server  # noqa: E402
 
@@ -60,65 +58,75 @@ def main() -> None:
     parser.add_argument("--store", choices=("local", "s3"), default="local", help="where the checkpoint goes (default: local)")
     parser.add_argument("--size", type=int, default=256, metavar="MIB", help="memory of the training job (default: 256)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--keep", action="store_true", help="leave it all running, for a look at the page, until Ctrl-C")
     parser.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     screen = Screen(arguments.json)
     try:
         with tempfile.TemporaryDirectory(prefix="hibernode-demo-") as directory:
-            result = asyncio.run(demo(Path(directory), arguments, screen))
+            result = demo(Path(directory), arguments, screen)
     except DemoFailed as e:
         print(f"demo: {e}", file=sys.stderr)
         sys.exit(1)
-    result["seconds"] = round(time.time() - arguments.began, 3)
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        summary(result)
     sys.exit(0 if result["token_matches"] and result["counter_after"] > result["counter_before"] else 1)
 
 
-async def demo(directory: Path, arguments: argparse.Namespace, screen: Screen) -> dict[str, object]:
+def demo(directory: Path, arguments: argparse.Namespace, screen: Screen) -> dict[str, Any]:
     with ExitStack() as running:
         nats = running.enter_context(NatsServer(directory / "nats"))
         screen.say(f"nats-server with JetStream at {nats.url}")
+        api = Api(directory, nats.url, screen)
+        running.callback(api.stop)
+        api.start()
         daemon = Daemon(directory, nats.url, store_settings(arguments.store, directory, running, screen), screen)
         running.callback(daemon.stop)
         daemon.start()
         running.callback(daemon.stop_job)
         log = daemon.run_job(arguments.size)
-        async with control(nats.url) as bus:
-            counter_before, token_before = await next_step(log, 20)
-            command = CheckpointCommand(
-                action_id=new_id(), checkpoint_id=new_id(), target=Target(namespace="default", pod_name=JOB)
-            )
-            statuses, saved = await act(bus, command, screen)
-            counter_killed, _ = await next_step(log, lines(log))
-            daemon.stop_job()
-            before_restore = lines(log)
-            screen.say(f"killed {JOB!r} at step {counter_killed}; its token was {token_before}")
-            restore_statuses, restored = await act(
-                bus, RestoreCommand(action_id=new_id(), checkpoint_id=command.checkpoint_id), screen
-            )
-            resumed_at, _ = await next_step(log, before_restore)
-            counter_after, token_after = await next_step(log, before_restore + 5)
-            screen.say(f"the old process goes on: from step {resumed_at}, now at {counter_after}, token {token_after}")
-    return {
-        "statuses": statuses,
-        "restore_statuses": restore_statuses,
-        "pause_ns": saved.pause_ns,
-        "raw_bytes": saved.raw_bytes,
-        "zero_bytes": saved.zero_bytes,
-        "stored_bytes": saved.stored_bytes,
-        "streams": saved.streams,
-        "token_matches": token_after == token_before,
-        "counter_before": counter_before,
-        "counter_killed": counter_killed,
-        "counter_resumed": resumed_at,
-        "counter_after": counter_after,
-        "checkpoint_seconds": round(saved.total_duration / 1e9, 3),
-        "restore_seconds": round(restored.total_duration / 1e9, 3),
-        "store": arguments.store,
-    }
+        counter_before, token_before = next_step(log, 20)
+        checkpoint = {"namespace": "default", "pod_name": JOB, "kind": "simple", "reason": "manual"}
+        made, saved = act(api, "checkpoint", checkpoint, screen)
+        counter_killed, _ = next_step(log, lines(log))
+        daemon.stop_job()
+        before_restore = lines(log)
+        screen.say(f"killed {JOB!r} at step {counter_killed}; its token was {token_before}")
+        _, restored = act(api, "restore", {"action_id": made, "reason": "manual"}, screen)
+        resumed_at, _ = next_step(log, before_restore)
+        counter_after, token_after = next_step(log, before_restore + 5)
+        screen.say(f"the old process goes on: from step {resumed_at}, now at {counter_after}, token {token_after}")
+        result = {
+            "statuses": statuses_of(saved),
+            "restore_statuses": statuses_of(restored),
+            **{key: saved[key] for key in ("pause_ns", "raw_bytes", "zero_bytes", "stored_bytes", "streams")},
+            "token_matches": token_after == token_before,
+            "counter_before": counter_before,
+            "counter_killed": counter_killed,
+            "counter_resumed": resumed_at,
+            "counter_after": counter_after,
+            "checkpoint_seconds": round(saved["total_duration"] / 1e9, 3),
+            "restore_seconds": round(restored["total_duration"] / 1e9, 3),
+            "store": arguments.store,
+            "page": api.page,
+            "seconds": round(time.time() - arguments.began, 3),
+        }
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+        else:
+            summary(result)
+        if arguments.keep:
+            keep(api, daemon, screen)
+        return result
+
+
+def keep(api: Api, daemon: Daemon, screen: Screen) -> None:
+    """Until Ctrl-C, or SIGTERM."""
+    screen.say(f"all of it runs on, the job as well: look at {api.page}")
+    screen.say(f"or ask the daemon: hibernode --socket {daemon.socket} jobs")
+    screen.say("Ctrl-C ends it")
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    signal.sigwait(ends)
+    screen.say("ending")
 
 
 def summary(result: dict[str, Any]) -> None:
@@ -152,39 +160,104 @@ def store_settings(kind: str, directory: Path, running: ExitStack, screen: Scree
     )
 
 
+def started(words: list[str], out: Path, ready: Callable[[], bool]) -> subprocess.Popen[bytes]:
+    """`hibernode ...`, when it is ready. It is not in our process group: Ctrl-C is for us, and we end it in order."""
+    with open(out, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hibernode", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            cwd=ROOT,
+            process_group=0,
+        )
+    deadline = time.monotonic() + 30
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise DemoFailed(f"hibernode {words[0]} did not start:\n{out.read_text()[-2000:]}")
+        time.sleep(0.05)
+    return process
+
+
+def ended(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+class Api:
+    """The control plane, with its database under `directory`; and its client."""
+
+    def __init__(self, directory: Path, nats: str, screen: Screen) -> None:
+        self._directory, self._screen = directory, screen
+        self._port, self._token = free_port(), new_token()
+        self._config = directory / "api.toml"
+        self._process: subprocess.Popen[bytes] | None = None
+        write_private(
+            self._config,
+            f'state_dir = "{directory}/api"\n[bus]\nurl = "{nats}"\n'
+            f'[api]\nlisten = "127.0.0.1:{self._port}"\ntokens = ["demo:{hashed(self._token)}"]\n',
+        )
+
+    @property
+    def page(self) -> str:
+        """Where a browser sees it all; the token is taken out of the address by the page."""
+        return f"http://127.0.0.1:{self._port}/#token={self._token}"
+
+    def start(self) -> None:
+        self._process = started(["api", "--config", str(self._config)], self._directory / "api.log", self._is_ready)
+        self._screen.say(f"API as pid {self._process.pid}; its page: {self.page}")
+
+    def _is_ready(self) -> bool:
+        try:
+            self.ask("GET", "/readyz")
+        except (OSError, DemoFailed):
+            return False
+        return True
+
+    def stop(self) -> None:
+        ended(self._process)
+
+    def ask(self, method: str, path: str, body: object = None) -> Any:
+        """What it answers; an error of the API ends the demo in its words."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        finally:
+            connection.close()
+        if answer.status >= 400:
+            raise DemoFailed(f"{method} {path}: {answer.status} {text}")
+        return json.loads(text) if "json" in str(answer.getheader("Content-Type")) else text
+
+
 class Daemon:
     """A node daemon of its own, with everything it writes under `directory`."""
 
     def __init__(self, directory: Path, nats: str, store: str, screen: Screen) -> None:
         self._directory, self._screen = directory, screen
-        self._socket, self._out = directory / "node.sock", directory / "daemon.log"
+        self.socket = directory / "node.sock"
         self._work = Path("/dev/shm") / directory.name
         self._config = directory / "hibernode.toml"
         self._process: subprocess.Popen[bytes] | None = None
         write_private(
             self._config,
-            f'node = "{NODE}"\nstate_dir = "{directory}/state"\nwork_dir = "{self._work}"\nsocket = "{self._socket}"\n'
+            f'node = "{NODE}"\nstate_dir = "{directory}/state"\nwork_dir = "{self._work}"\nsocket = "{self.socket}"\n'
             f'[bus]\nurl = "{nats}"\n[metrics]\nlisten = ""\n{store}',
         )
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "hibernode", "node", "--config", str(self._config)]
-        with open(self._out, "wb") as out:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT)
-        deadline = time.monotonic() + 30
-        while not self._socket.exists():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise DemoFailed(f"the daemon did not start:\n{self._out.read_text()[-2000:]}")
-            time.sleep(0.05)
+        self._process = started(["node", "--config", str(self._config)], self._directory / "daemon.log", self.socket.exists)
         self._screen.say(f"daemon of node {NODE!r} runs as pid {self._process.pid}")
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(60)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        ended(self._process)
         shutil.rmtree(self._work, ignore_errors=True)
 
     def run_job(self, mib: int) -> Path:
@@ -199,7 +272,7 @@ class Daemon:
             self._cli("--json", "stop", JOB, "--signal", "KILL")
 
     def _cli(self, *words: str) -> str:
-        command = [sys.executable, "-m", "hibernode", "--socket", str(self._socket), *words]
+        command = [sys.executable, "-m", "hibernode", "--socket", str(self.socket), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
@@ -208,53 +281,47 @@ def write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-# --- the control plane's side ---------------------------------------------------------------------------------------------------
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-@asynccontextmanager
-async def control(url: str) -> AsyncIterator[NatsControl]:
-    bus = NatsControl(Bus(url=url), "default")
-    await asyncio.wait_for(bus.start(), 15)
-    try:
-        yield bus
-    finally:
-        await bus.stop()
+# --- a client of the API --------------------------------------------------------------------------------------------------------
 
 
-def new_id() -> str:
-    return str(uuid.uuid4())
+def act(api: Api, verb: str, body: dict[str, str], screen: Screen) -> tuple[str, dict[str, Any]]:
+    """File an action, show how it goes, until it has ended: its id, and the action as the API knows it then."""
+    deadline, said = time.monotonic() + 120, ""
+    while True:  # a node that has just started is not known yet
+        try:
+            action_id: str = api.ask("POST", f"/v2/{verb}/pod", body)
+            break
+        except DemoFailed:
+            if time.monotonic() > deadline - 110:
+                raise
+            time.sleep(0.2)
+    screen.say(f"POST /v2/{verb}/pod {json.dumps(body)}: action {action_id}")
+    while True:
+        action: dict[str, Any] = api.ask("GET", f"/v2/actions/{action_id}")
+        if action["status"] != said:
+            said = action["status"]
+            screen.say(f"GET /v2/checkpoint/status/{action_id[:8]}...: {said}")
+        elif (progress := action["progress"]) is not None:
+            percent = 100 * progress["bytes_done"] // max(1, progress["bytes_total"])
+            moved = f"{progress['bytes_done'] >> 20} MiB of memory, {progress['stored_bytes'] >> 20} MiB stored"
+            screen.say(f"    {progress['phase']:<11}{percent:3} %  {moved}")
+        if said == "error":
+            raise DemoFailed(f"{verb} failed: {action['details']}")
+        if said == "ready":
+            return action_id, action
+        if time.monotonic() > deadline:
+            raise DemoFailed(f"{verb} did not end in time: it is {said}")
+        time.sleep(0.1)
 
 
-async def act(bus: NatsControl, command: CheckpointCommand | RestoreCommand, screen: Screen) -> tuple[list[str], Profile]:
-    """File a command, show what comes back, until its terminal event: the statuses in order, and the profile."""
-    verb = wire.verb_of(command)
-    watching = asyncio.ensure_future(show_progress(bus, command.action_id, screen))
-    try:
-        await bus.send(NODE, verb, command.action_id, wire.encode_command(command))
-        screen.say(f"{verb}: initialized (the command is in JetStream, action {command.action_id})")
-        statuses = [Status.INITIALIZED.value]
-        async with asyncio.timeout(120):
-            async for data in bus.follow(command.action_id):
-                event = wire.decode_event(data)
-                statuses.append(event.status.value)
-                screen.say(f"{verb}: {event.status.value}" + (f"   {event.code}: {event.message}" if event.message else ""))
-                if event.status == Status.ERROR:
-                    raise DemoFailed(f"{verb} failed: {event.code}: {event.message} {event.hint} {event.details}")
-                if event.status == Status.READY:
-                    return statuses, event.profile or Profile()
-    except TimeoutError:
-        raise DemoFailed(f"{verb} did not end in time") from None
-    finally:
-        watching.cancel()
-    raise DemoFailed(f"{verb}: the events ended before the action did")
-
-
-async def show_progress(bus: NatsControl, action_id: str, screen: Screen) -> None:
-    async for data in bus.follow_progress(action_id):
-        progress = wire.decode_progress(data)
-        percent = 100 * progress.bytes_done // max(1, progress.bytes_total)
-        moved = f"{progress.bytes_done >> 20} MiB of memory, {progress.stored_bytes >> 20} MiB stored"
-        screen.say(f"    {progress.phase:<11}{percent:3} %  {moved}")
+def statuses_of(action: dict[str, Any]) -> list[str]:
+    return ["initialized", *(event["status"] for event in action["events"])]
 
 
 # --- the job's log --------------------------------------------------------------------------------------------------------------
@@ -264,17 +331,17 @@ def lines(log: Path) -> int:
     return len(log.read_text().splitlines())
 
 
-async def next_step(log: Path, after: int) -> tuple[int, str]:
+def next_step(log: Path, after: int) -> tuple[int, str]:
     """(step, token) of the first complete line after the `after`-th."""
     deadline = time.monotonic() + 60
     while True:
-        written = await asyncio.to_thread(log.read_text)
+        written = log.read_text()
         for line in written.splitlines(keepends=True)[after:]:
             if (found := LINE.search(line)) and line.endswith("\n"):
                 return int(found[1]), found[2]
         if time.monotonic() > deadline:
             raise DemoFailed(f"the job wrote nothing more:\n{written[-1000:]}")
-        await asyncio.sleep(0.05)
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":
