@@ -12,8 +12,12 @@ import { actionLink, link } from "./route.js";
 const QUIET = 10_000; // milliseconds between two looks at what has ended
 const REST = "unaccounted";
 
+const head = (label, how = null) => el("th", { scope: "col", role: "columnheader", class: how }, label);
+
 function phaseRow() {
-  const name = el("th", { scope: "row", role: "rowheader" }), picture = bar(), seconds = el("td", { class: "num", role: "cell" }), bytes = el("td", { class: "num", role: "cell" }), speed = el("td", { class: "num", role: "cell" });
+  const cell = (how) => el("td", { class: how, role: "cell" });
+  const name = el("th", { scope: "row", role: "rowheader" }), picture = bar();
+  const seconds = cell("num"), bytes = cell("num"), speed = cell("num");
   const node = el("tr", { role: "row" }, name, el("td", { class: "chart", role: "cell" }, picture.node), seconds, bytes, speed);
   return {
     node,
@@ -30,10 +34,11 @@ function phaseRow() {
 
 function phases() {
   const body = el("tbody", { role: "rowgroup" });
-  const head = (label, how) => el("th", { scope: "col", role: "columnheader", class: how ?? null }, label);
   const node = el("section", { "aria-labelledby": "phases" }, el("h2", { id: "phases" }, "Phases"),
     el("table", { role: "table", "aria-labelledby": "phases", class: "phases" },
-      el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, head("Phase"), head("Share", "chart"), head("Time", "num"), head("Bytes", "num"), head("Rate", "num"))), body));
+      el("thead", { role: "rowgroup" }, el("tr", { role: "row" },
+        head("Phase"), head("Share", "chart"), head("Time", "num"), head("Bytes", "num"), head("Rate", "num"))),
+      body));
   const rows = list(body, (phase) => phase.name, phaseRow);
   return {
     node,
@@ -67,7 +72,7 @@ function timeline() {
   const body = el("tbody");
   const node = el("section", { "aria-labelledby": "timeline" }, el("h2", { id: "timeline" }, "Timeline"),
     el("table", { "aria-labelledby": "timeline", class: "timeline" },
-      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Status"), el("th", { scope: "col", class: "num" }, "Time"), el("th", { scope: "col", class: "num" }, "Offset"), el("th", { scope: "col" }, "Message"))), body));
+      el("thead", {}, el("tr", {}, head("Status"), head("Time", "num"), head("Offset", "num"), head("Message"))), body));
   const rows = list(body, (event) => event.seq, eventRow);
   return {
     node,
@@ -98,7 +103,8 @@ function command() {
   let text = "";
   return {
     button: copy,
-    node: el("section", { "aria-labelledby": "curl" }, el("h2", { id: "curl" }, "The same again"), line, el("p", { class: "row" }, copy, said)),
+    node: el("section", { "aria-labelledby": "curl" },
+      el("h2", { id: "curl" }, "The same again"), line, el("p", { class: "row" }, copy, said)),
     update(action) {
       text = curl(...request(action));
       say(line, text);
@@ -140,16 +146,21 @@ function measured(action) {
 export function actionView(root, { id }) {
   const title = el("h1", { tabindex: "-1" }, "Action");
   const state = mark(), took = el("time", { class: "num" });
-  const stop = el("button", { type: "button", class: "danger", hidden: true, onclick: () => cancelDialog(now, polling.now) }, "Cancel");
+  const ask = () => cancelDialog(now, polling.now);
+  const stop = el("button", { type: "button", class: "danger", hidden: true, onclick: ask }, "Cancel");
   const back = el("button", { type: "button", class: "primary", hidden: true, onclick: () => restoreDialog(now) }, "Restore");
   const wrong = failure(), moving = progress({ long: true });
-  const provisional = el("p", { class: "note", hidden: true }, "Provisional: this is the control plane's own word. The node has not said otherwise yet.");
+  const provisional = el("p", { class: "note", hidden: true },
+    "Provisional: this is the control plane's own word. The node has not said otherwise yet.");
   const identity = facts("What it is"), numbers = facts("What it took"), parts = phases(), events = timeline(), again = command();
   const whole = el("div", { hidden: true },
     el("div", { class: "state" }, state.node, took, stop, back), provisional, wrong.node, moving.node,
     el("div", { class: "columns" }, numbers.node, identity.node), parts.node, events.node, again.node);
-  const gone = empty(el("p", {}, "No such action, or it is not kept any more."), el("p", {}, el("a", { href: link("actions") }, "All actions")));
-  root.append(el("p", { class: "crumbs" }, el("a", { href: link("actions") }, "Actions"), " / ", id), el("div", { class: "heading" }, title), gone, whole);
+  const gone = empty(
+    el("p", {}, "No such action, or it is not kept any more."),
+    el("p", {}, el("a", { href: link("actions") }, "All actions")));
+  const crumbs = el("p", { class: "crumbs" }, el("a", { href: link("actions") }, "Actions"), " / ", id);
+  root.append(crumbs, el("div", { class: "heading" }, title), gone, whole);
 
   let now = null;
   const polling = poll(`/v2/actions/${encodeURIComponent(id)}`, ({ value }) => {

@@ -3,8 +3,8 @@
 import { query } from "./api.js";
 import { still, tick } from "./clock.js";
 import { announce, el, say, set } from "./dom.js";
-import { duration, NONE, pause, pod, size } from "./format.js";
-import { ago, anchor, empty, ended, failure, heading, mark, paging, progress, table, text } from "./parts.js";
+import { duration, NONE, pause, pod, size, words } from "./format.js";
+import { ago, anchor, empty, ended, failure, heading, mark, paging, PLAIN, progress, table, text } from "./parts.js";
 import { poll } from "./poll.js";
 import { actionLink, go, link, replace } from "./route.js";
 
@@ -71,11 +71,12 @@ function filters(change) {
   const choice = (name, label, values) => el("label", {}, label, el("select", { name },
     el("option", { value: "" }, "all"), values.map((value) => el("option", { value }, value.replaceAll("_", " ")))));
   const typed = (name, label, hint) => el("label", {}, label,
-    el("input", { name, list: `known-${name}`, placeholder: hint, autocomplete: "off", spellcheck: "false", "data-filter": name === "pod" }),
+    el("input", { name, list: `known-${name}`, placeholder: hint, ...PLAIN, "data-filter": name === "pod" }),
     el("datalist", { id: `known-${name}` }));
   const clear = el("button", { type: "button", hidden: true, onclick: () => change({}) }, "Clear");
   const form = el("form", { class: "filters", role: "search", "aria-label": "Filter actions" },
-    typed("pod", "Pod", "namespace/name"), typed("node", "Node", "name"), choice("status", "Status", STATUSES), choice("type", "Type", TYPES), clear);
+    typed("pod", "Pod", "namespace/name"), typed("node", "Node", "name"),
+    choice("status", "Status", STATUSES), choice("type", "Type", TYPES), clear);
   const read = () => Object.fromEntries(FILTERS.map((name) => [name, form.elements[name].value.trim()]));
   form.addEventListener("submit", (event) => { event.preventDefault(); change(read()); });
   form.addEventListener("change", () => change(read()));
@@ -108,15 +109,19 @@ export function actionsView(root, at) {
   });
   const none = empty(
     el("p", {}, "No actions yet."),
-    el("p", {}, "Take a checkpoint: open ", el("a", { href: link("nodes") }, "Nodes"), " and choose a workload, or on a node: ", el("code", {}, "hibernode checkpoint NAME")));
-  const nothing = empty(el("p", {}, "No action fits these filters. Names are exact: "), el("p", {}, el("code", {}, "name"), ", ", el("code", {}, "namespace/name"), ", or ", el("code", {}, "namespace/"), " for all of a namespace."));
+    el("p", {}, "Take a checkpoint: open ", el("a", { href: link("nodes") }, "Nodes"), " and choose a workload, or on a node: ",
+      el("code", {}, "hibernode checkpoint NAME")));
+  const nothing = empty(
+    el("p", {}, "No action fits these filters. Names are exact: "),
+    el("p", {}, el("code", {}, "name"), ", ", el("code", {}, "namespace/name"), ", or ", el("code", {}, "namespace/"), " for all of one."));
   const wrong = failure();
   const pages = paging("actions");
   root.append(heading("Actions"), wanted.node, wrong.node, rows.node, none, nothing, pages.node);
 
   function spoken(actions) {
-    const changed = known === null ? [] : actions.filter((action) => known.has(action.action_id) && known.get(action.action_id) !== action.status);
-    if (changed.length) announce(changed.slice(0, SPOKEN).map((action) => `${action.type} of ${pod(action)}: ${action.status.replaceAll("_", " ")}`).join(". "));
+    const changed = actions.filter(({ action_id: id, status: is }) => known?.has(id) && known.get(id) !== is);
+    const sentences = changed.slice(0, SPOKEN).map((action) => `${action.type} of ${pod(action)}: ${words(action.status)}`);
+    if (sentences.length) announce(sentences.join(". "));
     known = new Map(actions.map((action) => [action.action_id, action.status]));
   }
 
@@ -131,7 +136,11 @@ export function actionsView(root, at) {
     wanted.suggest("pod", actions.filter((action) => action.pod_name).map(pod));
     wanted.suggest("node", actions.map((action) => action.node_name).filter(Boolean));
     const { before, ...rest } = Object.fromEntries(query_);
-    pages.update({ shown: actions.length, first: before ? link("actions", rest) : null, next: older ? link("actions", { ...rest, before: older }) : null });
+    pages.update({
+      shown: actions.length,
+      first: before ? link("actions", rest) : null,
+      next: older ? link("actions", { ...rest, before: older }) : null,
+    });
   }
 
   function turn({ query: query_ }) {

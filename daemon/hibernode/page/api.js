@@ -33,7 +33,6 @@ async function answer(method, path, body, signal) {
     body: body === undefined ? undefined : JSON.stringify(body),
     signal: signal ? AbortSignal.any([signal, limit]) : limit,
     cache: "no-store",
-    credentials: "omit",
     redirect: "error",
   });
   return [response, await response.text()];

@@ -31,7 +31,9 @@ export function checkpointsView(root, at) {
     open: (checkpoint) => go(actionLink(checkpoint.action_id)),
     row: (row, checkpoint) => set(row, "data-id", checkpoint.checkpoint_id),
   });
-  const none = empty(el("p", {}, "No checkpoints."), el("p", {}, "Take one: open ", el("a", { href: link("nodes") }, "Nodes"), " and choose a workload."));
+  const none = empty(
+    el("p", {}, "No checkpoints."),
+    el("p", {}, "Take one: open ", el("a", { href: link("nodes") }, "Nodes"), " and choose a workload."));
   const wrong = failure();
   const pages = paging("checkpoints");
   root.append(heading("Checkpoints"), wrong.node, rows.node, none, pages.node);
@@ -47,7 +49,11 @@ export function checkpointsView(root, at) {
       rows.update(value);
       set(rows.node, "hidden", value.length === 0);
       set(none, "hidden", value.length > 0);
-      pages.update({ shown: value.length, first: before ? link("checkpoints") : null, next: older ? link("checkpoints", { before: older }) : null });
+      pages.update({
+        shown: value.length,
+        first: before ? link("checkpoints") : null,
+        next: older ? link("checkpoints", { before: older }) : null,
+      });
     }, { refused: (error) => wrong.update(error.details) });
   }
 

@@ -2,7 +2,7 @@
 
 import { now } from "./clock.js";
 import { announce, el, say, set } from "./dom.js";
-import { clock, duration, elapsed } from "./format.js";
+import { clock, elapsed } from "./format.js";
 
 const BACKOFF = [2, 4, 8, 15, 30]; // seconds
 
@@ -40,15 +40,17 @@ export function lost(error) {
 export function lock(refused) {
   locked = true;
   show();
-  connection.dispatchEvent(new CustomEvent("locked", { detail: refused }));
+  want(refused);
 }
+
+const want = (refused) => connection.dispatchEvent(new CustomEvent("locked", { detail: refused }));
 
 export function unlock() {
   locked = false;
   again();
 }
 
-export function again() {
+function again() {
   tries = 0;
   show();
   connection.dispatchEvent(new Event("again"));
@@ -56,10 +58,11 @@ export function again() {
 
 const silence = el("p");
 const next = el("span", { "aria-hidden": "true", class: "num" }); // counts down each second: nobody wants to hear that
-const line = el("div", { class: "banner bad", hidden: true }, silence, next, el("button", { type: "button", onclick: again }, "Try now"));
+const line = el("div", { class: "banner bad", hidden: true },
+  silence, next, el("button", { type: "button", onclick: again }, "Try now"));
 const door = el("div", { class: "banner", hidden: true },
   el("p", {}, "The API wants a token."),
-  el("button", { type: "button", onclick: () => connection.dispatchEvent(new CustomEvent("locked", { detail: null })) }, "Enter a token"));
+  el("button", { type: "button", onclick: () => want(null) }, "Enter a token"));
 
 function show() {
   set(line, "hidden", since === null);
@@ -67,7 +70,8 @@ function show() {
   if (since === null) return;
   say(silence, `The API does not answer since ${clock(since)} (${why}). ${heardAt === null ? "" : "What you see is from then."}`);
   const left = Math.max(0, (nextAt - Date.now()) / 1000);
-  say(next, `${elapsed((now() - since) / 1000)} by now; next try ${left < 0.5 ? "now" : `in ${duration(Math.max(1, Math.round(left))).replace(".0", "")}`}`);
+  const when = left < 0.5 ? "now" : `in ${elapsed(Math.max(1, left))}`;
+  say(next, `${elapsed((now() - since) / 1000)} by now; next try ${when}`);
 }
 
 export function bindBanner(place) {

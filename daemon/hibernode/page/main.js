@@ -20,7 +20,9 @@ let shown = "";
 function turn({ moved = true } = {}) {
   const at = route();
   const name = `${at.view}/${at.id}`;
-  document.querySelectorAll("[data-view]").forEach((link) => set(link, "aria-current", link.dataset.view === at.view ? "page" : null));
+  for (const link of document.querySelectorAll("[data-view]")) {
+    set(link, "aria-current", link.dataset.view === at.view ? "page" : null);
+  }
   if (name === shown) return view.turn?.(at);
   shown = name;
   view?.stop();

@@ -4,7 +4,7 @@ import { tick } from "./clock.js";
 import { checkpointDialog, leaveDialog } from "./dialogs.js";
 import { el, list, say, set } from "./dom.js";
 import { many, NONE, size, sizes } from "./format.js";
-import { ago, bar, button, empty, facts, failure, heading, mark, table, text } from "./parts.js";
+import { ago, bar, button, empty, facts, failure, heading, mark, PLAIN, table, text } from "./parts.js";
 import { poll } from "./poll.js";
 import { link } from "./route.js";
 
@@ -21,7 +21,9 @@ function gpus(found) {
 function card() {
   let node = null;
   const name = el("h2"), state = mark(), since = el("time"), memory = bar(), used = el("span", { class: "num" });
-  const known = facts("What it has"), idle = empty(el("p", {}, "No workloads. ", el("code", {}, "hibernode run --name NAME -- PROGRAM"), " starts one."));
+  const known = facts("What it has");
+  const idle = empty(el("p", {}, "No workloads. ", el("code", {}, "hibernode run --name NAME -- PROGRAM"), " starts one."));
+  const take = (workload) => checkpointDialog(workload, node);
   const rows = table({
     label: "Workloads", key: (workload) => workload.uid || `${full(workload)} ${workload.pid}`,
     columns: [
@@ -31,7 +33,7 @@ function card() {
       { label: "Processes", cell: text((workload) => String(workload.processes ?? NONE)), num: true },
       { label: "Pid", cell: text((workload) => String(workload.pid || NONE)), num: true },
       { label: "Started", cell: ago((workload) => workload.started_timestamp), num: true },
-      { label: "", cell: button("Checkpoint", (workload) => `Checkpoint ${full(workload)}`, (workload) => checkpointDialog(workload, node)), tight: true },
+      { label: "", cell: button("Checkpoint", (workload) => `Checkpoint ${full(workload)}`, take), tight: true },
     ],
   });
   const leaves = el("button", { type: "button", onclick: () => leaveDialog(node) }, "Node leaves");
@@ -73,22 +75,32 @@ export function nodesView(root) {
   let all = [];
   const cards = el("div", { class: "cards" });
   const update = list(cards, (node) => `${node.cluster}/${node.name}`, card);
-  const filter = el("input", { placeholder: "node or workload", autocomplete: "off", spellcheck: "false", "data-filter": true, oninput: () => show() });
-  const none = empty(el("p", {}, "No node has said a word yet."), el("p", {}, "Start one: ", el("code", {}, "hibernode node"), ", with ", el("code", {}, "bus.url"), " set to the broker of this API."));
+  const filter = el("input", { placeholder: "node or workload", ...PLAIN, "data-filter": true, oninput: () => show() });
+  const none = empty(
+    el("p", {}, "No node has said a word yet."),
+    el("p", {}, "Start one: ", el("code", {}, "hibernode node"), ", with ", el("code", {}, "bus.url"), " set to the broker of this API."));
   const nothing = empty(el("p", {}, "No node and no workload has that in its name."));
   const wrong = failure(), count = el("span", { class: "muted" });
-  const form = el("form", { class: "filters", role: "search", "aria-label": "Filter nodes", onsubmit: (event) => event.preventDefault() }, el("label", {}, "Name", filter), count);
+  const form = el("form", { class: "filters", role: "search", "aria-label": "Filter nodes" }, el("label", {}, "Name", filter), count);
+  form.addEventListener("submit", (event) => event.preventDefault());
   root.append(heading("Nodes"), form, wrong.node, none, nothing, cards);
 
   function show() {
     const wanted = filter.value.trim().toLowerCase();
-    const shown = all.filter((node) => [node.name, ...(node.workloads ?? []).map(full)].some((name) => name.toLowerCase().includes(wanted)));
+    const names = (node) => [node.name, ...(node.workloads ?? []).map(full)];
+    const shown = all.filter((node) => names(node).some((name) => name.toLowerCase().includes(wanted)));
+    const alive = all.filter((node) => node.alive).length;
     update(shown);
-    say(count, `${many(all.filter((node) => node.alive).length, "node")} alive, ${all.filter((node) => !node.alive).length} silent`);
+    say(count, `${many(alive, "node")} alive, ${all.length - alive} silent`);
     set(none, "hidden", all.length > 0);
     set(nothing, "hidden", all.length === 0 || shown.length > 0);
   }
 
-  const polling = poll("/v2/nodes", ({ value }) => { wrong.update(null); all = value; show(); }, { refused: (error) => wrong.update(error.details) });
+  const take = ({ value }) => {
+    wrong.update(null);
+    all = value;
+    show();
+  };
+  const polling = poll("/v2/nodes", take, { refused: (error) => wrong.update(error.details) });
   return { title: "Nodes", stop: polling.stop, focus: () => root.querySelector("h1") };
 }

@@ -10,7 +10,8 @@ const SHAPES = new Set(["initialized", "processing", "checkpoint_created", "read
 /** Shape, word and colour: each says it alone. */
 export function mark() {
   const use = el("use"), word = el("span"), own = el("small");
-  const node = el("span", { class: "mark" }, el("svg", { class: "shape", "aria-hidden": "true" }, use), el("span", {}, word, " ", own));
+  const shape = el("svg", { class: "shape", "aria-hidden": "true" }, use);
+  const node = el("span", { class: "mark" }, shape, el("span", {}, word, " ", own));
   return {
     node,
     update(status, provisional = false) {
@@ -25,14 +26,16 @@ export function mark() {
 /** A part of a whole, as a rectangle: its width is an attribute, no style. */
 export function bar() {
   const fill = el("rect", { class: "fill", height: "100%" });
-  const node = el("svg", { class: "bar", "aria-hidden": "true" }, el("rect", { class: "track", width: "100%", height: "100%" }), fill);
+  const track = el("rect", { class: "track", width: "100%", height: "100%" });
+  const node = el("svg", { class: "bar", "aria-hidden": "true" }, track, fill);
   return { node, update: (share) => set(fill, "width", `${(100 * Math.min(1, Math.max(0, share || 0))).toFixed(2)}%`) };
 }
 
 /** Phase and percent of a running action; `long` also says bytes and seconds. */
 export function progress({ long = false } = {}) {
   const picture = bar(), text = el("span", { class: "num" });
-  const node = el("div", { class: "progress", role: "progressbar", "aria-label": "progress", "aria-valuemin": "0", "aria-valuemax": "100" },
+  const role = { role: "progressbar", "aria-label": "progress", "aria-valuemin": "0", "aria-valuemax": "100" };
+  const node = el("div", { class: "progress", ...role },
     picture.node, text);
   return {
     node,
@@ -79,14 +82,16 @@ export const button = (label, name, press) => () => {
 
 const look = ({ num, tight, name }) => num ? "num" : tight ? "tight" : name ? "name" : null;
 
-/** Columns are {label, cell}, and num, tight (never broken) or name (broken anywhere). With `open(item)`, a row is a stop for Tab, Enter opens it and arrows walk. Roles are spelt out
+/** Columns are {label, cell}, and num, tight (never broken) or name (broken anywhere). With `open(item)`, a row is a stop for Tab,
+ * Enter opens it and arrows walk. Roles are spelt out
  * because a narrow page lays rows out as cards, and then they would be lost. */
 export function table({ label, columns, key, open = null, row: mine = null }) {
   const items = new WeakMap();
   const body = el("tbody", { role: "rowgroup" });
   const node = el("table", { role: "table", "aria-label": label, class: open ? "rows open" : "rows", hidden: true },
     el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, columns.map(({ label: name, num }) =>
-      el("th", { scope: "col", role: "columnheader", class: num ? "num" : null }, name === "" ? el("span", { class: "unseen" }, "what to do") : name)))),
+      el("th", { scope: "col", role: "columnheader", class: num ? "num" : null },
+        name === "" ? el("span", { class: "unseen" }, "what to do") : name)))),
     body);
   const update = list(body, key, () => {
     const cells = columns.map(({ cell }) => cell());
@@ -124,7 +129,8 @@ export function table({ label, columns, key, open = null, row: mine = null }) {
 /** Names and values; a value is a string, or {text, href}, or {since} for an age. */
 export function facts(label) {
   const node = el("dl", { class: "facts", "aria-label": label });
-  const update = list(node, (fact) => `${fact[0]} ${typeof fact[1] === "object" ? Object.keys(fact[1])[0] : ""}`, ([name, value]) => {
+  const key = ([name, value]) => `${name} ${typeof value === "object" ? Object.keys(value)[0] : ""}`; // another form, another element
+  const update = list(node, key, ([name, value]) => {
     const inner = typeof value !== "object" ? el("span") : "since" in value ? el("time") : el("a");
     return {
       node: el("div", {}, el("dt", {}, name), el("dd", {}, inner)),
@@ -144,9 +150,11 @@ const plain = (value) => typeof value === "string" ? value : JSON.stringify(valu
 
 /** What went wrong, and what to do: code, message, hint, then every detail. */
 export function failure() {
-  const code = el("code"), message = el("p", { class: "message" }), hint = el("p", { class: "hint" }), retry = el("p", { hidden: true }, "The same command may succeed later.");
+  const code = el("code"), message = el("p", { class: "message" }), hint = el("p", { class: "hint" });
+  const retry = el("p", { hidden: true }, "The same command may succeed later.");
   const rest = el("dl", { class: "details" });
-  const node = el("div", { class: "failure", role: "alert", hidden: true }, el("p", { class: "code" }, code), message, hint, retry, rest);
+  const node = el("div", { class: "failure", role: "alert", hidden: true },
+    el("p", { class: "code" }, code), message, hint, retry, rest);
   const details = list(rest, ([name]) => name, ([name]) => {
     const value = el("dd");
     return { node: el("div", {}, el("dt", {}, words(name)), value), update: ([, now]) => say(value, plain(now)) };
@@ -161,19 +169,22 @@ export function failure() {
       say(hint, error.hint ?? "");
       set(hint, "hidden", !error.hint);
       set(retry, "hidden", error.retry !== true);
-      const names = [...FIRST.filter((name) => error[name] !== undefined && error[name] !== null), ...Object.keys(error).filter((name) => !SAID.has(name))];
+      const first = FIRST.filter((name) => error[name] !== undefined && error[name] !== null);
+      const names = [...first, ...Object.keys(error).filter((name) => !SAID.has(name))];
       details(names.map((name) => [name, error[name]]));
       set(rest, "hidden", names.length === 0);
     },
   };
 }
 
+export const PLAIN = { autocomplete: "off", spellcheck: "false" }; // of a field for names
 export const empty = (...children) => el("div", { class: "empty", hidden: true }, ...children);
 export const heading = (words_, ...more) => el("div", { class: "heading" }, el("h1", { tabindex: "-1" }, words_), ...more);
 
 /** Links to the page after this one and back to the newest. */
 export function paging(what) {
-  const newest = el("a", { class: "button", hidden: true }, "Newest"), older = el("a", { class: "button", hidden: true }, "Older"), count = el("span", { class: "muted" });
+  const newest = el("a", { class: "button", hidden: true }, "Newest"), older = el("a", { class: "button", hidden: true }, "Older");
+  const count = el("span", { class: "muted" });
   const node = el("nav", { class: "paging", "aria-label": `Pages of ${what}` }, newest, older, count);
   return {
     node,
