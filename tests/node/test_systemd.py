@@ -21,6 +21,7 @@ pytestmark = pytest.mark.node
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "systemd" / "hibernode.service"
 WATCHDOG = ROOT / "systemd" / "hibernode-watchdog.service"
+API = ROOT / "systemd" / "hibernode-api.service"
 HIBERNODE = str(Path(sys.executable).parent / "hibernode")
 COUNTER = [sys.executable, str(PROGRAMS / "counter.py"), "0.01"]
 LOADED = 'metrics = { listen = "" }\narena = { size = "16MiB" }\ntransfer = { streams = 1, compression = "zstd:15" }\n'
@@ -129,6 +130,7 @@ def boot(tmp_path: Path) -> Iterator[Boot]:
         units = {
             "hibernode.service": UNIT.read_text(),
             "hibernode.service.d/test.conf": "\n".join(["[Service]", start("node"), logs, *drop_in, ""]),
+            "hibernode-api.service": API.read_text(),
             "hibernode-watchdog.service": WATCHDOG.read_text(),
             "hibernode-watchdog.service.d/test.conf": "\n".join(["[Service]", start("watchdog"), logs, ""]),
         }
@@ -309,11 +311,11 @@ def test_a_mount_namespace_of_the_unit_would_break_restores(boot: Boot, tmp_path
 HASTY = LOADED + "watchdog = { interval = 0.1, grace = 1 }\nlimits = { pause = 1 }\n"
 
 
-def test_systemd_understands_every_line_of_the_watchdogs_unit(boot: Boot) -> None:
+@pytest.mark.parametrize("unit", ["hibernode-watchdog", "hibernode-api"])
+def test_systemd_understands_every_line_of_the_unit(boot: Boot, unit: str) -> None:
     with boot() as node:
-        assert node.machine.show("hibernode-watchdog", "LoadState") == {"LoadState": "loaded"}
-        said = [line for line in node.machine.story().splitlines() if re.search(r"/hibernode-watchdog\.service:\d+: ", line)]
-        assert said == []
+        assert node.machine.show(unit, "LoadState") == {"LoadState": "loaded"}
+        assert [line for line in node.machine.story().splitlines() if re.search(rf"/{unit}\.service:\d+: ", line)] == []
 
 
 def test_the_watchdog_ends_a_daemon_that_hangs_and_the_next_one_finds_its_workload_running(boot: Boot) -> None:

@@ -303,7 +303,8 @@ def _details(row: Row) -> dict[str, Any] | None:
 
 
 def _facts(row: Row, progress: Progress | None) -> dict[str, Any]:
-    profile = row.profile
+    # A profile counts from 0: where nothing has been moved yet there is nothing to tell.
+    profile = row.profile if row.profile.get("raw_bytes") else {**row.profile, "raw_bytes": None, "stored_bytes": None}
     running = progress if progress is not None and not row.status.terminal else None
     return {
         "action_id": row.action_id,
@@ -354,7 +355,7 @@ def action_details(row: Row, events: Sequence[Mapping[str, Any]], progress: Prog
         ],
         phases=[PhaseView(name=name, **cost) for name, cost in profile.get("phases", {}).items()],
         unaccounted=profile.get("unaccounted"),
-        zero_bytes=profile.get("zero_bytes"),
+        zero_bytes=profile.get("zero_bytes") if profile.get("raw_bytes") else None,
         streams=profile.get("streams"),
         overrides=row.overrides,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import logging
 import signal
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ def run(settings: Config, bus: ControlBus) -> None:
     """Until SIGTERM or SIGINT. Raises what keeps it from starting."""
     host, port = _place(settings)
     server = Server(settings, bus)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     server.migrate()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ended)  # uvicorn stops in order for either, and raises it again when it has: that is no failure
