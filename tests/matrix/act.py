@@ -245,6 +245,9 @@ class Player:
         if fault.asked is not None:
             action.wait_for_end(fault.asked)
         action.linger(0 if fault.done or case.fault == "none" else LATE, fault.fire)
+        if fault.asked is not None:  # late
+            action.wait_for_end(fault.asked)
+            action.linger(0)
         row.restarts = action.restarts
         self._hits = self._bench.insist_running().plan(Plan())
         if (

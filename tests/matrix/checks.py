@@ -107,8 +107,11 @@ def verifies(bench: Bench, checkpoint_id: str) -> Findings:
     """Every byte of it is there."""
     try:
         *_, last = bench.stub.Verify(pb.CheckpointId(checkpoint_id=checkpoint_id), timeout=30)
-    except (grpc.RpcError, ValueError) as e:
-        return [Finding("wrong_ready", f"it does not verify: {e.details() if isinstance(e, grpc.RpcError) else e}")]
+    except grpc.RpcError as e:
+        answered = "hibernode-code" in dict(e.trailing_metadata() or ())  # else there was no daemon to ask
+        return [Finding("wrong_ready" if answered else "harness", f"it does not verify: {e.details()}")]
+    except ValueError:
+        return [Finding("harness", "nobody said whether it verifies")]
     return [] if last.ok else [Finding("wrong_ready", f"it does not verify: {last.message}")]
 
 

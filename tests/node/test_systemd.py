@@ -312,7 +312,7 @@ HASTY = LOADED + "watchdog = { interval = 0.1, grace = 1 }\nlimits = { pause = 1
 
 
 @pytest.mark.parametrize("unit", ["hibernode-watchdog", "hibernode-api"])
-def test_systemd_understands_every_line_of_the_unit(boot: Boot, unit: str) -> None:
+def test_systemd_understands_every_line_of_the_other_units(boot: Boot, unit: str) -> None:
     with boot() as node:
         assert node.machine.show(unit, "LoadState") == {"LoadState": "loaded"}
         assert [line for line in node.machine.story().splitlines() if re.search(rf"/{unit}\.service:\d+: ", line)] == []
