@@ -42,17 +42,17 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
-    match words[:1]:
-        case ["node"]:
-            sys.exit(_node(words[1:]))
-        case ["watchdog"]:
-            sys.exit(_watchdog(words[1:]))
+    match words:
+        case ["node", *rest]:
+            sys.exit(_node(rest))
+        case ["watchdog", *rest]:
+            sys.exit(_watchdog(rest))
         case ["api", "token", *rest]:
             sys.exit(_api_token(rest))
-        case ["api"]:
-            sys.exit(_api(words[1:]))
-        case ["check-config"]:
-            sys.exit(_check_config(words[1:]))
+        case ["api", *rest]:
+            sys.exit(_api(rest))
+        case ["check-config", *rest]:
+            sys.exit(_check_config(rest))
         case _:
             from hibernode.cli import cli  # noqa: PLC0415 - see above
 

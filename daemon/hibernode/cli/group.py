@@ -29,6 +29,7 @@ SECTIONS = {
 DAEMON = {  # run by `__main__` without click; here for the help
     "node": "Run the daemon of this machine, in the foreground.",
     "watchdog": "Give workloads back that a daemon which died or hangs has frozen.",
+    "api": "Run the control plane: the REST API, and its page.",
     "check-config": "Print its configuration, and say whether it would start.",
 }
 
