@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from hibernode.model import ActionType, Event, Status
 
@@ -56,37 +56,62 @@ class Action:
         return f"{self.namespace or 'default'}/{self.pod_name}" if self.pod_name else self.pod_id
 
 
+class Standing(Protocol):
+    """Of an action, what decides about its next event."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def status(self) -> Status: ...
+    @property
+    def seq(self) -> int: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def provisional(self) -> bool: ...
+
+
 def after(action: Action, events: Sequence[Event], now: float) -> Action:
-    """The action when these have happened; no node's clock is believed to be ahead of `now`. An event that came before, or comes late,
-    or from another node than the action was given to, changes nothing; so the order in which several servers take them does not matter."""
+    """The action when these have happened."""
+    return replace(action, **changes(action, events, now))
+
+
+def changes(action: Standing, events: Sequence[Event], now: float) -> dict[str, Any]:
+    """What these change in it, by the fields of `Action`; no node's clock is believed to be ahead of `now`. An event that came before, or
+    comes late, or from another node than the action was given to, changes nothing; so the order in which several servers take them does
+    not matter."""
+    found: dict[str, Any] = {}
+    status, seq, node, provisional = action.status, action.seq, action.node, action.provisional
     for event in sorted(events, key=lambda event: event.seq):
-        action = _after(action, event, now)
-    return action
+        if event.seq <= seq or (node and event.node != node):
+            continue
+        found["seq"] = seq = event.seq
+        if provisional or event.status.rank > status.rank:
+            found |= _said(event, action.type, now)
+            status, node, provisional = event.status, event.node, False
+    return found
 
 
-def _after(action: Action, event: Event, now: float) -> Action:
-    if event.seq <= action.seq or (action.node and event.node != action.node):
-        return action
-    if not action.provisional and event.status.rank <= action.status.rank:
-        return replace(action, seq=event.seq)
+def _said(event: Event, type_: str, now: float) -> dict[str, Any]:
     then = min(event.time, now)
-    ready = event.status == Status.READY and action.type == "checkpoint"
-    return replace(
-        action,
-        status=event.status,
-        seq=event.seq,
-        node=event.node,
-        provisional=False,
-        updated_at=then,
-        completed_at=then if ready else action.completed_at,
-        code="" if event.code == "ok" else event.code,
-        message=event.message,
-        hint=event.hint,
-        retry=event.retry,
-        details=dict(event.details),
-        profile=event.profile.model_dump() if event.profile is not None else action.profile,
-        location=str(event.details.get("location", "")) or action.location,
-    )
+    found = {
+        "status": event.status,
+        "node": event.node,
+        "provisional": False,
+        "updated_at": then,
+        "code": "" if event.code == "ok" else event.code,
+        "message": event.message,
+        "hint": event.hint,
+        "retry": event.retry,
+        "details": dict(event.details),
+    }
+    if event.status == Status.READY and type_ == "checkpoint":
+        found["completed_at"] = then
+    if event.profile is not None:
+        found["profile"] = event.profile.model_dump()
+    if location := str(event.details.get("location", "")):
+        found["location"] = location
+    return found
 
 
 def begun_elsewhere(event: Event, cluster: str, now: float) -> Action:

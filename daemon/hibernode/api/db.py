@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy import event as hooks
@@ -20,7 +20,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from hibernode.api import actions
+from hibernode.api import actions, bulk
 from hibernode.api.actions import Action
 from hibernode.config import without_secrets
 from hibernode.errors import DatabaseUnavailable, Refused
@@ -29,6 +29,7 @@ from hibernode.model import Event, Status
 PATIENCE = 10.0  # seconds for a lock, a connection, a statement
 POOL = 10  # connections of one server; PostgreSQL allows 100 in all by default
 _COUNTED = {"preserve_rowcount": True}  # of an INSERT, too
+_PLANS = "-c plan_cache_mode=force_custom_plan"  # one that is kept may be of a day when the table was small, and reads all of it
 _OPEN = ("initialized", "processing", "checkpoint_created")
 
 tables = sa.MetaData()
@@ -168,6 +169,7 @@ _moves = sa.Table(
     _time("created_at"),
 )
 
+_STANDING = sa.select(*(_actions.c[name] for name in ("action_id", "type", "status", "seq", "node", "provisional")))
 _COLUMNS = tuple(field.name for field in fields(Action))
 # What an event can change. `pod_*` are not among them: an upload may write them meanwhile.
 _MOVED = (
@@ -247,6 +249,18 @@ class Move:
         return self.state in ("checkpointing", "restoring")
 
 
+class _Standing(NamedTuple):
+    type: str
+    status: Status
+    seq: int
+    node: str
+    provisional: bool
+
+
+class _MadeMeanwhile(Exception):
+    """By another server, an action that was not there when we looked."""
+
+
 class Database:
     """Thread-safe. Connects when it is first used."""
 
@@ -254,6 +268,7 @@ class Database:
         self.url = url
         self._engine = _engine(url)
         self._insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
+        self._many = bulk.Bulk(self._engine.dialect)
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -284,51 +299,64 @@ class Database:
             row = connection.execute(sa.select(_actions).where(_actions.c.action_id == action_id)).one_or_none()
             return _action(row) if row is not None else None
 
-    def move(self, action_id: str, rule: Any) -> Action | None:
+    def move(self, action_id: str, rule: Callable[[Action], Action]) -> Action | None:
         """`rule(action)` in its place; the new one, None if there is no such action."""
         with self.writing() as connection:
-            found = self._locked(connection, [action_id])
-            for action in found.values():
-                moved = rule(action)
-                self._store(connection, [(action, moved)])
-                return moved  # type: ignore[no-any-return]
-            return None
+            action = self._locked(connection, action_id)
+            if action is None:
+                return None
+            moved = rule(action)
+            self._store(connection, action, moved)
+            return moved
 
     def apply(self, events: Sequence[Event], cluster: str, now: float) -> int:
         """Keep these, each once, and move their actions; how many were new. Those that came before change nothing."""
-        if not events:
-            return 0
         by_action: dict[str, list[Event]] = defaultdict(list)
         for event in events:
             by_action[event.action_id].append(event)
-        with self.writing() as connection:
-            known = self._locked(connection, by_action)
-            if strange := sorted(by_action.keys() - known.keys()):
-                rows = [asdict(actions.begun_elsewhere(by_action[action_id][0], cluster, now)) for action_id in strange]
-                connection.execute(self._insert(_actions).on_conflict_do_nothing(), rows)
-                known |= self._locked(connection, strange)
-            rows = [_event_row(event) for event in _once(events)]
-            new = connection.execute(self._insert(_events).on_conflict_do_nothing(), rows, execution_options=_COUNTED).rowcount
-            self._store(connection, [(action, actions.after(action, by_action[key], now)) for key, action in known.items()])
-        return new
+        while by_action:
+            with suppress(_MadeMeanwhile), self.writing() as connection:
+                self._apply(connection, by_action, cluster, now)
+                return self._many.insert(connection, _events, [_event_row(event) for event in _once(events)])
+        return 0
+
+    def _apply(self, connection: sa.Connection, by_action: Mapping[str, Sequence[Event]], cluster: str, now: float) -> None:
+        """Rows that are there are locked before any is made, both in the order of their keys: so nobody who does the same waits for
+        us while we wait for him."""
+        known = self._standing(connection, by_action)
+        begun = [
+            actions.after(actions.begun_elsewhere(theirs[0], cluster, now), theirs, now)
+            for action_id, theirs in sorted(by_action.items())
+            if action_id not in known
+        ]
+        if self._many.insert(connection, _actions, [_plain(vars(each)) for each in begun]) < len(begun):
+            raise _MadeMeanwhile
+        moves: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)  # by what changes
+        for action_id, standing in known.items():
+            if changes := _plain(actions.changes(standing, by_action[action_id], now)):
+                moves[tuple(changes)].append({"action_id": action_id, **changes})
+        for rows in moves.values():
+            self._many.update(connection, _actions, rows)
+
+    def _standing(self, connection: sa.Connection, ids: Iterable[str]) -> dict[str, _Standing]:
+        """Those that are there, from now on ours."""
+        rows = connection.execute(self._many.among(_STANDING, _actions.c.action_id), {"keys": list(ids)})
+        return {row[0]: _Standing(row[1], Status(row[2]), *row[3:]) for row in rows}
 
     def _is_new(self, connection: sa.Connection, table: sa.Table, row: Mapping[str, Any]) -> bool:
         """Insert it, unless there is one with its key."""
         statement = self._insert(table).values(row).on_conflict_do_nothing()
         return connection.execute(statement, execution_options=_COUNTED).rowcount == 1
 
-    def _locked(self, connection: sa.Connection, ids: Iterable[str]) -> dict[str, Action]:
-        query = sa.select(_actions).where(_actions.c.action_id.in_(sorted(ids))).order_by(_actions.c.action_id).with_for_update()
-        return {row.action_id: _action(row) for row in connection.execute(query)}
+    def _locked(self, connection: sa.Connection, action_id: str) -> Action | None:
+        """From now on ours."""
+        row = connection.execute(sa.select(_actions).where(_actions.c.action_id == action_id).with_for_update()).one_or_none()
+        return _action(row) if row is not None else None
 
-    def _store(self, connection: sa.Connection, moves: Iterable[tuple[Action, Action]]) -> None:
-        changed = [new for old, new in moves if new != old]
+    def _store(self, connection: sa.Connection, old: Action, new: Action) -> None:
+        changed = {name: getattr(new, name) for name in _MOVED if getattr(new, name) != getattr(old, name)}
         if changed:
-            values: dict[str, sa.BindParameter[Any]] = {name: sa.bindparam(f"new_{name}") for name in _MOVED}
-            statement = _actions.update().where(_actions.c.action_id == sa.bindparam("id")).values(values)
-            connection.execute(
-                statement, [{"id": new.action_id, **{f"new_{name}": getattr(new, name) for name in _MOVED}} for new in changed]
-            )
+            connection.execute(_actions.update().where(_actions.c.action_id == old.action_id).values(changed))
 
     def newest(self, filters: Filters, limit: int, before: tuple[float, str] | None = None) -> list[Action]:
         """The newest first, from behind `before` on: the (created_at, action_id) of the last one of the page before."""
@@ -346,10 +374,13 @@ class Database:
         with self._reading() as connection:
             return [_action(row) for row in connection.execute(query)]
 
-    def open_actions(self) -> list[Action]:
-        """Those that have not ended."""
+    def overdue(self, silent_since: float, expired_since: float) -> list[Action]:
+        """Those that have not ended, of whom nothing was heard since the one time, or whose command expired before the other."""
+        silent = _actions.c.updated_at < silent_since
+        waiting = sa.and_(_actions.c.status == "initialized", _actions.c.expires_at > 0, _actions.c.expires_at < expired_since)
+        query = sa.select(_actions).where(_actions.c.status.in_(_OPEN), sa.or_(silent, waiting))
         with self._reading() as connection:
-            return [_action(row) for row in connection.execute(sa.select(_actions).where(_actions.c.status.in_(_OPEN)))]
+            return [_action(row) for row in connection.execute(query)]
 
     def latest_of_pod(self, pod_id: str) -> str:
         """The newest action of the pod with this UID; "" if there is none."""
@@ -383,16 +414,15 @@ class Database:
         """Keep it in place of an earlier one, what does not come staying as it was; False if there is no such action."""
         given = {name: value for name, value in asdict(upload).items() if value not in (None, "")} | {"uploaded_at": now}
         with self.writing() as connection:
-            known = self._locked(connection, [upload.action_id])
-            for action in known.values():
-                statement = self._insert(_uploads).values(given)
-                connection.execute(statement.on_conflict_do_update(index_elements=["action_id"], set_=given))
-                if upload.pod_id and not action.pod_id:
-                    connection.execute(
-                        _actions.update().where(_actions.c.action_id == upload.action_id).values(pod_id=upload.pod_id)
-                    )
-                self._store(connection, [(action, replace(actions.uploaded(action, status), updated_at=now))])
-        return bool(known)
+            action = self._locked(connection, upload.action_id)
+            if action is None:
+                return False
+            statement = self._insert(_uploads).values(given)
+            connection.execute(statement.on_conflict_do_update(index_elements=["action_id"], set_=given))
+            if upload.pod_id and not action.pod_id:
+                connection.execute(_actions.update().where(_actions.c.action_id == upload.action_id).values(pod_id=upload.pod_id))
+            self._store(connection, action, replace(actions.uploaded(action, status), updated_at=now))
+            return True
 
     def uploaded(self, action_id: str) -> Upload | None:
         with self._reading() as connection:
@@ -526,7 +556,12 @@ def _action(row: sa.Row[Any]) -> Action:
     return Action(**{**values, "status": Status(values["status"])})
 
 
-def _event_row(event: Event) -> dict[str, object]:
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As `bulk` takes them: no types but the driver's own."""
+    return {name: _PLAIN[name](value) if name in _PLAIN else value for name, value in values.items()}
+
+
+def _event_row(event: Event) -> dict[str, Any]:
     return {
         "action_id": event.action_id,
         "seq": event.seq,
@@ -536,7 +571,7 @@ def _event_row(event: Event) -> dict[str, object]:
         "code": event.code,
         "message": event.message,
         "hint": event.hint,
-        "details": event.details,
+        "details": _text_of(event.details),
     }
 
 
@@ -559,9 +594,10 @@ def _engine(url: str) -> sa.Engine:
         ) from e  # fmt: skip
     if parsed.drivername == "sqlite":
         return _sqlite(parsed)
+    options = f"-c lock_timeout={PATIENCE}s -c statement_timeout={3 * PATIENCE}s {_PLANS}"
     return sa.create_engine(
         parsed, pool_size=POOL, max_overflow=0, pool_timeout=PATIENCE, pool_pre_ping=True, json_serializer=dumps,
-        connect_args={"connect_timeout": int(PATIENCE), "options": f"-c lock_timeout={PATIENCE}s -c statement_timeout={3 * PATIENCE}s"},
+        connect_args={"connect_timeout": int(PATIENCE), "options": options},
     )  # fmt: skip
 
 
@@ -587,9 +623,22 @@ def _sqlite(url: sa.URL) -> sa.Engine:
     return engine
 
 
+_JSON = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
+
+
 def dumps(value: object) -> str:
     """In ASCII: a database need not hold what JSON can (NUL, half characters)."""
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return _JSON.encode(value)
+
+
+def _text_of(value: object) -> str:
+    return dumps(value) if value else "{}"
+
+
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "status": lambda status: status.value,
+    **{column.name: _text_of for column in _actions.c if isinstance(column.type, sa.JSON)},
+}
 
 
 @contextmanager

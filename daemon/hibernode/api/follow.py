@@ -19,6 +19,7 @@ from hibernode.model import Event, Progress
 DURABLE = "api"  # the name of that place
 BATCH = 500  # events of one transaction: measured, see benchmarks
 AGAIN = 0.5  # seconds until a database that did not answer is asked again
+NAME_LIMIT = 253  # characters of what an index holds, which has its own
 _PROGRESS = 10_000  # actions whose progress is remembered
 _log = structlog.get_logger("hibernode.api")
 
@@ -31,7 +32,7 @@ async def follow(bus: ControlBus, database: Database, cluster: str, observe: Cal
 
 async def take(batch: Batch, database: Database, cluster: str, observe: Callable[[Sequence[Event]], None]) -> None:
     """One batch into the database, however long that is away; meanwhile the broker may give it to another server."""
-    events = [event for event in map(_read, batch.events) if event is not None]
+    events = await in_thread(_read, batch.events)
     while True:
         try:
             await in_thread(database.apply, events, cluster, time.time())
@@ -46,16 +47,29 @@ async def take(batch: Batch, database: Database, cluster: str, observe: Callable
         _log.warning("could not acknowledge events", error=e.message)
 
 
-def _read(data: bytes) -> Event | None:
+def _read(batch: Sequence[bytes]) -> list[Event]:
+    return [event for data in batch if (event := _one(data)) is not None]
+
+
+def _one(data: bytes) -> Event | None:
     try:
         event = wire.decode_event(data)
-        if b"\\u0000" in data:  # JSON can hold it, PostgreSQL's texts cannot
-            texts = {name: getattr(event, name).replace("\0", "\ufffd") for name in ("node", "code", "message", "hint")}
-            event = event.model_copy(update=texts)
-        return event
-    except BadCommand as e:  # nobody can ever read it: not to hold up all that come after it
+        for name in ("node", "checkpoint_id"):
+            if len(getattr(event, name)) > NAME_LIMIT:
+                raise BadCommand(f"{name} is too long", property=name, found=len(getattr(event, name)), wanted=NAME_LIMIT)
+        return _without_nul(event) if b"\\u0000" in data else event
+    except BadCommand as e:  # nobody can ever keep it: not to hold up all that come after it
         _log.error("an event cannot be read", size=len(data), error=str(e))
         return None
+
+
+def _without_nul(event: Event) -> Event:
+    """JSON can hold it, PostgreSQL's texts cannot."""
+    texts = {name: getattr(event, name) for name in ("node", "checkpoint_id", "code", "message", "hint")}
+    update: dict[str, object] = {name: text.replace("\0", "\ufffd") for name, text in texts.items()}
+    if "location" in event.details:  # it becomes one
+        update["details"] = {**event.details, "location": str(event.details["location"]).replace("\0", "\ufffd")}
+    return event.model_copy(update=update)
 
 
 class Progresses:

@@ -72,7 +72,7 @@ class Rounds:
             return
         now, silent_after = self._clock(), self._settings.api.silent_after
         seen = await in_thread(self._database.nodes, self._settings.cluster)
-        for action in await in_thread(self._database.open_actions):
+        for action in await in_thread(self._database.overdue, now - silent_after, now - actions.LATE):
             seen_at = max(seen.get(action.node, (0.0, {}))[0], self._stream_since)
             rule = functools.partial(actions.overdue, node_seen_at=seen_at, now=now, silent_after=silent_after)
             if rule(action) != action:
