@@ -325,6 +325,8 @@ async def test_a_method_that_is_not_there_is_a_405(rig: ApiRig) -> None:
         reply = await rig.ask(method, path)
         assert (reply.status, reply.json()["code"]) == (405, "405"), path
         assert reply.headers["allow"]
+    for path, methods in (("/v2/heartbeats", "GET, POST"), (f"/v2/actions/{uuid.uuid4()}", "GET"), ("/", "GET, HEAD")):
+        assert (await rig.ask("OPTIONS", path)).headers["allow"] == methods
 
 
 async def test_what_a_node_says_of_itself_is_listed_and_stays_when_it_is_silent(rig: ApiRig) -> None:
