@@ -90,9 +90,13 @@ async def test_a_pod_is_found_by_its_uid(rig: ApiRig) -> None:
         ({"pod_name": "p", "steams": 3}, "steams"),
         ({"pod_name": 7}, "pod_name"),
         ({"pod_name": "p", "overrides": {"streams": 65}}, "overrides.streams"),
+        ({"pod_name": "p", "overrides": {"streams": -1}}, "overrides.streams"),
+        ({"pod_name": "p", "overrides": {"streams": 1 << 31}}, "overrides.streams"),
         ({"pod_name": "p", "overrides": {"streams": "4"}}, "overrides.streams"),
         ({"pod_name": "p", "overrides": {"compression": "gzip"}}, "overrides.compression"),
         ({"pod_name": "p", "overrides": {"directory": "/tmp"}}, "overrides.directory"),
+        ({"pod_name": "p", "overrides": {"directory": "s3://\ud800"}}, "overrides.directory"),
+        ({"pod_name": "p", "overrides": {"directory": "file:///\0"}}, "overrides.directory"),
         ({"pod_name": "p", "overrides": {"criu_opts": "{"}}, "overrides.criu_opts"),
         ({"pod_name": "p", "overrides": {"criu_opts": '{"tcp": "maybe"}'}}, "overrides.criu_opts.tcp"),
         ({"pod_name": "p", "overrides": {"criu_opts": '{"action-script": "/bin/sh"}'}}, "overrides.criu_opts.action-script"),
@@ -321,6 +325,8 @@ async def test_a_method_that_is_not_there_is_a_405(rig: ApiRig) -> None:
         reply = await rig.ask(method, path)
         assert (reply.status, reply.json()["code"]) == (405, "405"), path
         assert reply.headers["allow"]
+    for path, methods in (("/v2/heartbeats", "GET, POST"), (f"/v2/actions/{uuid.uuid4()}", "GET"), ("/", "GET, HEAD")):
+        assert (await rig.ask("OPTIONS", path)).headers["allow"] == methods
 
 
 async def test_what_a_node_says_of_itself_is_listed_and_stays_when_it_is_silent(rig: ApiRig) -> None:

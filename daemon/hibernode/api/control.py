@@ -336,9 +336,12 @@ def _checked(given: dict[str, Any]) -> Overrides:
                 "overrides.compression is not known", property="overrides.compression", found=overrides.compression[:100],
                 wanted="zstd, zstd:<level from -7 to 19> or none",
             ) from None  # fmt: skip
-    if overrides.directory and not overrides.directory.startswith(("s3://", "file:///")):
+    directory = overrides.directory
+    if directory and not (
+        directory.startswith(("s3://", "file:///")) and directory.isprintable()
+    ):  # no answer could say the others
         raise BadCommand(
-            "overrides.directory is no store", property="overrides.directory", found=overrides.directory[:100],
+            "overrides.directory is no store", property="overrides.directory", found=directory[:100],
             wanted="s3://bucket/prefix or file:///path",
         )  # fmt: skip
     return overrides

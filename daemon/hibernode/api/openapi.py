@@ -52,8 +52,7 @@ ERRORS: dict[str, dict[int, str]] = {
     "remove_heartbeat": {**_WRITE, 404: "There is no such heartbeat", 500: "The database does not answer"},
     "list_nodes": {**_READ, 500: _BUS},
 }
-# The action that a text answer names can be asked for.
-_FILES_ACTION = ("checkpoint_pod", "restore_pod")
+_FILES_ACTION = ("checkpoint_pod", "restore_pod")  # the answer is an action's id
 
 
 def install(app: FastAPI) -> None:
@@ -84,6 +83,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
             responses[str(status)] = {"description": what, "content": _json_content("ApiError")}
     for operation in _operations(found):
         _link(operation)
+        if "Health" in operation["tags"]:
+            operation["security"] = []  # for probes, which have no token
     return _plain(found)  # type: ignore[no-any-return]
 
 
@@ -97,17 +98,24 @@ def _json_content(schema: str) -> dict[str, Any]:
 
 
 def _link(operation: dict[str, Any]) -> None:
+    """Whose answer names something that can be asked for next."""
     name = operation["operationId"]
-    place = {"list": "$response.body#/0/action_id", "list_checkpoints": "$response.body#/0/action_id"}.get(name)
-    if name in _FILES_ACTION:
-        place = "$response.body"
-    if place is None:
-        return
-    links = operation["responses"]["200"].setdefault("links", {})
-    for target in ("get_checkpoint_status", "action_details"):
-        links[target] = {"operationId": target, "parameters": {"action_id": place}}
-    if name == "list_checkpoints":
-        links["restore_pod"] = {"operationId": "restore_pod", "requestBody": {"action_id": place, "reason": "manual"}}
+    links: dict[str, Any] = {}
+    if name == "list_nodes":
+        links["checkpoint_pod"] = {
+            "operationId": "checkpoint_pod",
+            "requestBody": {"pod_id": "$response.body#/0/workloads/0/uid"},
+        }
+    elif name == "put_heartbeat":
+        links["remove_heartbeat"] = {"operationId": "remove_heartbeat", "parameters": {"heartbeat_id": "$response.body"}}
+    elif name in (*_FILES_ACTION, "list", "list_checkpoints"):
+        place = "$response.body" if name in _FILES_ACTION else "$response.body#/0/action_id"
+        targets = ("get_checkpoint_status", "action_details", *(("cancel_action",) if name in _FILES_ACTION else ()))
+        links |= {target: {"operationId": target, "parameters": {"action_id": place}} for target in targets}
+        if name == "list_checkpoints":
+            links["restore_pod"] = {"operationId": "restore_pod", "requestBody": {"action_id": place, "reason": "manual"}}
+    if links:
+        operation["responses"]["200"]["links"] = links
 
 
 def _plain(value: Any) -> Any:

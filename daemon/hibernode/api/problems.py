@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from hibernode.api import schema
 from hibernode.api.guard import Tokens
@@ -79,7 +80,8 @@ def install(app: FastAPI) -> None:
     async def of_http(request: Request, problem: HTTPException) -> Response:
         upload = request.url.path == "/v2/actions/upload" and problem.status_code in (400, 415)
         status = 404 if upload else problem.status_code
-        return error(status, str(problem.detail).lower(), {"code": _CODES.get(status, "http")}, **(problem.headers or {}))
+        headers = {**(problem.headers or {}), **({"Allow": _methods(request)} if status == 405 else {})}
+        return error(status, str(problem.detail).lower(), {"code": _CODES.get(status, "http")}, **headers)
 
     @app.exception_handler(_Unauthorized)
     async def unauthorized(_request: Request, _problem: _Unauthorized) -> Response:
@@ -94,6 +96,13 @@ def install(app: FastAPI) -> None:
     async def defect(request: Request, problem: Exception) -> Response:
         _log.error("defect", path=request.url.path, exc_info=problem)
         return error(500, "an internal error; the server's log has it", {"code": "internal"})
+
+
+def _methods(request: Request) -> str:
+    """What this path takes. The error names the methods of one route; a path may have several."""
+    scopes = {method: {**request.scope, "method": method} for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")}
+    routes = request.app.routes
+    return ", ".join(name for name, scope in scopes.items() if any(each.matches(scope)[0] == Match.FULL for each in routes))
 
 
 _CODES = {400: "bad_command", 404: "no_such_path", 405: "method", 415: "media_type"}

@@ -16,7 +16,7 @@ from typing_extensions import TypeAliasType
 from hibernode.api.actions import Action as Row
 from hibernode.api.db import Heartbeat as HeartbeatRow
 from hibernode.api.db import Move as MoveRow
-from hibernode.model import NodeRecord, Progress, printable
+from hibernode.model import MAX_STREAMS, NodeRecord, Progress, printable
 from hibernode.wire import LATEST
 
 # Named types, so that the document has them under the contract's names.
@@ -46,7 +46,9 @@ class CheckpointOverrides(Request):
     compression: str | None = Field(default=None, description="zstd, zstd:<level> or none")
     criu_opts: str | None = Field(default=None, description="A JSON object in a string; only documented keys")
     directory: str | None = Field(default=None, description="A store that the node allows, or a place under one")
-    streams: int = Field(default=0, description="1 to 64; 0: as the node thinks good", json_schema_extra={"format": "int32"})
+    streams: int = Field(
+        default=0, ge=0, le=MAX_STREAMS, description="1 to 64; 0: as the node thinks good", json_schema_extra={"format": "int32"}
+    )
 
 
 class RestoreOverrides(Request):
