@@ -29,7 +29,7 @@ from hibernode.errors import (
     Transient,
 )
 from hibernode.flow import trim
-from hibernode.journal import Entry, Record
+from hibernode.journal import Entry, mark_of, Record
 from hibernode.loop import Tasks, in_thread
 from hibernode.model import (
     ActionCommand,
@@ -43,7 +43,7 @@ from hibernode.model import (
     Progress,
     Status,
 )
-from hibernode.node import Attempt, Node, Taken, is_full, mark_of, no_room
+from hibernode.node import Attempt, Node, Taken, is_full, no_room
 from hibernode.recovery import recover
 from hibernode.restore import restore
 

@@ -81,6 +81,17 @@ def remedy(record: Record) -> Remedy:
             return "nothing" if record.status == Status.READY else "kill_restored"
 
 
+def mark_of(work_dir: Path, action_id: str) -> Path:
+    """An empty file while a restored tree has passed its probe and its `ready` is not yet on disk: recovery says it then. In `work_dir`,
+    because the disk of the journal may be full."""
+    return work_dir / f"{action_id}.stays"
+
+
+def stays(work_dir: Path, record: Record) -> bool:
+    """A restored tree of this boot that is whole, whatever else its page says."""
+    return record.boot == BOOT and mark_of(work_dir, record.action_id).exists()
+
+
 class Entry:
     """One action's page of the journal, open for writing. Thread-safe; every change is on disk when the call returns."""
 

@@ -122,12 +122,6 @@ class Attempt:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def mark_of(work_dir: Path, action_id: str) -> Path:
-    """An empty file while a restored tree has passed its probe and its `ready` is not yet on disk: recovery says it then. In `work_dir`,
-    because the disk of the journal may be full."""
-    return work_dir / f"{action_id}.stays"
-
-
 def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hibernode import catalog
 from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, OutcomeUnknown, Refused, Transient
-from hibernode.journal import BOOT, Entry, Record, remedy
+from hibernode.journal import Entry, Record, remedy, stays
 from hibernode.model import Outcome, Status, TaskFacts
-from hibernode.node import Node, alarm, calmly, insist, mark_of
+from hibernode.node import Node, alarm, calmly, insist
 
 _TRIES = 20  # of an emptying: a second
 _log = logging.getLogger("hibernode.recovery")
@@ -33,7 +33,7 @@ def recover(node: Node, entry: Entry) -> Outcome:
                 return _settle(node, entry)
             case "thaw":
                 _thaw(node, record)
-            case "kill_restored" if record.boot == BOOT and mark_of(node.config.work_dir, record.action_id).exists():
+            case "kill_restored" if stays(node.config.work_dir, record):
                 return Outcome(Status.READY)  # it had passed its probe, and only the word of it is missing
             case "kill_restored":
                 _kill_restored(node, record)

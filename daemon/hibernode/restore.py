@@ -12,9 +12,9 @@ from pathlib import Path
 from hibernode import catalog, gc, preflight
 from hibernode.errors import Corrupt, RestoreFailed
 from hibernode.flow import Threads
-from hibernode.journal import Tree
+from hibernode.journal import Tree, mark_of
 from hibernode.model import ImageRef, RestoreCommand, Status, TaskFacts
-from hibernode.node import Attempt, Node, insist, mark_of
+from hibernode.node import Attempt, Node, insist
 from hibernode.ports import Store, Workload
 from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal

@@ -29,7 +29,7 @@ from hibernode import locks
 from hibernode.config import Config, usable
 from hibernode.drivers.workloads import cgroup, proc, trees
 from hibernode.errors import Refused
-from hibernode.journal import BOOT, Record, boottime, remedy
+from hibernode.journal import BOOT, Record, boottime, remedy, stays
 from hibernode.model import Status
 from hibernode.ports import Identity
 from hibernode.systemd import notify, ping_interval
@@ -324,6 +324,8 @@ class Watchdog:
         since the dump was not to be kept, and its checkpoint is whole. Only a file that it went on writing may then be longer than
         CRIU expects at a restore (`file_changed`)."""
         match remedy(record):
+            case "kill_restored" if stays(self._work_dir, record):
+                return True  # it runs, and the next daemon says `ready` of it
             case "kill_restored":
                 return not self._end_restored(record, found)
             case "finish_kill":

@@ -18,9 +18,9 @@ from hibernode.config import Config
 from hibernode.drivers.keyring import Keyring
 from hibernode.drivers.notary import Notary
 from hibernode.errors import DumpFailed, HibernodeError, Internal, NotFound, RestoreFailed, StoreUnavailable
-from hibernode.journal import Entry, Journal, Record
+from hibernode.journal import Entry, Journal, Record, mark_of
 from hibernode.model import Cancel, CheckpointCommand, Meter, Overrides, RestoreCommand, Status, Target
-from hibernode.node import Attempt, Node, mark_of
+from hibernode.node import Attempt, Node
 from hibernode.restore import restore
 from hibernode.transfer.arena import Arena
 from tests.fakes.criu import FakeCriu

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hibernode.journal import BOOT, Tree
+from hibernode.journal import BOOT, Tree, mark_of
 from hibernode.model import Outcome, RestoreCommand, Status
-from hibernode.node import mark_of
 from hibernode.recovery import recover
 from tests.fakes.machine import ROOT, FakePrepared
 from tests.fakes.script import Script

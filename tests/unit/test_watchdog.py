@@ -22,7 +22,7 @@ from hibernode import config, locks, systemd, watchdog
 from hibernode.__main__ import main
 from hibernode.drivers.workloads import proc
 from hibernode.errors import Refused
-from hibernode.journal import BOOT, Record, Tree, boottime
+from hibernode.journal import BOOT, Record, Tree, boottime, mark_of
 from hibernode.model import Status
 from hibernode.watchdog import Daemon, Lines, Pages, Watchdog, Worker, abandoned_since, workers
 from tests import keeper
@@ -291,6 +291,21 @@ def test_who_is_killed(tmp_path: Path, page: dict[str, Any], killed: bool) -> No
         page_of(tmp_path, process, **page)
         watch.look()
         wait_until(lambda: keeper.alive(process[0]) != killed, LIMIT, "its end" if killed else "its life")
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_restored_tree_that_has_its_mark_stays(tmp_path: Path, marked: bool) -> None:
+    """It has passed its probe; its daemon ended before it could write `ready` down, and the next one does."""
+    work = tmp_path / "work"
+    work.mkdir()
+    if marked:
+        mark_of(work, ACTION).touch()
+    watch = Watchdog(tmp_path, work, 0.0, Clock())
+    with stopped_process() as process:
+        page_of(tmp_path, process, phase="probing", type="restore", status=Status.PROCESSING)
+        watch.look()
+        watch.look()
+        wait_until(lambda: keeper.alive(process[0]) == marked, LIMIT, "its life" if marked else "its end")
 
 
 def test_a_pid_that_came_again_is_nobody(tmp_path: Path) -> None:
