@@ -160,11 +160,14 @@ class Api(Section):
     """The control plane, `hibernode api`. It needs a bus; a node does not read this."""
 
     listen: str = "127.0.0.1:9466"
-    database: str = ""  # sqlite:////path/to/file or postgresql://user:password@host/name; empty: SQLite in `state_dir`
+    database: SecretStr = SecretStr(
+        ""
+    )  # sqlite:////path/to/file or postgresql://user:password@host/name; empty: SQLite in `state_dir`
     tls_cert: str = ""  # path of a certificate in PEM; empty: no TLS
     tls_key: str = ""
     auth: Literal["token", "none"] = "token"  # none: for a loopback address alone
     tokens: tuple[str, ...] = ()  # `name:sha256 of the token in hex`, beside those in the database
+    shared_file_stores: bool = False  # a store at file:// is the same place on every node
     find_timeout: float = Field(default=1.0, gt=0)  # seconds nodes have to say that a pod is theirs
     silent_after: float = Field(default=120.0, gt=0)  # seconds without a word of its node until an action is `error`
     expires_after: float = Field(default=3600.0, gt=0)  # seconds a command waits for a node that is down

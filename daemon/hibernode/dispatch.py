@@ -29,7 +29,7 @@ from hibernode.errors import (
     Transient,
 )
 from hibernode.flow import trim
-from hibernode.journal import Entry, mark_of, Record
+from hibernode.journal import Entry, Record, mark_of
 from hibernode.loop import Tasks, in_thread
 from hibernode.model import (
     ActionCommand,

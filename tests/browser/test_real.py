@@ -30,7 +30,7 @@ SETTINGS = {"limits": {"node_interval": 2.0, "progress_interval": 0.1}}
 def real(tmp_path: Path) -> Iterator[tuple[ApiServer, Daemon]]:
     with ExitStack() as stack:
         nats = stack.enter_context(NatsServer(tmp_path / "nats"))
-        api = stack.enter_context(ApiServer(nats.url))
+        api = stack.enter_context(ApiServer(nats.url, settings="shared_file_stores = true"))
         daemons = [
             stack.enter_context(
                 Daemon(bus=nats.url, node=node, store=f"file://{tmp_path}/store", arena="512MiB", settings=SETTINGS)

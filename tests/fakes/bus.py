@@ -1,7 +1,7 @@
 """A broker in memory: the same contract as NATS, faults at will. One loop.
 
 `MemoryBus` is the broker; `node()` and `control()` give its two ends. Faults: `away` (every call fails, `connected` is
-False, readers wait), `lose_acks`, `lose_sends` (so many confirmations are lost), `redeliver()` (everything that is out comes again).
+False, readers wait), `lose_acks`, `lose_sends` (so many confirmations are lost), `refuse_sends` (so many are not taken), `redeliver()` (everything that is out comes again).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MemoryBus:
     def __init__(self) -> None:
         self.events: list[tuple[str, str, bytes]] = []  # cluster, action id, data
         self.progress: list[tuple[str, str, bytes]] = []
-        self.lose_acks = self.lose_sends = 0
+        self.lose_acks = self.lose_sends = self.refuse_sends = 0
         self.given_out = self.sent_back = 0  # deliveries; how many of them were answered with `later`
         self._away = False
         self._ids: set[str] = set()
@@ -265,6 +265,9 @@ class MemoryControl(_End):
         if verb not in ("checkpoint", "restore", "cancel", "delete"):
             raise BadCommand(f"there is no command {verb!r}", property="verb", found=verb, wanted="checkpoint, ...")
         queue = self._bus._queue(self._cluster, _token(node, "node"))
+        if self._bus.refuse_sends > 0:
+            self._bus.refuse_sends -= 1
+            raise BusUnavailable("the broker did not take it")
         if self._bus._once(f"command {_token(action_id, 'action_id')}.{verb}"):
             queue.items.append(_Item(verb, data))
             self._bus._notify()

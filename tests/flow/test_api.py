@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import time
 import uuid
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hibernode.api.db import Token
 from hibernode.api.guard import hashed, new_token
 from hibernode.api.rounds import Rounds
 from hibernode.model import Status
@@ -149,6 +151,38 @@ async def test_the_same_key_again_is_the_same_action_filed_once(rig: ApiRig) -> 
     assert len((await rig.get("/v2/actions")).json()) == 2
 
 
+async def test_a_key_is_its_caller_s_and_for_one_request(tmp_path: Path) -> None:
+    other = new_token()
+    async with ApiRig(tmp_path) as rig:
+        assert rig.server.database.add_token(Token("other", hashed(other)))
+        await rig.node("n1", "trainer", "second")
+        mine = (await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "trainer"}, Idempotency_Key="1")).text
+        theirs = (await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "trainer"}, Idempotency_Key="1", token=other)).text
+        another = (await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "second"}, Idempotency_Key="1")).text
+        assert len({mine, theirs, another}) == 3
+
+
+@pytest.mark.parametrize("when", ["while it is looked for", "when it is filed"])
+async def test_the_same_key_after_a_failure_files_it(rig: ApiRig, when: str) -> None:
+    node = await rig.node("n1", "trainer")
+    body = {"pod_name": "trainer"}
+    if when == "when it is filed":
+        rig.bus.refuse_sends = 1
+    else:
+        rig.bus.away = True
+    assert (await rig.ask("POST", "/v2/checkpoint/pod", body, Idempotency_Key="k")).status == 500
+    rig.bus.away = False
+    await rig.eventually(_answers(rig), "the broker")
+    reply = await rig.ask("POST", "/v2/checkpoint/pod", body, Idempotency_Key="k")
+    assert reply.status == 200, reply.text
+    command = await node.take_checkpoint()
+    assert command.action_id == reply.text
+    found = await rig.action(reply.text)
+    assert (found["status"], found["provisional"], found["node_name"], found["pod_name"]) == ("initialized", False, "n1", "trainer")
+    await node.complete(command)
+    await rig.until_status(reply.text, "ready")
+
+
 async def test_without_the_event_stream_a_checkpoint_is_a_500_and_its_action_an_error(rig: ApiRig) -> None:
     await rig.node("n1", "trainer")
     rig.bus.away = True
@@ -237,7 +271,7 @@ async def test_what_made_no_checkpoint_cannot_be_restored(rig: ApiRig) -> None:
     running = await rig.checkpoint("trainer")
     command = await node.take_checkpoint()
     made = await ready_checkpoint(rig, node, "trainer")
-    restored = await rig.restore(made)
+    restored = await rig.restore(made, overrides={"pod_name": "again"})
     for action_id, code in (
         (running, "not_restorable"), (restored, "not_restorable"), (str(uuid.uuid4()), "bad_command"), ("x", "bad_command"),
         (made.upper(), "bad_command"),
@@ -278,7 +312,7 @@ async def test_a_list_is_filtered_and_comes_in_pages(rig: ApiRig) -> None:
         await node.complete(await node.take_checkpoint())
     for action_id in made:
         await rig.until_status(action_id, "ready")
-    restored = await rig.restore(made[0])
+    restored = await rig.restore(made[0], overrides={"pod_name": "again"})
     assert [each["action_id"] for each in (await rig.get("/v2/actions")).json()] == [restored, *reversed(made)]
     assert [each["action_id"] for each in (await rig.get("/v2/actions?type=restore")).json()] == [restored]
     assert len((await rig.get("/v2/actions?type=checkpoint&pod_name=a&status=ready&node=n1&namespace=default")).json()) == 2
@@ -500,7 +534,7 @@ async def test_a_heartbeat_checkpoints_a_pod_again_and_again_and_keeps_the_newes
 async def test_what_a_restore_reads_stays(rig: ApiRig) -> None:
     node = await rig.node("n1", "trainer")
     made = [await ready_checkpoint(rig, node, "trainer", reason="heartbeat") for _ in range(3)]
-    await rig.restore(made[0])
+    await rig.restore(made[0], overrides={"pod_name": "again"})
     await rig.ask("POST", "/v2/heartbeats", {"pod_name": "trainer", "interval": 60, "keep_last": 1})
     heartbeats = rig.server._heartbeats
     await heartbeats.round()
@@ -565,11 +599,11 @@ def departures(rig: ApiRig):  # type: ignore[no-untyped-def]
 async def test_a_node_that_is_silent_and_ends_gives_its_pods_latest_checkpoint(rig: ApiRig) -> None:
     gone, staying = await rig.node("n1", "trainer"), await rig.node("n2")
     made = await ready_checkpoint(rig, gone, "trainer")
-    await rounds(rig).once()
-    rig.bus._records.clear()
-    await staying.tell()
+    await falls_silent(rig, gone, staying)
     (move,) = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeTermination"})).json()
-    assert move["state"] == "restoring"
+    assert move["state"] == "checkpointing", "it may only be late"
+    departures(rig)._clock = lambda: time.time() + 121
+    await departures(rig).round()
     assert (await staying.take_restore()).checkpoint_id == made
 
 
@@ -577,12 +611,77 @@ async def test_a_silent_node_that_does_not_end_keeps_its_pods(rig: ApiRig) -> No
     """Or its pods would run twice when it comes back."""
     gone, staying = await rig.node("n1", "trainer"), await rig.node("n2")
     await ready_checkpoint(rig, gone, "trainer")
-    await rounds(rig).once()
-    rig.bus._records.clear()
-    await staying.tell()
+    await falls_silent(rig, gone, staying)
+    departures(rig)._clock = lambda: time.time() + 121
     (move,) = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})).json()
     assert move["state"] == "failed"
     assert "n1" in move["message"]
+
+
+async def falls_silent(rig: ApiRig, gone: FakeNode, *others: FakeNode) -> None:
+    await rounds(rig).once()
+    await rig.until(lambda: bool(rig.server._rounds.heard_since), "a server that hears")
+    await gone.end.stop()
+    rig.bus._records.clear()
+    for node in others:
+        await node.tell()
+
+
+async def test_a_pod_goes_once_however_often_and_at_once_its_node_leaves(rig: ApiRig) -> None:
+    leaving, staying = await rig.node("n1", "trainer"), await rig.node("n2")
+    leave = "/v2/nodes/n1/leave", {"reason": "nodeTermination"}
+    await asyncio.gather(*(rig.ask("POST", *leave) for _ in range(3)))
+    saving = await leaving.take_checkpoint()
+    await leaving.complete(saving)
+    await rig.until_status(saving.action_id, "ready")
+    await asyncio.gather(*(departures(rig).round() for _ in range(3)))
+    restoring = await staying.take_restore()
+    await staying.complete(restoring)
+    await rig.until_status(restoring.action_id, "ready")
+    await departures(rig).round()
+    (move,) = (await rig.ask("POST", *leave)).json()  # the node's record still has the pod
+    assert move["state"] == "done"
+    assert len((await rig.get("/v2/actions")).json()) == 2
+
+
+async def test_a_pod_that_nobody_else_could_take_is_not_ended(rig: ApiRig) -> None:
+    leaving = await rig.node("n1", "trainer")
+    await rig.node("n2", arch="aarch64")
+    await rig.node("n3", store="s3://bucket")  # its own root is another store than ours under it
+    (move,) = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeTermination"})).json()
+    assert move["state"] == "failed"
+    assert "runs on" in move["message"]
+    assert (await rig.get("/v2/actions")).json() == []
+    assert not rig.bus._queue("c", "n1").items
+    assert leaving.pods
+
+
+async def test_a_move_goes_on_after_the_broker_was_away(rig: ApiRig) -> None:
+    leaving, staying = await rig.node("n1", "trainer"), await rig.node("n2")
+    await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeTermination"})
+    saving = await leaving.take_checkpoint()
+    await leaving.complete(saving)
+    await rig.until_status(saving.action_id, "ready")
+    rig.bus.refuse_sends = 1
+    await departures(rig).round()
+    await departures(rig).round()
+    await departures(rig).round()
+    restoring = await staying.take_restore()
+    assert restoring.checkpoint_id == saving.checkpoint_id
+    await staying.complete(restoring)
+    await rig.until_status(restoring.action_id, "ready")
+
+
+async def test_a_pod_that_runs_is_not_restored_a_second_time(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    made = await ready_checkpoint(rig, node, "trainer")
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": made, "reason": "manual"})
+    assert (reply.status, reply.code) == (400, "running")
+    node.pods.clear()  # its record says otherwise for some seconds yet
+    first = await rig.restore(made)
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": made, "reason": "manual"})
+    assert (reply.status, reply.code) == (400, "restoring")
+    assert (await node.take_restore()).action_id == first
 
 
 async def test_a_pod_that_could_not_be_checkpointed_stays_where_it_is(rig: ApiRig) -> None:
@@ -661,11 +760,14 @@ def files_of(directory: Path) -> list[Path]:
 
 
 async def test_too_many_requests_are_a_429_that_says_when(tmp_path: Path) -> None:
-    async with ApiRig(tmp_path, rate=0.5, burst=3) as rig:
+    async with ApiRig(tmp_path, rate=0.05, burst=3) as rig:
         found = [await rig.get("/v2/actions") for _ in range(4)]
         assert [reply.status for reply in found] == [200, 200, 200, 429]
         assert int(found[-1].headers["retry-after"]) >= 1
-        assert (await rig.get("/healthz", token=None)).status == 200, "another caller is not held up"
+        assert (await rig.get("/healthz", token=None)).status == 200, "others are not held up"
+        statuses = [(await rig.get("/v2/actions", token=f"guess{n}")).status for n in range(30)]
+        assert statuses[0] == 401
+        assert statuses[-1] == 429, "of one address, whatever it says who it is"
 
 
 async def test_a_body_that_is_too_large_is_a_413(tmp_path: Path) -> None:
@@ -674,6 +776,24 @@ async def test_a_body_that_is_too_large_is_a_413(tmp_path: Path) -> None:
         assert (reply.status, reply.code) == (413, "too_large")
         reply = await rig.ask("POST", "/v2/checkpoint/pod", {"pod_name": "p" * 1900})
         assert reply.status == 400
+        chunked = await asyncio.to_thread(_chunked, rig.port, rig.token, b"x" * 2049)
+        assert chunked == 413
+
+
+def _chunked(port: int, token: str, body: bytes) -> int:
+    """A body whose length nobody has said before."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    connection.request("POST", "/v2/checkpoint/pod", iter([body[:1000], body[1000:]]), headers, encode_chunked=True)
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+async def test_without_tokens_only_this_machine_s_own_names_are_answered(tmp_path: Path) -> None:
+    async with ApiRig(tmp_path, auth="none") as rig:
+        assert (await rig.get("/v2/actions", token=None)).status == 200
+        assert (await rig.get("/v2/actions", token=None, Host="evil.example:80")).status == 400
 
 
 async def test_every_answer_has_a_request_id_and_the_page_its_policy(rig: ApiRig) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from hibernode.errors import BusUnavailable
 from hibernode.model import ActionType, Event, Status
 
 NODE_SILENT = "node_silent"
@@ -49,7 +50,8 @@ class Action:
     details: dict[str, Any] = field(default_factory=dict)
     profile: dict[str, Any] = field(default_factory=dict)
     location: str = ""
-    deleted_at: float = 0.0  # of a checkpoint: when it was taken out of its store
+    deleted_at: float = 0.0  # of a checkpoint: when it was taken out of every list
+    purged_at: float = 0.0  # and when the command that takes it out of its store was filed
 
     @property
     def pod(self) -> str:
@@ -162,6 +164,13 @@ def overdue(action: Action, node_seen_at: float, now: float, silent_after: float
             "if it comes back it says how the action ended, and this status is corrected", now,
         )  # fmt: skip
     return action
+
+
+def unfiled(action: Action) -> bool:
+    """Its command may not be in the stream: nothing was ever heard of it, and its server died, or the broker did not answer. Then it may
+    be filed again: the stream keeps one command of an id."""
+    lost = action.provisional and action.code == BusUnavailable.code
+    return not action.seq and (action.status == Status.INITIALIZED or lost)
 
 
 def uploaded(action: Action, status: Status) -> Action:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 import structlog
@@ -22,7 +22,7 @@ from hibernode.api.actions import Action
 from hibernode.api.control import Control
 from hibernode.api.db import Database, Filters
 from hibernode.api.follow import Progresses
-from hibernode.api.guard import Tokens
+from hibernode.api.guard import Rates, Tokens, hashed
 from hibernode.api.leave import Departures
 from hibernode.api.metrics import Metrics
 from hibernode.errors import BadCommand, NotFound
@@ -48,6 +48,7 @@ class Parts:
     database: Database
     departures: Departures
     tokens: Tokens
+    rates: Rates
     progresses: Progresses
     metrics: Metrics
     ready: Callable[[], Awaitable[dict[str, str]]]  # what is wrong, by part; "ok" where nothing is
@@ -57,7 +58,7 @@ def make(parts: Parts) -> FastAPI:
     """The application, without what stands before it (`guard.Guard`)."""
     app = FastAPI(
         title="hibernode Actions API", version=__version__, openapi_url="/openapi.json", docs_url=None, redoc_url=None,
-        summary="Checkpoint and restore of workloads on GPU nodes", separate_input_output_schemas=False,
+        summary="Checkpoint and restore of workloads on GPU nodes", separate_input_output_schemas=False, redirect_slashes=False,
     )  # fmt: skip
     app.include_router(_v2(parts))
     app.include_router(_health(parts))
@@ -83,7 +84,7 @@ async def _file(file: Path, _request: Request) -> Response:
 
 
 def _v2(parts: Parts) -> APIRouter:
-    router = APIRouter(prefix="/v2", tags=["Actions"], dependencies=[Security(problems.door(parts.tokens))])
+    router = APIRouter(prefix="/v2", tags=["Actions"], dependencies=[Security(problems.door(parts.tokens, parts.rates))])
     for add in (_add_actions, _add_checkpoints, _add_nodes, _add_heartbeats):
         add(router, parts)
     return router
@@ -170,14 +171,14 @@ def _add_checkpoints(router: APIRouter, parts: Parts) -> None:
         return [schema.checkpoint(row) for row in _paged(request, response, rows, limit)]
 
     @router.post("/checkpoint/pod", operation_id="checkpoint_pod", response_class=PlainTextResponse, summary="Checkpoint pod")
-    async def checkpoint_pod(wanted: schema.CheckpointPod, idempotency_key: Key = "") -> str:
+    async def checkpoint_pod(request: Request, wanted: schema.CheckpointPod, idempotency_key: Key = "") -> str:
         """Checkpoint a running pod; it goes on. The answer is the id of the action, which has begun when this returns, not ended."""
-        return await control.checkpoint_pod(wanted, idempotency_key)
+        return await control.checkpoint_pod(wanted, _key(request, idempotency_key, wanted))
 
     @router.post("/restore/pod", operation_id="restore_pod", response_class=PlainTextResponse, summary="Restore pod")
-    async def restore_pod(wanted: schema.RestorePod, idempotency_key: Key = "") -> str:
+    async def restore_pod(request: Request, wanted: schema.RestorePod, idempotency_key: Key = "") -> str:
         """Restore what an action has saved, on the node that suits it best. The answer is the id of a new action."""
-        return await control.restore_pod(wanted, idempotency_key)
+        return await control.restore_pod(wanted, _key(request, idempotency_key, wanted))
 
 
 def _add_nodes(router: APIRouter, parts: Parts) -> None:
@@ -188,7 +189,7 @@ def _add_nodes(router: APIRouter, parts: Parts) -> None:
         """Every node that was ever seen, with what it last said of itself."""
         alive = await control.nodes()
         seen = await in_thread(database.nodes, control.cluster)
-        known = {name: (at, NodeRecord.model_validate(record)) for name, (at, record) in seen.items()}
+        known = {name: (at, record) for name, (at, said) in seen.items() if (record := _record(said)) is not None}
         known |= {name: (record.time, record) for name, record in alive.items()}
         return [schema.node(record, at, alive=name in alive) for name, (at, record) in sorted(known.items())]
 
@@ -249,6 +250,11 @@ def _health(parts: Parts) -> APIRouter:
 # --- what is asked for ---------------------------------------------------------------------------------------------------------
 
 
+def _key(request: Request, key: str, wanted: schema.Request) -> str:
+    """One caller's, for one request: nobody gets another's action by guessing, nor his own for something else."""
+    return f"{request.state.caller} {key} {hashed(wanted.model_dump_json())}" if key else ""
+
+
 def _insist_known(name: str, value: str | None, known: Sequence[str]) -> None:
     if value is not None and value not in known:
         raise BadCommand(f"{name} is not known", property=name, found=value[:100], wanted=", ".join(known))
@@ -259,6 +265,14 @@ def _storable(name: str, value: str) -> str:
     if "\0" in value:
         raise BadCommand(f"{name} has a character that no name has", property=name, found=value[:100], wanted="a name")
     return value
+
+
+def _record(said: dict[str, Any]) -> NodeRecord | None:
+    """None for one that another version has written."""
+    try:
+        return NodeRecord.model_validate(said)
+    except ValueError:
+        return None
 
 
 # --- pages of a list ----------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ answer, the action is `error`, provisionally: a broker may have taken a command 
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +64,8 @@ class Control:
 
     async def checkpoint_pod(self, wanted: CheckpointPod, key: str = "", *, reason: Reason | None = None) -> str:
         """File a checkpoint; the action's id. BadCommand or Refused: nothing was filed. NotFound: no node has this pod. BusUnavailable:
-        the action is there, as `error`. The same `key` again: the same action."""
+        the action is there, as `error`. The same `key` again: the same action, filed again where that failed. Keys are the caller's to
+        keep apart."""
         self._insist_cluster(wanted.cluster_id or "")
         if wanted.action_id is not None:
             raise BadCommand(
@@ -79,7 +81,7 @@ class Control:
             overrides=overrides, expires_at=self._expiry(),
         )  # fmt: skip
         _insist_encodable(command)
-        if key and await self._is_known(action_id):
+        if key and await self._is_filed(action_id):
             return action_id
         action = self._new(command, namespace=target.namespace, pod_name=target.pod_name, pod_id=target.pod_id, kind=wanted.kind)
         try:
@@ -105,7 +107,7 @@ class Control:
         if not command.overrides.directory and (directory := made.overrides.get("directory")):
             command = command.model_copy(update={"overrides": overrides.model_copy(update={"directory": directory})})
         _insist_encodable(command)
-        if key and await self._is_known(command.action_id):
+        if key and await self._is_filed(command.action_id):
             return command.action_id
         action = self._new(
             command, namespace=made.namespace, pod_name=overrides.pod_name or made.pod_name, pod_id=made.pod_id, kind=made.kind,
@@ -115,8 +117,30 @@ class Control:
             nodes = await self.nodes()
         except BusUnavailable as e:
             raise await self._lost(action, e, new=True) from e
-        node = placing.choose(made, list(nodes.values()), avoid)
+        await self._insist_gone(action, nodes.values(), avoid)
+        node = placing.choose(made, list(nodes.values()), shared=self._settings.api.shared_file_stores, avoid=avoid)
         return await self._file(replace(action, node=node.node, host=_host_of(node)), command)
+
+    async def _insist_gone(self, action: Action, nodes: Iterable[NodeRecord], leaving: str) -> None:
+        """A pod does not run twice. What a node has said of itself some seconds ago it is asked again; of one that is leaving its
+        checkpoint has ended the pod."""
+        mine = (action.namespace or "default", action.pod_name)
+        for record in nodes:
+            if record.node != leaving and any(mine == (pod.namespace, pod.name) for pod in record.workloads):
+                try:
+                    target = Target(namespace=mine[0], pod_name=mine[1])
+                    node, found = await self._find(target)
+                except NotFound:
+                    continue
+                raise Refused(
+                    "running", f"{target} runs on node {node}", prop="target", found=f"{node}: {found.uid}", wanted="on no node",
+                    hint="stop it first, or give it another name: overrides.pod_name",
+                )  # fmt: skip
+        if action.pod_name and (other := await in_thread(self._database.restoring, self.cluster, *mine, action.action_id)):
+            raise Refused(
+                "restoring", f"pod {mine[0]}/{mine[1]} is being restored", prop="action", found=other, wanted="none",
+                hint="wait for its end, or cancel it",
+            )  # fmt: skip
 
     async def _made(self, action_id: str) -> Action:
         made = await in_thread(self._database.find, action_id) if wire.UUID.fullmatch(action_id) else None
@@ -148,10 +172,12 @@ class Control:
 
     async def _file(self, action: Action, command: ActionCommand) -> str:
         """Into the database, then into the stream."""
-        if not await in_thread(self._database.add, action):  # the same key twice: at the same time, or after a crash
-            there = await in_thread(self._database.find, action.action_id)
-            if there is None or there.status != Status.INITIALIZED or there.seq or there.node != action.node:
+        source = action.source if action.type == "restore" else ""
+        if not await in_thread(self._database.add, action, source):  # the same key twice: at the same time, or after a failure
+            again = await in_thread(self._database.file_again, action)
+            if again is None:
                 return action.action_id
+            action = again
         try:
             await self._bus.send(action.node, command.type, action.action_id, wire.encode_command(command))
         except BusUnavailable as e:
@@ -230,21 +256,49 @@ class Control:
     async def delete(self, made: Action) -> None:
         """Take a checkpoint out of its store. It is not listed any more from now on; a node that reaches the store does the rest, and
         leaves it as long as somebody reads it."""
+        if await in_thread(self._database.mark_deleted, made.action_id, self._clock()):
+            await self.purge(made)
+
+    async def purge(self, made: Action) -> None:
+        """The second half of a delete; again until the command is in the stream."""
         nodes = await self.nodes()
-        node = placing.reaching(made, list(nodes.values()))
+        node = placing.reaching(made, list(nodes.values()), shared=self._settings.api.shared_file_stores)
         command = DeleteCommand(
             action_id=made.action_id, checkpoint_id=made.checkpoint_id, directory=made.overrides.get("directory", "")
         )
-        if await in_thread(self._database.mark_deleted, made.action_id, self._clock()):
-            await self._bus.send(node.node, "delete", made.action_id, wire.encode_command(command))
-            _log.info("delete filed", action=made.action_id, node=node.node, location=made.location)
+        await self._bus.send(node.node, "delete", made.action_id, wire.encode_command(command))
+        await in_thread(self._database.note_purged, made.action_id, self._clock())
+        _log.info("delete filed", action=made.action_id, node=node.node, location=made.location)
+
+    async def room_elsewhere(self, node: str, workload: WorkloadView) -> None:
+        """Refused("no_node") if no other node could take this workload now."""
+        nodes = await self.nodes()
+        if (record := nodes.get(node)) is None:
+            return
+        now, action_id = self._clock(), str(uuid.uuid4())
+        made = Action(
+            action_id, action_id, "checkpoint", Status.READY, now, now, self.cluster, node=node, host=_host_of(record),
+            profile={"raw_bytes": workload.rss}, location=f"{record.store.rstrip('/')}/{action_id}",
+        )  # fmt: skip
+        placing.choose(made, list(nodes.values()), shared=self._settings.api.shared_file_stores, avoid=node)
+
+    async def running_on(self, node: str, namespace: str, name: str, uid: str) -> WorkloadView | None:
+        """What it is on that node, if the node says that it has it."""
+        target = Target(pod_id=uid) if uid else Target(namespace=namespace, pod_name=name)
+        answers = await self._bus.find(wire.encode_find(target), self._settings.api.find_timeout)
+        for data in answers:
+            with contextlib.suppress(BadCommand):
+                who, views = wire.decode_found(data)
+                if who == node and views:
+                    return views[0]
+        return None
 
     # --- parts --------------------------------------------------------------------------------------------------------------
 
-    async def _is_known(self, action_id: str) -> bool:
-        """It is there, and its command was surely filed."""
+    async def _is_filed(self, action_id: str) -> bool:
+        """It is there, and its command surely is in the stream."""
         there = await in_thread(self._database.find, action_id)
-        return there is not None and (there.status != Status.INITIALIZED or there.seq > 0)
+        return there is not None and not actions.unfiled(there)
 
     def _expiry(self) -> float:
         return self._clock() + self._settings.api.expires_after

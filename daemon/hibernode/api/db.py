@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import event as hooks
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, InternalError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hibernode.api import actions, bulk
 from hibernode.api.actions import Action
-from hibernode.config import without_secrets
 from hibernode.errors import DatabaseUnavailable, Refused
 from hibernode.model import Event, Status
 
@@ -30,6 +29,9 @@ PATIENCE = 10.0  # seconds for a lock, a connection, a statement
 POOL = 10  # connections of one server; PostgreSQL allows 100 in all by default
 _COUNTED = {"preserve_rowcount": True}  # of an INSERT, too
 _PLANS = "-c plan_cache_mode=force_custom_plan"  # one that is kept may be of a day when the table was small, and reads all of it
+# A server whose host is gone is noticed by the kernel; one that is frozen is not, and holds a thread for as long.
+_ALIVE = {"keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3, "tcp_user_timeout": int(PATIENCE * 1000)}
+_MANY_OPEN = 1000  # open actions of one look
 _OPEN = ("initialized", "processing", "checkpoint_created")
 
 tables = sa.MetaData()
@@ -83,6 +85,7 @@ _actions = sa.Table(
     _json("profile"),
     _text("location"),
     _time("deleted_at"),
+    _time("purged_at"),
     sa.Index("actions_newest", "created_at", "action_id"),
     sa.Index("actions_type", "type", "created_at", "action_id"),
     sa.Index("actions_status", "status", "created_at", "action_id"),
@@ -167,6 +170,7 @@ _moves = sa.Table(
     _text("state", index=True),
     _text("message"),
     _time("created_at"),
+    _time("updated_at"),
 )
 
 _STANDING = sa.select(*(_actions.c[name] for name in ("action_id", "type", "status", "seq", "node", "provisional")))
@@ -240,6 +244,7 @@ class Move:
     pod_id: str
     state: str
     created_at: float
+    updated_at: float
     checkpoint_action_id: str = ""
     restore_action_id: str = ""
     message: str = ""
@@ -255,6 +260,10 @@ class _Standing(NamedTuple):
     seq: int
     node: str
     provisional: bool
+
+
+class Unkeepable(Exception):
+    """A value that this database cannot hold: a text with a NUL, a number without end."""
 
 
 class _MadeMeanwhile(Exception):
@@ -289,10 +298,32 @@ class Database:
 
     # --- actions ------------------------------------------------------------------------------------------------------------
 
-    def add(self, action: Action) -> bool:
-        """Keep a new action; False if there is one of that id, which stays as it is."""
+    def add(self, action: Action, source: str = "") -> bool:
+        """Keep a new action; False if there is one of that id, which stays as it is. `source`: the checkpoint that it reads. Refused
+        ("not_restorable") if that has been deleted meanwhile; from here on it is not."""
         with self.writing() as connection:
+            if source and ((made := self._locked(connection, source)) is None or made.deleted_at):
+                raise Refused(
+                    "not_restorable",
+                    f"the checkpoint of action {source} has been deleted",
+                    prop="deleted",
+                    found=True,
+                    wanted=False,
+                )
             return self._is_new(connection, _actions, asdict(action))
+
+    def file_again(self, action: Action) -> Action | None:
+        """`action` in place of one of its id whose command may not be in the stream (`actions.unfiled`): but on the node that one was
+        given to, which may have it. None if there is nothing to be filed again."""
+        with self.writing() as connection:
+            there = self._locked(connection, action.action_id)
+            if there is None or not actions.unfiled(there):
+                return None
+            new = replace(action, created_at=there.created_at)
+            if there.node:
+                new = replace(new, node=there.node, host=there.host)
+            connection.execute(_actions.update().where(_actions.c.action_id == action.action_id).values(asdict(new)))
+            return new
 
     def find(self, action_id: str) -> Action | None:
         with self._reading() as connection:
@@ -379,8 +410,15 @@ class Database:
         silent = _actions.c.updated_at < silent_since
         waiting = sa.and_(_actions.c.status == "initialized", _actions.c.expires_at > 0, _actions.c.expires_at < expired_since)
         query = sa.select(_actions).where(_actions.c.status.in_(_OPEN), sa.or_(silent, waiting))
+        query = query.order_by(_actions.c.updated_at).limit(_MANY_OPEN)
         with self._reading() as connection:
             return [_action(row) for row in connection.execute(query)]
+
+    def clusters(self) -> set[str]:
+        """Whose actions and nodes are in here."""
+        with self._reading() as connection:
+            found = sa.union(sa.select(_actions.c.cluster), sa.select(_nodes.c.cluster))
+            return set(connection.execute(found).scalars())
 
     def latest_of_pod(self, pod_id: str) -> str:
         """The newest action of the pod with this UID; "" if there is none."""
@@ -437,7 +475,8 @@ class Database:
         rows = [{"cluster": cluster, "node": name, "seen_at": now, "record": record} for name, record in sorted(records.items())]
         if rows:
             statement = self._insert(_nodes)
-            changed = {name: statement.excluded[name] for name in ("seen_at", "record")}
+            later = sa.case((statement.excluded.seen_at > _nodes.c.seen_at, statement.excluded.seen_at), else_=_nodes.c.seen_at)
+            changed = {"seen_at": later, "record": statement.excluded.record}  # another server's clock may be behind
             with self.writing() as connection:
                 connection.execute(statement.on_conflict_do_update(index_elements=["cluster", "node"], set_=changed), rows)
 
@@ -455,9 +494,12 @@ class Database:
             return [Heartbeat(**row._mapping) for row in connection.execute(query)]
 
     def put_heartbeat(self, heartbeat: Heartbeat) -> None:
-        """A new one, or other settings for one that is there; its turn stays."""
+        """A new one, or other settings for one that is there; its turn stays, if it is within the interval."""
         statement = self._insert(_heartbeats).values(asdict(heartbeat))
-        settings = {name: statement.excluded[name] for name in ("interval", "keep_last", "configured")}
+        soon = sa.case((statement.excluded.next_at + statement.excluded.interval < _heartbeats.c.next_at,
+                        statement.excluded.next_at + statement.excluded.interval), else_=_heartbeats.c.next_at)  # fmt: skip
+        settings: dict[str, Any] = {name: statement.excluded[name] for name in ("interval", "keep_last", "configured")}
+        settings["next_at"] = soon
         with self.writing() as connection:
             connection.execute(statement.on_conflict_do_update(index_elements=["heartbeat_id"], set_=settings))
 
@@ -476,28 +518,53 @@ class Database:
         with self.writing() as connection:
             connection.execute(_heartbeats.update().where(_heartbeats.c.heartbeat_id == heartbeat_id).values(values))
 
+    def restoring(self, cluster: str, namespace: str, pod_name: str, but: str) -> str:
+        """A restore of this pod, other than `but`, that has not ended; "" if there is none."""
+        where = [_actions.c.type == "restore", _actions.c.status.in_(_OPEN), _actions.c.cluster == cluster]
+        where += [_of_pod(namespace, pod_name, ""), _actions.c.action_id != but]
+        with self._reading() as connection:
+            return connection.execute(sa.select(_actions.c.action_id).where(*where).limit(1)).scalar_one_or_none() or ""
+
     def pod_at_work(self, namespace: str, pod_name: str, pod_id: str) -> str:
         """An action of this pod that has not ended; "" if there is none."""
         where = [_actions.c.status.in_(_OPEN), _of_pod(namespace, pod_name, pod_id)]
         with self._reading() as connection:
             return connection.execute(sa.select(_actions.c.action_id).where(*where).limit(1)).scalar_one_or_none() or ""
 
-    def checkpoints_of_pod(self, namespace: str, pod_name: str, pod_id: str, *, reason: str = "") -> list[Action]:
-        """Those that can be restored, the newest first."""
+    def checkpoints_of_pod(
+        self, namespace: str, pod_name: str, pod_id: str, *, reason: str = "", limit: int = 1000
+    ) -> list[Action]:
+        """Those that can be restored, the one that was ready last first."""
         where = [*_restorable(), _of_pod(namespace, pod_name, pod_id), *([_actions.c.reason == reason] if reason else [])]
-        return self._listed(where, 10_000, None)
-
-    def in_use(self, action_ids: Iterable[str]) -> set[str]:
-        """Which of these checkpoints a restore that has not ended reads."""
-        query = sa.select(_actions.c.source).where(_actions.c.status.in_(_OPEN), _actions.c.source.in_(sorted(action_ids)))
+        query = (
+            sa.select(_actions).where(*where).order_by(_actions.c.completed_at.desc(), _actions.c.action_id.desc()).limit(limit)
+        )
         with self._reading() as connection:
-            return set(connection.execute(query).scalars())
+            return [_action(row) for row in connection.execute(query)]
 
     def mark_deleted(self, action_id: str, now: float) -> bool:
-        """From now on nobody is told of this checkpoint; False if it was marked before."""
-        here = (_actions.c.action_id == action_id, _actions.c.deleted_at == 0)
+        """From now on nobody is told of this checkpoint. False if it was before, or a restore of it has not ended, or may not have."""
         with self.writing() as connection:
-            return connection.execute(_actions.update().where(*here).values(deleted_at=now)).rowcount == 1
+            made = self._locked(connection, action_id)  # who files a restore of it locks it as well
+            if made is None or made.deleted_at:
+                return False
+            reads = [_actions.c.type == "restore", _actions.c.checkpoint_id == made.checkpoint_id]
+            reads.append(sa.or_(_actions.c.status.in_(_OPEN), _actions.c.provisional))
+            if connection.execute(sa.select(_actions.c.action_id).where(*reads).limit(1)).first() is not None:
+                return False
+            connection.execute(_actions.update().where(_actions.c.action_id == action_id).values(deleted_at=now))
+            return True
+
+    def note_purged(self, action_id: str, now: float) -> None:
+        """Its delete is in the stream."""
+        with self.writing() as connection:
+            connection.execute(_actions.update().where(_actions.c.action_id == action_id).values(purged_at=now))
+
+    def unpurged(self) -> list[Action]:
+        """Marked as deleted, and nobody has filed it."""
+        where = (_actions.c.deleted_at > 0, _actions.c.purged_at == 0)
+        with self._reading() as connection:
+            return [_action(row) for row in connection.execute(sa.select(_actions).where(*where).limit(100))]
 
     def add_moves(self, moves: Sequence[Move]) -> None:
         """Those that are there stay as they are."""
@@ -516,7 +583,9 @@ class Database:
 
     def change_move(self, old: Move, new: Move) -> bool:
         """False: somebody else has changed it."""
-        here = (_moves.c.move_id == old.move_id, _moves.c.state == old.state)
+        here = [
+            _moves.c[name] == getattr(old, name) for name in ("move_id", "state", "checkpoint_action_id", "restore_action_id")
+        ]
         with self.writing() as connection:
             return connection.execute(_moves.update().where(*here).values(asdict(new))).rowcount == 1
 
@@ -589,15 +658,15 @@ def _engine(url: str) -> sa.Engine:
             raise ValueError(f"no database of ours: {parsed.drivername}")
     except (SQLAlchemyError, ValueError) as e:
         raise Refused(
-            "config", f"api.database is not the address of a database: {without_secrets(url)!r}", prop="api.database",
-            found=without_secrets(url), wanted="sqlite:////path or postgresql://user:password@host/name",
+            "config", "api.database is not the address of a database of ours", prop="api.database", found="(hidden)",
+            wanted="sqlite:////path or postgresql://user:password@host/name",
         ) from e  # fmt: skip
     if parsed.drivername == "sqlite":
         return _sqlite(parsed)
     options = f"-c lock_timeout={PATIENCE}s -c statement_timeout={3 * PATIENCE}s {_PLANS}"
     return sa.create_engine(
-        parsed, pool_size=POOL, max_overflow=0, pool_timeout=PATIENCE, pool_pre_ping=True, json_serializer=dumps,
-        connect_args={"connect_timeout": int(PATIENCE), "options": options},
+        parsed, pool_size=POOL, max_overflow=0, pool_timeout=PATIENCE, pool_pre_ping=True, json_serializer=dumps, hide_parameters=True,
+        connect_args={"connect_timeout": int(PATIENCE), "options": options, **_ALIVE},
     )  # fmt: skip
 
 
@@ -606,8 +675,14 @@ def _sqlite(url: sa.URL) -> sa.Engine:
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     engine = sa.create_engine(
-        url, json_serializer=dumps, pool_size=POOL, max_overflow=0, pool_timeout=PATIENCE, connect_args={"timeout": PATIENCE}
-    )
+        url,
+        json_serializer=dumps,
+        hide_parameters=True,
+        pool_size=POOL,
+        max_overflow=0,
+        pool_timeout=PATIENCE,
+        connect_args={"timeout": PATIENCE},
+    )  # fmt: skip
 
     def prepare(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # the driver's own transactions begin too late
@@ -645,6 +720,8 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeout, OSError) as e:  # any other is a defect of ours
+    except (DataError, OverflowError, UnicodeError) as e:
+        raise Unkeepable(str(e.orig if isinstance(e, DBAPIError) else e)) from e
+    except (OperationalError, InterfaceError, InternalError, PoolTimeout, OSError) as e:  # any other is a defect of ours
         reason = str(e.orig if isinstance(e, DBAPIError) else e).strip().split("\n")[0]
         raise DatabaseUnavailable(f"the database does not answer: {reason}", hint="is it up? See api.database") from e

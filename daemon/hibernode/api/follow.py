@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from hibernode import wire
-from hibernode.api.db import Database
+from hibernode.api.db import Database, Unkeepable
 from hibernode.bus import Batch, ControlBus
 from hibernode.errors import BadCommand, BusUnavailable, DatabaseUnavailable
 from hibernode.loop import in_thread
@@ -35,7 +35,7 @@ async def take(batch: Batch, database: Database, cluster: str, observe: Callable
     events = await in_thread(_read, batch.events)
     while True:
         try:
-            await in_thread(database.apply, events, cluster, time.time())
+            await in_thread(_apply, database, events, cluster)
             break
         except DatabaseUnavailable as e:
             _log.warning("events wait", waiting=len(events), error=e.message)
@@ -45,6 +45,19 @@ async def take(batch: Batch, database: Database, cluster: str, observe: Callable
         await batch.done()
     except BusUnavailable as e:  # they come again, and change nothing
         _log.warning("could not acknowledge events", error=e.message)
+
+
+def _apply(database: Database, events: Sequence[Event], cluster: str) -> None:
+    """One that no database of ours can hold is said, and dropped: it must not hold up all that come after it."""
+    try:
+        database.apply(events, cluster, time.time())
+    except Unkeepable as e:
+        if len(events) == 1:
+            _log.error("an event cannot be kept", action=events[0].action_id, seq=events[0].seq, error=str(e))
+            return
+        half = len(events) // 2
+        _apply(database, events[:half], cluster)
+        _apply(database, events[half:], cluster)
 
 
 def _read(batch: Sequence[bytes]) -> list[Event]:

@@ -25,6 +25,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 REMEMBERED = 30.0  # seconds a token that was in the database needs not be looked up again; so long a removed one still opens
+PER_ADDRESS = 10  # times the rate of a token that one address has
 BUCKETS = 10_000  # callers whose rate is remembered; the one that came longest ago is forgotten first
 PREFIX = "hn_"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -109,7 +110,9 @@ class Guard:
 
     def __init__(self, app: App, settings: Api, observe: Callable[[str, str, int, float], None]) -> None:
         self._app, self._limit, self._observe = app, int(settings.body_limit), observe
-        self._rates = Rates(settings.rate, settings.burst)
+        # Many may come from one address, by a proxy: who a token belongs to is asked later, and has a rate of its own (`problems.door`).
+        self._rates = Rates(PER_ADDRESS * settings.rate, PER_ADDRESS * settings.burst)
+        self._hosts = ("127.0.0.1", "localhost", "::1") if settings.auth == "none" else ()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -143,26 +146,33 @@ class Guard:
             )  # fmt: skip
 
     async def _guarded(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, headers: dict[bytes, str]) -> None:
-        caller = hashed(headers[b"authorization"]) if b"authorization" in headers else str((scope.get("client") or ("",))[0])
-        if wait := self._rates.wait(caller):
+        if self._hosts and headers.get(b"host", "").rpartition(":")[0].strip("[]") not in self._hosts:
+            await _refuse(
+                send, 400, "host", "without tokens only this machine's own names are answered"
+            )  # DNS can be made to name us
+            return
+        if wait := self._rates.wait(str((scope.get("client") or ("",))[0])):
             await _refuse(send, 429, "too_many_requests", "too many requests", retry_after=wait)
             return
         with contextlib.suppress(ValueError):
             if int(headers.get(b"content-length", "0")) > self._limit:
                 await self._too_large(send)
                 return
-        size, started = 0, False
+        size, started, too_large = 0, False, False
 
         async def counted() -> Message:
-            nonlocal size
+            nonlocal size, too_large
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._limit:
+                too_large = True  # the application may take the error for one of its own
                 raise TooLarge
             return message
 
         async def noted(message: Message) -> None:
             nonlocal started
+            if too_large and not started:
+                raise TooLarge
             started = True
             await send(message)
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from hibernode import config
 from hibernode.api.actions import Action
 from hibernode.api.control import Control
 from hibernode.api.db import Database, Heartbeat
 from hibernode.api.schema import CheckpointPod, HeartbeatPolicy
 from hibernode.config import Config
-from hibernode.errors import BadCommand, HibernodeError
+from hibernode.errors import BadCommand, HibernodeError, Refused
 from hibernode.loop import in_thread
 from hibernode.wire import NAME
 
@@ -51,9 +52,23 @@ def due(heartbeat: Heartbeat, now: float) -> float:
     return heartbeat.next_at + (missed + 1) * heartbeat.interval
 
 
-def beyond(made: Sequence[Action], keep_last: int, in_use: set[str]) -> list[Action]:
-    """Which of these, the newest first, need not stay."""
-    return [action for action in made[keep_last:] if action.action_id not in in_use] if keep_last else []
+def beyond(made: Sequence[Action], keep_last: int) -> list[Action]:
+    """Which of these need not stay: those that neither were filed last nor were ready last. Clocks of two servers may differ."""
+    if not keep_last:
+        return []
+    by = (lambda action: action.created_at, lambda action: action.completed_at)
+    stay = {action.action_id for key in by for action in sorted(made, key=key)[-keep_last:]}
+    return [action for action in made if action.action_id not in stay]
+
+
+def _of_config(each: config.Heartbeat, cluster: str, now: float) -> Heartbeat:
+    try:
+        return of_policy(HeartbeatPolicy(**each.model_dump()), cluster, now, configured=True)
+    except (BadCommand, ValueError) as e:
+        raise Refused(
+            "config", f"api.heartbeats: {e}", prop="api.heartbeats", found=each.pod_name or each.pod_id or "no pod",
+            wanted="pod_id, or namespace and pod_name; interval from 10 s to 366 days",
+        ) from e  # fmt: skip
 
 
 class Heartbeats:
@@ -61,12 +76,12 @@ class Heartbeats:
 
     def __init__(self, settings: Config, database: Database, control: Control, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._database, self._control, self._clock = settings, database, control, clock
+        self._configured = [_of_config(each, settings.cluster, clock()) for each in settings.api.heartbeats]
 
     async def configure(self) -> None:
         """What the configuration says into the table, and out of it what it no longer says."""
-        now, cluster = self._clock(), self._settings.cluster
-        policies = [HeartbeatPolicy(**each.model_dump()) for each in self._settings.api.heartbeats]
-        wanted = {each.heartbeat_id: each for each in (of_policy(p, cluster, now, configured=True) for p in policies)}
+        cluster = self._settings.cluster
+        wanted = {each.heartbeat_id: each for each in self._configured}
         for heartbeat in await in_thread(self._database.heartbeats, cluster):
             if heartbeat.configured and heartbeat.heartbeat_id not in wanted:
                 await in_thread(self._database.remove_heartbeat, heartbeat.heartbeat_id)
@@ -78,6 +93,8 @@ class Heartbeats:
             if next_at := due(heartbeat, self._clock()):
                 await self._turn(heartbeat, next_at)
             await self._tidy(heartbeat)
+        for action in await in_thread(self._database.unpurged):
+            await self._control.purge(action)
 
     async def _turn(self, heartbeat: Heartbeat, next_at: float) -> None:
         pod = (heartbeat.namespace, heartbeat.pod_name, heartbeat.pod_id)
@@ -105,8 +122,7 @@ class Heartbeats:
         made = await in_thread(
             self._database.checkpoints_of_pod, heartbeat.namespace, heartbeat.pod_name, heartbeat.pod_id, reason="heartbeat"
         )
-        in_use = await in_thread(self._database.in_use, [action.action_id for action in made])
-        for action in beyond(made, heartbeat.keep_last, in_use):
+        for action in beyond(made, heartbeat.keep_last):
             try:
                 await self._control.delete(action)
             except HibernodeError as e:

@@ -6,6 +6,7 @@ anything (`preflight.restore`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ from hibernode.errors import Refused
 from hibernode.model import NodeRecord
 
 
-def choose(made: Action, nodes: Sequence[NodeRecord], avoid: str = "") -> NodeRecord:
+def choose(made: Action, nodes: Sequence[NodeRecord], *, shared: bool, avoid: str = "") -> NodeRecord:
     """The node for this checkpoint: the one it was made on if that will do, else the one with the least to do. Refused("no_node") says
-    of each node why it will not do. `avoid` is a node that is about to leave."""
-    whynot = {record.node: _unfit(made, record, avoid) for record in nodes}
+    of each node why it will not do. `avoid` is a node that is about to leave; `shared`:
+    `file://` is the same place on every node."""
+    whynot = {record.node: _unfit(made, record, avoid, shared=shared) for record in nodes}
     fit = [record for record in nodes if not whynot[record.node]]
     if not fit:
         raise Refused(
@@ -27,9 +29,9 @@ def choose(made: Action, nodes: Sequence[NodeRecord], avoid: str = "") -> NodeRe
     return min(fit, key=lambda record: (record.node != made.node, _business(record), record.node))
 
 
-def reaching(made: Action, nodes: Sequence[NodeRecord]) -> NodeRecord:
+def reaching(made: Action, nodes: Sequence[NodeRecord], *, shared: bool) -> NodeRecord:
     """A node that reaches the store of this checkpoint: the one that made it, else any. Refused("no_node")."""
-    fit = [record for record in nodes if record.node == made.node or _reaches(record, made.location)]
+    fit = [record for record in nodes if record.node == made.node or _reaches(record, made, shared=shared)]
     if not fit:
         raise Refused(
             "no_node", "no node that is alive reaches this checkpoint", prop="location", found=made.location,
@@ -38,7 +40,7 @@ def reaching(made: Action, nodes: Sequence[NodeRecord]) -> NodeRecord:
     return min(fit, key=lambda record: (record.node != made.node, record.node))
 
 
-def _unfit(made: Action, record: NodeRecord, avoid: str) -> str:
+def _unfit(made: Action, record: NodeRecord, avoid: str, *, shared: bool) -> str:
     """Why not; empty if it will do."""
     host, memory = made.host, _memory(made)
     if record.node == avoid:
@@ -49,13 +51,20 @@ def _unfit(made: Action, record: NodeRecord, avoid: str) -> str:
         return f"criu is {record.criu}, the checkpoint was made with {host['criu']}"
     if record.memory_available < memory:
         return f"memory available is {record.memory_available}, the checkpoint has {memory}"
-    if record.node != made.node and not _reaches(record, made.location):
+    if record.node != made.node and not _reaches(record, made, shared=shared):
         return f"its store is {record.store}, the checkpoint is at {made.location or 'a place nobody knows'}"
     return ""
 
 
-def _reaches(record: NodeRecord, location: str) -> bool:
-    return bool(location) and location.startswith(record.store.rstrip("/") + "/")
+def _reaches(record: NodeRecord, made: Action, *, shared: bool) -> bool:
+    """Whether it opens the same store: its own, or the one under it that the command had named and the restore names again."""
+    root = record.store.rstrip("/")
+    if root.startswith("file:") and not shared:
+        return False
+    directory = str(made.overrides.get("directory", "")).rstrip("/")
+    if directory:
+        return directory == root or directory.startswith(f"{root}/")
+    return made.location == f"{root}/{made.checkpoint_id}"
 
 
 def _memory(made: Action) -> int:
@@ -66,7 +75,8 @@ def _memory(made: Action) -> int:
 
 def _version(text: str) -> tuple[int, ...]:
     """Of CRIU: the first two numbers count, as for the node."""
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    found = re.match(r"([0-9]{1,6})\.([0-9]{1,6})", text)
+    return (int(found[1]), int(found[2])) if found else ()
 
 
 def _business(record: NodeRecord) -> float:

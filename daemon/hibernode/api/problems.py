@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from hibernode.api import schema
-from hibernode.api.guard import Tokens
+from hibernode.api.guard import Rates, Tokens
 from hibernode.errors import HibernodeError, NotFound, Permanent
 
 _BEARER = HTTPBearer(scheme_name="Token", auto_error=False)
@@ -32,7 +32,15 @@ class _Forbidden(Exception):
 # --- who may ----------------------------------------------------------------------------------------------------------------
 
 
-def door(tokens: Tokens) -> Callable[..., Awaitable[None]]:
+class _TooMany(Exception):
+    """This token has had its share; `wait` seconds until the next."""
+
+    def __init__(self, wait: float) -> None:
+        super().__init__()
+        self.wait = wait
+
+
+def door(tokens: Tokens, rates: Rates) -> Callable[..., Awaitable[None]]:
     async def enter(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
         if not tokens.wanted:
             request.state.caller = "anybody"
@@ -41,6 +49,8 @@ def door(tokens: Tokens) -> Callable[..., Awaitable[None]]:
         if holder is None:
             raise _Unauthorized
         request.state.caller = holder.name
+        if wait := rates.wait(holder.name):
+            raise _TooMany(wait)
         if holder.read_only and request.method != "GET":
             raise _Forbidden
 
@@ -91,6 +101,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(_Forbidden)
     async def forbidden(_request: Request, _problem: _Forbidden) -> Response:
         return error(403, "this token may only read", {"code": "read_only"})
+
+    @app.exception_handler(_TooMany)
+    async def too_many(_request: Request, problem: _TooMany) -> Response:
+        details = {"code": "too_many_requests"}
+        return error(429, "too many requests", details, **{"Retry-After": str(max(1, round(problem.wait)))})
 
     @app.exception_handler(Exception)
     async def defect(request: Request, problem: Exception) -> Response:

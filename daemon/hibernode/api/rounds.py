@@ -55,6 +55,11 @@ class Rounds:
             except Exception:  # noqa: BLE001 - a defect in one work must not end all rounds
                 _log.exception("defect", work=work.__qualname__)
 
+    @property
+    def heard_since(self) -> float:
+        """Since when the event stream has answered without a break; 0: it does not."""
+        return self._stream_since
+
     async def _see_nodes(self) -> None:
         try:
             records = await self._control.nodes()

@@ -8,7 +8,8 @@ import contextlib
 import ipaddress
 import logging
 import signal
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -21,7 +22,7 @@ from hibernode.api.app import Parts
 from hibernode.api.control import Control
 from hibernode.api.db import Database
 from hibernode.api.follow import Progresses, follow
-from hibernode.api.guard import Guard, Tokens
+from hibernode.api.guard import Guard, Rates, Tokens
 from hibernode.api.heartbeats import Heartbeats
 from hibernode.api.leave import Departures
 from hibernode.api.metrics import Metrics
@@ -60,11 +61,11 @@ def _ended(_number: int, _frame: object) -> None:
 def document() -> dict[str, Any]:
     """Of the API, without a server."""
     nobody: Any = None  # is asked
-    return app.make(Parts(nobody, nobody, nobody, Tokens(Api(), nobody), nobody, nobody, nobody)).openapi()
+    return app.make(Parts(nobody, nobody, nobody, Tokens(Api(), nobody), nobody, nobody, nobody, nobody)).openapi()
 
 
 def database_of(settings: Config) -> Database:
-    return Database(settings.api.database or f"sqlite:///{settings.state_dir}/api.sqlite")
+    return Database(settings.api.database.get_secret_value() or f"sqlite:///{settings.state_dir}/api.sqlite")
 
 
 class Server:
@@ -77,13 +78,14 @@ class Server:
         self._progresses = Progresses()
         self._metrics = Metrics(__version__, lambda: bus.connected)
         self._heartbeats = Heartbeats(settings, self.database, self.control)
-        self.departures = Departures(settings, self.database, self.control)
+        self.departures = Departures(settings, self.database, self.control, lambda: self._rounds.heard_since)
         self._rounds = Rounds(settings, self.database, self.control, (self._heartbeats.round, self.departures.round))
         parts = Parts(
             control=self.control,
             database=self.database,
             departures=self.departures,
             tokens=Tokens(settings.api, self.database),
+            rates=Rates(settings.api.rate, settings.api.burst),
             progresses=self._progresses,
             metrics=self._metrics,
             ready=self.ready,
@@ -93,7 +95,20 @@ class Server:
         self.asgi = Guard(self.application, settings.api, self._metrics.request)
 
     def migrate(self) -> None:
-        _log.info("database", version=migrate(self.database))
+        """Bring the database to this version, as soon as it is there. Refused if it is another cluster's."""
+        while True:
+            try:
+                _log.info("database", version=migrate(self.database))
+                others = self.database.clusters() - {self._settings.cluster}
+                break
+            except DatabaseUnavailable as e:
+                _log.warning("the database is waited for", error=e.message)
+                time.sleep(_DATABASE_RETRY)
+        if others:
+            raise Refused(
+                "config", "the database has the actions of another cluster", prop="cluster", found=", ".join(sorted(others)),
+                wanted=self._settings.cluster, hint="a database of its own for each cluster",
+            )  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def _life(self, _app: FastAPI) -> AsyncIterator[None]:
@@ -118,11 +133,11 @@ class Server:
                 await asyncio.sleep(_BUS_RETRY)
         await self._configure()
         for work in (
-            follow(self._bus, self.database, self._settings.cluster, self._kept),
-            self._progresses.follow(self._bus),
-            self._rounds.run(),
+            lambda: follow(self._bus, self.database, self._settings.cluster, self._kept),
+            lambda: self._progresses.follow(self._bus),
+            self._rounds.run,
         ):
-            tasks.spawn(work)
+            tasks.spawn(_for_ever(work))
 
     async def _configure(self) -> None:
         while True:
@@ -142,8 +157,19 @@ class Server:
         try:
             await in_thread(self.database.ping)
         except DatabaseUnavailable as e:
-            checks["database"] = e.message
+            _log.warning("not ready", error=e.message)  # for us: anybody may ask
+            checks["database"] = "does not answer"
         return checks
+
+
+async def _for_ever(work: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Begin it again when it ends, which only a defect makes it do: a server that answers and hears nothing would be the worse one."""
+    while True:
+        try:
+            await work()
+        except Exception:  # noqa: BLE001 - see above
+            _log.exception("defect", work="begun again")
+        await asyncio.sleep(_DATABASE_RETRY)
 
 
 def _place(settings: Config) -> tuple[str, int]:

@@ -40,6 +40,7 @@ def upgrade() -> None:
         sa.Column("profile", sa.JSON(), server_default="{}", nullable=False),
         sa.Column("location", sa.Text(), server_default="", nullable=False),
         sa.Column("deleted_at", sa.Double(), server_default="0", nullable=False),
+        sa.Column("purged_at", sa.Double(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("action_id"),
     )
     op.create_index("actions_checkpoint", "actions", ["checkpoint_id"], unique=False)
@@ -91,6 +92,7 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), server_default="", nullable=False),
         sa.Column("message", sa.Text(), server_default="", nullable=False),
         sa.Column("created_at", sa.Double(), server_default="0", nullable=False),
+        sa.Column("updated_at", sa.Double(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("move_id"),
     )
     op.create_index(op.f("ix_moves_state"), "moves", ["state"], unique=False)
