@@ -1,7 +1,8 @@
 """A broker in memory: the same contract as NATS, faults at will. One loop.
 
 `MemoryBus` is the broker; `node()` and `control()` give its two ends. Faults: `away` (every call fails, `connected` is
-False, readers wait), `lose_acks`, `lose_sends` (so many confirmations are lost), `refuse_sends` (so many are not taken), `redeliver()` (everything that is out comes again).
+False, readers wait), `lose_acks` and `lose_sends` (so many confirmations of deliveries, of commands get lost),
+`refuse_sends` (so many commands are not taken), `redeliver()` (everything that is out comes again).
 """
 
 from __future__ import annotations

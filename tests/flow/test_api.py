@@ -178,7 +178,12 @@ async def test_the_same_key_after_a_failure_files_it(rig: ApiRig, when: str) -> 
     command = await node.take_checkpoint()
     assert command.action_id == reply.text
     found = await rig.action(reply.text)
-    assert (found["status"], found["provisional"], found["node_name"], found["pod_name"]) == ("initialized", False, "n1", "trainer")
+    assert (found["status"], found["provisional"], found["node_name"], found["pod_name"]) == (
+        "initialized",
+        False,
+        "n1",
+        "trainer",
+    )
     await node.complete(command)
     await rig.until_status(reply.text, "ready")
 

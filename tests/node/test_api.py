@@ -54,7 +54,10 @@ def world(tmp_path: Path) -> Iterator[World]:
         nats = stack.enter_context(NatsServer(tmp_path / "nats"))
         postgres = stack.enter_context(PostgresServer())
         url = postgres.database("hibernode")
-        apis = [stack.enter_context(ApiServer(nats.url, database=url, settings="find_timeout = 1.0\nshared_file_stores = true")) for _ in range(2)]
+        apis = [
+            stack.enter_context(ApiServer(nats.url, database=url, settings="find_timeout = 1.0\nshared_file_stores = true"))
+            for _ in range(2)
+        ]
         daemons = [
             stack.enter_context(Daemon(bus=nats.url, node=node, store=f"file://{tmp_path}/store", settings=SETTINGS))
             for node in ("n1", "n2")
