@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "pydantic_core": ("wire.py",),
     "rich": ("cli.py", "cli/", "__main__.py"),
-    "sqlalchemy": ("api/db.py", "api/migrate.py", "api/migrations/"),
+    "sqlalchemy": ("api/db.py", "api/bulk.py", "api/migrate.py", "api/migrations/"),
     "starlette": ("api/problems.py",),
     "structlog": ("",),
     "typing_extensions": ("api/schema.py",),
