@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import keys, machine
+from benchmarks import events, keys, machine
 
-QUESTIONS = {keys.NAME: keys}
+QUESTIONS = {keys.NAME: keys, events.NAME: events}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -42,6 +42,12 @@ class NatsServer:
     def runs(self) -> bool:
         return self._process is not None
 
+    @property
+    def pid(self) -> int:
+        """While it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Returns when the server takes clients and has JetStream."""
         self._directory.mkdir(parents=True, exist_ok=True)

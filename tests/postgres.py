@@ -20,11 +20,11 @@ USER = "hibernode"
 
 class PostgresServer:
     """`with PostgresServer() as server:` gives a server; `server.database(name)` makes a database in it and gives its address. `durable`:
-    whether a commit waits for the disk, as it must where power can fail; else it waits for the kernel."""
+    whether a commit waits for the disk, as it must where power can fail; else it waits for the kernel. `under`: where its files are."""
 
-    def __init__(self, *, durable: bool = False) -> None:
+    def __init__(self, *, durable: bool = False, under: str | None = None) -> None:
         self._durable, self.port = durable, _free_port()
-        self._home = Path(tempfile.mkdtemp(prefix="hn-pg-"))
+        self._home = Path(tempfile.mkdtemp(prefix="hn-pg-", dir=under))
         self._process: subprocess.Popen[bytes] | None = None
         self._password = "only-for-tests"
         who = pwd.getpwnam("postgres")
@@ -35,6 +35,12 @@ class PostgresServer:
     def log(self) -> str:
         path = self._home / "log"
         return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """While it runs; its other processes are children of this one."""
+        assert self._process is not None
+        return self._process.pid
 
     def database(self, name: str) -> str:
         """A new, empty one."""

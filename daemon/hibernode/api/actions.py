@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hibernode.errors import BusUnavailable
 from hibernode.model import ActionType, Event, Status
@@ -116,18 +116,39 @@ def _said(event: Event, type_: str, now: float) -> dict[str, Any]:
     return found
 
 
-def begun_elsewhere(event: Event, cluster: str, now: float) -> Action:
-    """An action that nobody filed here, but on its node, by gRPC: known from its first event on."""
-    return Action(
-        action_id=event.action_id,
-        checkpoint_id=event.checkpoint_id,
-        type=event.type,
-        status=Status.INITIALIZED,
-        created_at=min(event.time, now),
-        updated_at=min(event.time, now),
-        cluster=cluster,
-        node=event.node,
-    )
+def begun_elsewhere(events: Sequence[Event], cluster: str, now: float) -> dict[str, Any]:
+    """An action that nobody filed here, but on its node, by gRPC: known from its first event on, and as it is when these have happened. Its
+    fields; those that are not here are not known."""
+    first = events[0]
+    then = min(first.time, now)
+    filed = _Filed(first.type, first.node)
+    known = {"action_id": first.action_id, "checkpoint_id": first.checkpoint_id, "type": first.type, "cluster": cluster}
+    state = {
+        "status": filed.status,
+        "node": first.node,
+        "created_at": then,
+        "updated_at": then,
+        "reason": "manual",
+        "kind": "simple",
+    }
+    return {**_UNSAID, **known, **state, **changes(filed, events, now)}
+
+
+class _Filed(NamedTuple):
+    """The standing of an action of which nothing was heard."""
+
+    type: str
+    node: str
+    status: Status = Status.INITIALIZED
+    seq: int = 0
+    provisional: bool = False
+
+
+# What an event says, before one has.
+_UNSAID: dict[str, Any] = {
+    "seq": 0, "provisional": False, "code": "", "message": "", "hint": "", "retry": False, "details": {}, "completed_at": 0.0,
+    "profile": {}, "location": "",
+}  # fmt: skip
 
 
 def failed(action: Action, code: str, message: str, hint: str, now: float) -> Action:

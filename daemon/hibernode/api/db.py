@@ -355,12 +355,9 @@ class Database:
         """Rows that are there are locked before any is made, both in the order of their keys: so nobody who does the same waits for
         us while we wait for him."""
         known = self._standing(connection, by_action)
-        begun = [
-            actions.after(actions.begun_elsewhere(theirs[0], cluster, now), theirs, now)
-            for action_id, theirs in sorted(by_action.items())
-            if action_id not in known
-        ]
-        if self._many.insert(connection, _actions, [_plain(vars(each)) for each in begun]) < len(begun):
+        strange = sorted(by_action.keys() - known.keys())
+        made = [_plain(actions.begun_elsewhere(by_action[action_id], cluster, now)) for action_id in strange]
+        if self._many.insert(connection, _actions, made) < len(made):
             raise _MadeMeanwhile
         moves: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)  # by what changes
         for action_id, standing in known.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -33,8 +34,8 @@ class Metrics:
         self._requests.labels(known, operation, str(status)).observe(seconds)
 
     def events(self, events: Sequence[Event]) -> None:
-        for event in events:
-            self._events.labels(event.type, event.status.value).inc()
+        for (type_, status), count in Counts((event.type, event.status.value) for event in events).items():
+            self._events.labels(type_, status).inc(count)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

@@ -291,7 +291,7 @@ class _Batch:
     """What came together, in the order of the stream and each once: what comes again comes among newer ones."""
 
     def __init__(self, link: _Link, messages: Sequence[Msg]) -> None:
-        places = {message.metadata.sequence.stream: message for message in messages}
+        places = {_place(message): message for message in messages}
         in_order = [places[place] for place in sorted(places)]
         self._link = link
         self._replies = [message.reply for message in in_order]
@@ -299,6 +299,14 @@ class _Batch:
 
     async def done(self) -> None:
         await self._link.ask(b"+ACK", *self._replies)
+
+
+def _place(message: Msg) -> int:
+    """In its stream. `metadata` says it too, beside all that it reads for it: a tenth of what a batch costs."""
+    words = message.reply.split(
+        "."
+    )  # $JS.ACK, then domain and account where the server is a newer one, ... , and something at the end
+    return int(words[5] if len(words) == 9 else words[7])
 
 
 # --- one connection after the other -----------------------------------------------------------------------------------
