@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,12 +71,13 @@ def test_migrating_says_which_version_it_is(config: Path, capsys: pytest.Capture
         ("[[api.heartbeats]]\ninterval = 1\n", "api.heartbeats"),
     ],
 )
-def test_what_it_cannot_run_with_is_refused_without_a_traceback(
-    config: Path, lines: str, why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_it_cannot_run_with_is_refused_without_a_traceback(config: Path, lines: str, why: str) -> None:
+    """A process of its own: a server arranges the logs of its whole process."""
     config.write_text(config.read_text() + lines)
-    code, _, error = typed(["api", "--config", str(config)], capsys)
-    assert code == EXIT_CONFIG
+    words = [sys.executable, "-m", "hibernode", "api", "--config", str(config)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    error = ended.stderr
+    assert ended.returncode == EXIT_CONFIG
     assert (why in error) or (why == "bus.url" and "event stream" in error), error
     assert "Traceback" not in error
     assert "secret" not in error
