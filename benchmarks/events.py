@@ -87,7 +87,7 @@ def _variant(kind: str, servers: int, rate: int, actions: int) -> dict[str, Any]
             found["lists_ms"] = _lists(apis[0])
             found["backlog_per_s"] = _backlog(broker.url, apis, rate, actions // 6)
         ceilings["followed_per_s"] = asyncio.run(_followed(broker.url, actions * len(storm.STATUSES)))
-        return {"load_before": load, **found, "ceilings": ceilings}
+        return {"load_before": load, "load_after": os.getloadavg(), **found, "ceilings": ceilings}
 
 
 # --- the storm ----------------------------------------------------------------------------------------------------------------
@@ -327,8 +327,13 @@ class _Api:
     connection: http.client.HTTPConnection
 
     def get(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        self.connection.request("GET", path)
-        reply = self.connection.getresponse()
+        try:
+            self.connection.request("GET", path)
+            reply = self.connection.getresponse()
+        except (ConnectionError, http.client.HTTPException):  # it ends one on which nothing was asked for some seconds
+            self.connection.close()
+            self.connection.request("GET", path)
+            reply = self.connection.getresponse()
         return reply.status, reply.read(), {name.lower(): value for name, value in reply.getheaders()}
 
     def applied(self) -> int:
