@@ -427,6 +427,7 @@ def render(found: Mapping[str, Any]) -> str:
             "cores": ", ".join(f"{name} {cores:.2f}" for name, cores in each["cores"].items()),
             "nothing lost, statuses that went back": f"{verdict['nothing_lost']}, {verdict['went_back']} of {each['statuses_seen']}",
             "a status meanwhile, median, p99": _cell(each["status_ms"]),
+            "load of the machine before, after": f"{each['load_before'][0]:.1f}, {each['load_after'][0]:.1f}",
             "out of a backlog/s": f"{each['backlog_per_s']:.0f}",
             "share of plain inserts": f"{each['applied_per_s'] / ceilings['inserts_per_s']:.2f} of {ceilings['inserts_per_s']:.0f}/s",
             "share of following alone": f"{each['applied_per_s'] / ceilings['followed_per_s']:.2f} of {ceilings['followed_per_s']:.0f}/s",
