@@ -87,7 +87,7 @@ def _variant(kind: str, servers: int, rate: int, actions: int) -> dict[str, Any]
             found["lists_ms"] = _lists(apis[0])
             found["backlog_per_s"] = _backlog(broker.url, apis, rate, actions // 6)
         ceilings["followed_per_s"] = asyncio.run(_followed(broker.url, actions * len(storm.STATUSES)))
-        return {"load_before": load, **found, "ceilings": ceilings}
+        return {"load_before": load, "load_after": os.getloadavg(), **found, "ceilings": ceilings}
 
 
 # --- the storm ----------------------------------------------------------------------------------------------------------------
@@ -327,8 +327,13 @@ class _Api:
     connection: http.client.HTTPConnection
 
     def get(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        self.connection.request("GET", path)
-        reply = self.connection.getresponse()
+        try:
+            self.connection.request("GET", path)
+            reply = self.connection.getresponse()
+        except (ConnectionError, http.client.HTTPException):  # it ends one on which nothing was asked for some seconds
+            self.connection.close()
+            self.connection.request("GET", path)
+            reply = self.connection.getresponse()
         return reply.status, reply.read(), {name.lower(): value for name, value in reply.getheaders()}
 
     def applied(self) -> int:
@@ -422,6 +427,7 @@ def render(found: Mapping[str, Any]) -> str:
             "cores": ", ".join(f"{name} {cores:.2f}" for name, cores in each["cores"].items()),
             "nothing lost, statuses that went back": f"{verdict['nothing_lost']}, {verdict['went_back']} of {each['statuses_seen']}",
             "a status meanwhile, median, p99": _cell(each["status_ms"]),
+            "load of the machine before, after": f"{each['load_before'][0]:.1f}, {each['load_after'][0]:.1f}",
             "out of a backlog/s": f"{each['backlog_per_s']:.0f}",
             "share of plain inserts": f"{each['applied_per_s'] / ceilings['inserts_per_s']:.2f} of {ceilings['inserts_per_s']:.0f}/s",
             "share of following alone": f"{each['applied_per_s'] / ceilings['followed_per_s']:.2f} of {ceilings['followed_per_s']:.0f}/s",

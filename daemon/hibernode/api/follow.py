@@ -17,7 +17,7 @@ from hibernode.loop import end, in_thread
 from hibernode.model import Event, Progress
 
 DURABLE = "api"  # the name of that place
-BATCH = 1000  # events of one transaction; 500 took PostgreSQL 1.4 times as long
+BATCH = 1000  # events of one transaction, which has a cost of its own: `benchmarks/run events`
 AGAIN = 0.5  # seconds until a database that did not answer is asked again
 NAME_LIMIT = 253  # characters of what an index holds, which has its own
 _PROGRESS = 10_000  # actions whose progress is remembered

@@ -69,6 +69,7 @@ PAUSE = 0.2  # seconds until something that failed on a live connection is tried
 RETRY = (0.2, 5.0)  # seconds between two attempts to connect: the first, the longest
 DUPLICATES = 3600.0  # seconds the server remembers message ids: of commands; events have their place as well
 FOLLOW = 256  # events asked for at once by a follower that does not acknowledge
+GATHER = 0.005  # seconds in which events come together to a batch: each has its cost, and what the broker sends at once is read in parts
 OUT = 20  # batches that all servers of one name may have together: more than a few servers, each with one in hand and one on its way
 FORGET = 300.0  # seconds until the server removes the place of a follower that is gone
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -223,7 +224,7 @@ class NatsControl:
         async for client in self._link.clients():
             with self._link.logged(client, "events"):
                 await _ensure_consumer(client, EVENTS, config)
-                async with aclosing(_pull(client, EVENTS, name, batch=limit)) as batches:
+                async with aclosing(_pull(client, EVENTS, name, batch=limit, gather=GATHER)) as batches:
                     async for batch in batches:
                         yield _Batch(self._link, batch)
 
@@ -781,8 +782,11 @@ async def _follower(client: Client, subject: str, last: int) -> str:
     return (await jetstream.add_consumer(EVENTS, config)).name
 
 
-async def _pull(client: Client, stream: str, consumer: str, *, batch: int) -> AsyncGenerator[list[Msg], None]:
-    """What is there, `batch` messages at most, for as long as the connection and the consumer live; then an error.
+async def _pull(
+    client: Client, stream: str, consumer: str, *, batch: int, gather: float = 0.0
+) -> AsyncGenerator[list[Msg], None]:
+    """What is there and what comes `gather` seconds later, `batch` messages at most, for as long as the connection and the consumer live;
+    then an error.
 
     nats-py's own fetch tells only when its time is over that the consumer is gone, and holds a batch back until it is
     full.
@@ -794,7 +798,7 @@ async def _pull(client: Client, stream: str, consumer: str, *, batch: int) -> As
         while True:
             await client.publish(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", request, reply=inbox)
             left = batch
-            while left and (came := await _some(subscription, PULL + CALL, left)):
+            while left and (came := await _some(subscription, PULL + CALL, left, gather=gather)):
                 messages = [message for message in came if not _status(message)]
                 left -= len(messages)
                 if messages:
@@ -822,8 +826,8 @@ async def _in_order(batches: AsyncIterator[list[Msg]]) -> AsyncIterator[Msg]:
             yield message
 
 
-async def _some(subscription: Subscription, seconds: float, most: int = FOLLOW) -> list[Msg]:
-    """What is there, `most` messages at most, as soon as there is one; none after `seconds`, or when the connection is gone.
+async def _some(subscription: Subscription, seconds: float, most: int = FOLLOW, *, gather: float = 0.0) -> list[Msg]:
+    """What is there, `most` messages at most, `gather` seconds after there is one; none after `seconds`, or when the connection is gone.
 
     nats-py makes a task for each message that it is asked for, which costs more than all the rest: 17,000 in a second of CPU. Those
     that wait are taken from its queue, as its own iterator takes them: 60,000.
@@ -835,6 +839,8 @@ async def _some(subscription: Subscription, seconds: float, most: int = FOLLOW) 
                 taken.append(await anext(subscription.messages))
         except (TimeoutError, StopAsyncIteration):
             return []
+    if gather and len(taken) + queue.qsize() < most:
+        await asyncio.sleep(gather)
     while len(taken) < most and not queue.empty():
         taken.append(message := queue.get_nowait())
         queue.task_done()
