@@ -685,9 +685,8 @@ def _sqlite(url: sa.URL) -> sa.Engine:
         connection.isolation_level = None  # the driver's own transactions begin too late
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged to the broker does not come again
-        connection.execute(
-            "PRAGMA wal_autocheckpoint = 4000"
-        )  # pages, 16 MiB: of the default 1000 every large commit had to wait
+        # In pages, 16 MiB: with 1000, the default, every large commit had to wait for a checkpoint of the log.
+        connection.execute("PRAGMA wal_autocheckpoint = 4000")
         connection.execute("PRAGMA cache_size = -32000")  # KiB
 
     def begin(connection: sa.Connection) -> None:
