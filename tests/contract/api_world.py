@@ -13,7 +13,7 @@ from hibernode import wire
 from hibernode.model import CheckpointCommand, Progress, RestoreCommand, Status
 from tests.flow.api_rig import ApiRig, FakeNode
 
-TRAINER, BROKEN, ENDLESS, LEAVING = "trainer", "broken", "endless", "leaving"
+TRAINER, BROKEN, ENDLESS, LEAVING, GONE = "trainer", "broken", "endless", "leaving", "gone"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class World:
 
     rig: ApiRig
     uids: dict[str, str]  # of the pods
-    ready: str  # a checkpoint that is ready, of `TRAINER`
+    ready: str  # a checkpoint that is ready, of a pod that has ended
     running: str  # one that never ends, of `ENDLESS`
     restored: str  # a restore that is ready
     heartbeat: str
@@ -31,10 +31,13 @@ class World:
 @contextlib.asynccontextmanager
 async def world(directory: Path, database: str = "") -> AsyncIterator[World]:
     async with ApiRig(directory, database=database) as rig, asyncio.TaskGroup() as group:
-        nodes = [await rig.node("n1", TRAINER, BROKEN), await rig.node("n2", ENDLESS), await rig.node("n3", LEAVING)]
+        nodes = [await rig.node("n1", TRAINER, BROKEN, GONE), await rig.node("n2", ENDLESS), await rig.node("n3", LEAVING)]
         works = [group.create_task(_work(node)) for node in nodes]
         try:
-            ready = await _ready(rig, await rig.checkpoint(TRAINER))
+            ready = await _ready(rig, await rig.checkpoint(GONE))
+            nodes[0].pods = [pod for pod in nodes[0].pods if pod.name != GONE]  # what runs is not restored
+            await nodes[0].tell()
+            await _ready(rig, await rig.checkpoint(TRAINER))
             restored = await _ready(rig, await rig.restore(ready))
             failed, running = await rig.checkpoint(BROKEN), await rig.checkpoint(ENDLESS)
             await rig.until_status(failed, "error")
