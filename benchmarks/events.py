@@ -203,7 +203,7 @@ def _verdict(database: Database, actions: int) -> dict[str, Any]:
     of_each = sa.func.count().label("n"), sa.func.min(events.c.seq).label("first"), sa.func.max(events.c.seq).label("last")
     each = sa.select(*of_each).group_by(events.c.action_id).subquery()
     whole = sa.and_(each.c.n == 3, each.c.first == 1, each.c.last == 3)
-    ended = (kept.c.cluster == CLUSTER, kept.c.status == "ready", kept.c.seq == 3, kept.c.location.endswith(kept.c.action_id))
+    ended = (kept.c.pod_name == "", kept.c.status == "ready", kept.c.seq == 3, kept.c.location.endswith(kept.c.action_id))
     with database.writing() as connection:
         told = dict(connection.execute(sa.select(events.c.seq, sa.func.count()).group_by(events.c.seq, events.c.status)).all())
         found = {
@@ -268,7 +268,7 @@ def _remember(database: Database) -> None:
         rows.append({
             "action_id": action_id, "checkpoint_id": action_id, "type": "restore" if n % 10 == 0 else "checkpoint",
             "status": "error" if n % 50 == 7 else "ready", "created_at": at, "updated_at": at + 3, "completed_at": at + 3,
-            "cluster": "before", "node": f"node-{n % storm.NODES:02}", "reason": "manual", "kind": "simple", "namespace": "default",
+            "cluster": CLUSTER, "node": f"node-{n % storm.NODES:02}", "reason": "manual", "kind": "simple", "namespace": "default",
             "pod_name": f"trainer-{pod}", "pod_id": _pod(pod), "seq": 3, "profile": profile, "location": f"s3://b/{action_id}",
             "details": {},
         })  # fmt: skip
