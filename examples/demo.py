@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hibernode.api.guard import hashed, new_token  # noqa: E402 - after the path
-from tests.nats_server import NatsServer  # noqa: E402
+from tests.nats_server import NatsServer, free_port  # noqa: E402
 from tests.servers import S3Server  # noqa: E402
 
 NODE, JOB = "demo-node", "trainer"
@@ -279,12 +278,6 @@ class Daemon:
 def write_private(path: Path, text: str) -> None:
     with open(path, "w", opener=lambda name, flags: os.open(name, flags, 0o600), encoding="utf-8") as file:
         file.write(text)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- a client of the API --------------------------------------------------------------------------------------------------------

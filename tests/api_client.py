@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from hibernode.api.guard import hashed, new_token
 from tests import keeper
 from tests.daemon import ROOT
 from tests.keeper import Kept
+from tests.nats_server import free_port
 
 LIMIT = 30.0  # seconds a server may take to start, to answer, to end
 
@@ -70,7 +70,7 @@ class ApiServer:
     def __init__(self, bus: str, *, database: str = "", cluster: str = "default", settings: str = "") -> None:
         """`database`: an address; empty: SQLite of its own. `settings`: further lines of the table [api]."""
         self._home = Path(tempfile.mkdtemp(prefix="hn-api-"))
-        self.token, self.port = new_token(), _free_port()
+        self.token, self.port = new_token(), free_port()
         self.config, self._log = self._home / "hibernode.toml", self._home / "log"
         self.config.write_text(
             f'cluster = "{cluster}"\nstate_dir = "{self._home}/state"\n[bus]\nurl = "{bus}"\nack_wait = 2.0\n[log]\nformat = "json"\n'
@@ -177,9 +177,3 @@ class ApiServer:
                 assert found["status"] not in ("ready", "error") or found["provisional"], found
             assert time.monotonic() < deadline, f"{action_id} is {found.get('status')}, not {statuses}, after {limit} s"
             time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

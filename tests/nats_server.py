@@ -25,7 +25,7 @@ class NatsServer:
     def __init__(self, directory: Path, *, settings: str = "", port: int = 0) -> None:
         self._directory = directory
         self._settings = settings
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -118,7 +118,7 @@ def _binary() -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

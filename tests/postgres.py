@@ -6,13 +6,14 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from tests.nats_server import free_port
 
 READY = 30.0  # seconds a server may take to be ready; it takes less than one on an idle machine
 USER = "hibernode"
@@ -23,7 +24,7 @@ class PostgresServer:
     whether a commit waits for the disk, as it must where power can fail; else it waits for the kernel. `under`: where its files are."""
 
     def __init__(self, *, durable: bool = False, under: str | None = None) -> None:
-        self._durable, self.port = durable, _free_port()
+        self._durable, self.port = durable, free_port()
         self._home = Path(tempfile.mkdtemp(prefix="hn-pg-", dir=under))
         self._process: subprocess.Popen[bytes] | None = None
         self._password = "only-for-tests"
@@ -107,9 +108,3 @@ def _program(name: str) -> Path:
     if not found:
         raise RuntimeError(f"no {name}; hint: scripts/debian-packages postgresql")
     return found[-1]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
