@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import events, keys, machine
+from benchmarks import containers, events, keys, machine
 
-QUESTIONS = {keys.NAME: keys, events.NAME: events}
+QUESTIONS = {keys.NAME: keys, events.NAME: events, containers.NAME: containers}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -29,7 +29,8 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"{told['machine']}\nGB/s of one thread: {told['gb_per_s_of_one_thread']}", flush=True)
     for name in arguments.names or QUESTIONS:
         began = time.monotonic()
-        told[name] = found = QUESTIONS[name].measure(quick=arguments.quick)
+        more = {"size": arguments.size, "rounds": arguments.rounds} if name == containers.NAME else {}
+        told[name] = found = QUESTIONS[name].measure(quick=arguments.quick, **more)
         print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{QUESTIONS[name].render(found)}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="all questions if none is named")
     parser.add_argument("--quick", action="store_true", help="less memory, fewer rounds: a look, and no figure to quote")
+    parser.add_argument("--size", type=int, default=0, metavar="MIB", help="containers: the memory that the container holds")
+    parser.add_argument("--rounds", type=int, default=0, metavar="N", help="containers: how often each variant has its turn")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with facts of the machine")
     return parser
 

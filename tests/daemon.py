@@ -49,10 +49,11 @@ class Refusal(Exception):
 
 
 class Daemon(contextlib.AbstractContextManager["Daemon"]):
-    """One daemon with directories of its own: state and store in `home` (a temporary one if none is given), work on tmpfs.
+    """One daemon with directories of its own: state and store in `home` (a temporary one if none is given), work in `work`, on tmpfs.
 
-    `settings` are further tables and keys of its configuration, `join` are files of cgroups that it is born into. What it leaves behind
-    (a process, a cgroup, a file in its work directory) fails the test, unless the test has failed already: then its log is printed.
+    `settings` are further tables and keys of its configuration, `join` are files of cgroups that it is born into, `call_limit` are seconds
+    for one action, `start_limit` until it must answer: more where its arena is large. What it leaves behind (a process, a cgroup, a file
+    in its work directory) fails the test, unless the test has failed already: then its log is printed.
     """
 
     def __init__(
@@ -66,21 +67,25 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
         metrics: str = "",
         settings: Mapping[str, Any] | None = None,
         join: Sequence[Path] = (),
+        work: Path = Path("/dev/shm"),
+        call_limit: float = CALL_LIMIT,
+        start_limit: float = START_LIMIT,
     ) -> None:
         self._own = Path(tempfile.mkdtemp(prefix="hn-"))  # short: a unix socket's path has 107 bytes
         self.home = home or self._own
         self.home.mkdir(parents=True, exist_ok=True)
         self.state_dir, self.store_dir = self.home / "state", self.home / "store"
         self.socket, self.log_path = self._own / "d.sock", self._own / "log"
-        self.work_dir = Path("/dev/shm") / self._own.name
+        self.work_dir = work / self._own.name
         self.store = store or f"file://{self.store_dir}"
-        self.metrics, self._join = metrics, list(join)
+        self.metrics, self._join, self._call_limit, self._start_limit = metrics, list(join), call_limit, start_limit
         self._settings = _merged(
             {
                 "node": node,
                 "state_dir": str(self.state_dir),
                 "work_dir": str(self.work_dir),
                 "socket": str(self.socket),
+                "containers": {"socket": str(self._own / "r.sock")},
                 "store": {"url": self.store},
                 "arena": {"size": arena},
                 "bus": {"url": bus},
@@ -126,7 +131,7 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
         self._kept = Kept(argv, self.log_path, env=env, join=self._join)
         self._channel = grpc.insecure_channel(f"unix:{self.socket}", options=[("grpc.enable_retries", 0)])
         health = health_pb2_grpc.HealthStub(self._channel)
-        deadline = time.monotonic() + START_LIMIT
+        deadline = time.monotonic() + self._start_limit
         while not self._answers(health):
             if not keeper.alive(self.pid) or time.monotonic() > deadline:
                 raise RuntimeError(f"the daemon did not start: {self.log[-3000:]}")
@@ -236,13 +241,13 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
 
     def begin_checkpoint(self, target: pb.Target, **command: Any) -> Iterable[pb.Update]:
         """The running call: updates as they come."""
-        return self.stub.Checkpoint(pb.CheckpointCommand(target=target, **_command(command)), timeout=CALL_LIMIT)  # type: ignore[no-any-return]
+        return self.stub.Checkpoint(pb.CheckpointCommand(target=target, **_command(command)), timeout=self._call_limit)  # type: ignore[no-any-return]
 
     def restore(self, checkpoint_id: str, **command: Any) -> list[pb.Event]:
         """A restore to its end: all events."""
         command = _command(command)
         request = pb.RestoreCommand(checkpoint_id=checkpoint_id, **command)
-        found = list(events(self.stub.Restore(request, timeout=CALL_LIMIT)))
+        found = list(events(self.stub.Restore(request, timeout=self._call_limit)))
         if found and found[-1].status == "ready":
             self._note_cgroups(checkpoint_id, command["overrides"].directory)
         return found

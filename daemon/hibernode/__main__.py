@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(_api_token(rest))
         case ["api", *rest]:
             sys.exit(_api(rest))
+        case ["gpu-helper", *rest]:
+            from hibernode.drivers.gpu import helper  # noqa: PLC0415 - see above
+
+            sys.exit(helper.main(rest))
         case ["check-config", *rest]:
             sys.exit(_check_config(rest))
         case _:

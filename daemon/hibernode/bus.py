@@ -40,6 +40,10 @@ class Batch(Protocol):
     def events(self) -> Sequence[bytes]:
         """At least one, in the order of the stream, none twice."""
 
+    @property
+    def nodes(self) -> Sequence[str]:
+        """Of each of them, who sent it: the broker knows, whatever is in it."""
+
     async def done(self) -> None:
         """Never again, all of them. Raises BusUnavailable if the broker did not confirm it (then some may come again)."""
 

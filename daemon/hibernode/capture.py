@@ -7,47 +7,72 @@ page socket, so that CRIU rolls back and the tree runs on.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import socket
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from hibernode.errors import DumpFailed, OutcomeUnknown
 from hibernode.flow import Threads
-from hibernode.model import PAGE, Cancel, ImageRef, Meter
+from hibernode.model import PAGE, Cancel, ImageRef, Kind, LayerRef, Meter
 from hibernode.node import Attempt, Node
-from hibernode.ports import Store
+from hibernode.ports import Store, Workload
 from hibernode.preflight import Options
-from hibernode.transfer import files
-from hibernode.transfer.collect import Collector, page_sockets
+from hibernode.transfer import files, layer
+from hibernode.transfer.collect import Collector, PageDoor, Push
+from hibernode.transfer.filling import Held
+from hibernode.transfer.layer import LayerCollector
 from hibernode.transfer.pageproto import Wire
-from hibernode.transfer.receive import Receiver
+from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import Seal
-from hibernode.transfer.send import Packing, Sender
+from hibernode.transfer.send import LayerSender, Packing, Sender
+
+
+class Captured(NamedTuple):
+    images: list[ImageRef]
+    layers: list[LayerRef]
+
+
+def survey(workload: Workload, kind: Kind, cancel: Cancel) -> int:
+    """Bytes of the writable layers that are to be captured, about: they may change until it is frozen. Refused where one could not be."""
+    size = 0
+    for facts in workload.layers().values() if kind != "simple" else ():
+        layer.check_mount(facts.options)
+        size += layer.survey(facts.upper, cancel).bytes
+    return size
 
 
 class Capture(AbstractContextManager["Capture"]):
-    """One image per tree. Entered, all streams are open and their threads wait. Left without `keep`, nothing stays in the store."""
+    """One image per tree, and the writable layers of containers, as `kind` says. Entered, all streams are open and their threads wait.
+    Left without `keep`, nothing stays in the store."""
 
     def __init__(
-        self, node: Node, store: Store, seal: Seal, roots: Mapping[str, int], options: Options, attempt: Attempt, work: Path
+        self, node: Node, store: Store, seal: Seal, workload: Workload, kind: Kind, options: Options, attempt: Attempt, work: Path
     ) -> None:
-        self._node, self._roots, self._options, self._work = node, roots, options, work
+        self._node, self._workload, self._options, self._work = node, workload, options, work
+        self._layers = workload.layers() if kind != "simple" else {}
         self._store, self._seal = store, seal
         self._wire = Wire(node.criu.facts().version)
         self._threads = Threads(attempt.cancel)
         packing = Packing(options.streams, options.level)
-        self._senders = {name: Sender(store, seal, name, packing, node.arena, self._threads, attempt.meter) for name in roots}
+        to = (packing, node.arena, self._threads, attempt.meter)
+        self._senders = {name: Sender(store, seal, name, *to) for name in workload.roots() if kind != "rootfsonly"}
+        self._layer_senders = {name: LayerSender(store, seal, name, *to) for name in self._layers}
+        self._held = Held(node.arena)  # of all: each alone could wait for room that the others hold
         self._collected: dict[str, Collector] = {}
+        self._read: dict[str, LayerCollector] = {}
         self._stack = ExitStack()
         self._meter = attempt.meter
-        self._meter.streams = options.streams * len(roots)
+        self._meter.streams = options.streams * len([*self._senders, *self._layers])
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self._threads)
-            for sender in self._senders.values():
+            stack.callback(self._held.discard)
+            for sender in (*self._senders.values(), *self._layer_senders.values()):
                 stack.enter_context(sender)
             self._stack = stack.pop_all()
         return self
@@ -55,37 +80,50 @@ class Capture(AbstractContextManager["Capture"]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> bool | None:
         return self._stack.__exit__(kind, error, tb)
 
-    def dump(self) -> int:
-        """Dump every tree; the nanoseconds CRIU held them. When it returns all pages are in the arena or beyond."""
-        held_ns = sum(self._dump(name, pid) for name, pid in self._roots.items())
-        for collector in self._collected.values():
-            collector.release()
-        self._meter.bytes_total = sum(collector.pages for collector in self._collected.values()) * PAGE
-        return held_ns
+    def dump(self, since: int) -> int:
+        """Dump every tree; the nanoseconds they were held, `since` then or (0) by CRIU. When it returns all pages are in the arena or
+        beyond."""
+        held_ns = sum(self._dump(name) for name in self._senders)
+        for name, facts in self._layers.items():
+            self._read[name] = LayerCollector(
+                facts.upper, self._node.arena, self._layer_senders[name].chunks, self._threads, self._held
+            )
+            self._read[name].run()
+        self._held.release()
+        pages = [each.pages for each in self._collected.values()] + [each.pages for each in self._read.values()]
+        self._meter.bytes_total = sum(pages) * PAGE
+        return time.monotonic_ns() - since if since else held_ns
 
-    def _dump(self, name: str, pid: int) -> int:
-        ours, theirs = page_sockets()
-        collector = Collector(ours, self._wire, self._node.arena, self._senders[name].chunks, self._threads)
-        self._stack.callback(collector.discard)
-        receiving = self._threads.start(f"{name} collect", collector.run)
+    def _dump(self, name: str) -> int:
+        door = PageDoor(f"{name} collect", self._threads, functools.partial(self._collect, name))
         (self._work / name).mkdir()
         ending = Cancel()  # also of what no cancel has ended: a stream that failed, the page socket
         self._threads.on_stop(lambda: ending.set("the transfer has ended"))
         try:
-            stats = self._node.criu.dump(pid, self._work / name, theirs, self._options.criu, ending)
-        except BaseException:
-            theirs.close()
-            self._threads.join([receiving])  # if our side failed first, that is the reason
-            raise
-        self._threads.join([receiving])
-        if not collector.closed or collector.pages != stats.pages_written:
-            raise DumpFailed(f"CRIU wrote {stats.pages_written} pages, {collector.pages} arrived")
-        self._collected[name] = collector
+            stats = self._workload.dump(name, self._work / name, door, self._options.criu, ending)
+        finally:
+            door.close()  # if our side failed first, that is the reason
+        collector = self._collected.get(name)
+        if collector is None or not collector.closed or collector.pages != stats.pages_written:
+            arrived = collector.pages if collector is not None else 0
+            raise DumpFailed(f"CRIU wrote {stats.pages_written} pages, {arrived} arrived")
         return stats.freezing_ns + stats.frozen_ns
 
-    def finish(self) -> list[ImageRef]:
-        """Wait for the last bytes of every image; what the manifest says of them."""
-        return [self._finish(name, sender) for name, sender in self._senders.items()]
+    def _collect(self, name: str, pages: socket.socket, push: Push | None) -> None:
+        collector = Collector(pages, self._wire, self._node.arena, self._senders[name].chunks, self._threads, self._held, push)
+        self._collected[name] = collector
+        collector.run()
+
+    def finish(self) -> Captured:
+        """Wait for the last bytes of everything; what the manifest says of it."""
+        images = [self._finish(name, sender) for name, sender in self._senders.items()]
+        return Captured(images, [self._finish_layer(name, sender) for name, sender in self._layer_senders.items()])
+
+    def _finish_layer(self, name: str, sender: LayerSender) -> LayerRef:
+        read = self._read[name]
+        found = sender.finish(read.pages, read.bytes, read.entries)
+        LayerReceiver(self._store, self._seal, found, 1, Meter()).fetch_index()  # as of an image
+        return found
 
     def _finish(self, name: str, sender: Sender) -> ImageRef:
         collector, tasks = self._collected[name], self._node.criu.tasks(self._work / name)
@@ -105,5 +143,5 @@ class Capture(AbstractContextManager["Capture"]):
         self._keep()
 
     def _keep(self) -> None:
-        for sender in self._senders.values():
+        for sender in (*self._senders.values(), *self._layer_senders.values()):
             sender.keep()

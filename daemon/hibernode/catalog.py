@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 from hibernode.errors import Corrupt, KeyService, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
-from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, ImageRef, Manifest, Meter, Verdict
+from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, GpuImage, ImageRef, LayerRef, Manifest, Meter, Verdict
 from hibernode.node import Node, insist
 from hibernode.ports import Keyring, Notary, Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer import format
-from hibernode.transfer.receive import Receiver
+from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import Seal, new_key
 
 _MANIFEST = "manifest.json"
@@ -66,7 +66,9 @@ def describe(
     options: Options,
     meter: Meter,
     images: list[ImageRef],
+    layers: list[LayerRef],
     seal: Seal,
+    gpu: GpuImage | None,
 ) -> Manifest:
     """The manifest of what was captured."""
     return Manifest(
@@ -86,7 +88,9 @@ def describe(
         zero_bytes=meter.zero_bytes,
         stored_bytes=meter.stored_bytes,
         images=images,
+        layers=layers,
         encryption=seal.wrapped,
+        gpu=gpu,
     )
 
 
@@ -140,8 +144,8 @@ def _may_be_of(store: Store, manifest: Manifest, notary: Notary) -> bool:
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
     """Every object that the manifest names is there with the size it names, or Corrupt."""
-    for image in manifest.images:
-        for ref in (*image.streams, image.index, image.files):
+    for part in manifest.parts:
+        for ref in part.objects:
             try:
                 size = store.stat(f"{manifest.checkpoint_id}/{ref.key}").size
             except NotFound as e:
@@ -189,15 +193,19 @@ def verify(
     manifest, frames = read(store, checkpoint_id, notary), 0
     seal = seal_of(manifest, keyring)
     check_sizes(store, manifest)
-    for image in manifest.images:
-        frames += _verify_image(store, seal, image, threads, cancel, meter)
+    for part in manifest.parts:
+        frames += _verify_part(store, seal, part, threads, cancel, meter)
         tell(Verdict(ok=True, bytes=meter.total_io, frames=frames, seconds=time.monotonic() - began))
     return Verdict(ok=True, bytes=meter.total_io, frames=frames, seconds=time.monotonic() - began, code="ok")
 
 
-def _verify_image(store: Store, seal: Seal, image: ImageRef, threads: int, cancel: Cancel, meter: Meter) -> int:
-    receiver = Receiver(store, seal, image, threads, meter)
-    receiver.verify_files()
+def _verify_part(store: Store, seal: Seal, part: ImageRef | LayerRef, threads: int, cancel: Cancel, meter: Meter) -> int:
+    receiver: Receiver | LayerReceiver
+    if isinstance(part, LayerRef):
+        receiver = LayerReceiver(store, seal, part, threads, meter)
+    else:
+        receiver = Receiver(store, seal, part, threads, meter)
+        receiver.verify_files()
     index = receiver.fetch_index()
     with Threads(cancel) as scope:
         receiver.verify_pages(index, scope)

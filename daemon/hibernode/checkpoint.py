@@ -6,14 +6,14 @@ registered before the deed. CRIU never kills: a workload that is to be killed is
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
-from hibernode import catalog, gc, preflight
-from hibernode.capture import Capture
+from hibernode import catalog, gc, gpus, preflight
+from hibernode.capture import Capture, survey
 from hibernode.journal import Tree
 from hibernode.model import CheckpointCommand, Status
 from hibernode.node import Attempt, Node, calmly, insist, on_error
-from hibernode.ports import Workload
+from hibernode.ports import GpuTree, Workload
 
 
 def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None:
@@ -29,32 +29,45 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
     with claim, name, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
         with attempt.phase("preflight", limits.preflight):  # with the claim: nobody else is doing anything to the workload now
             undo.enter_context(gc.attempting(store, command.checkpoint_id, command.action_id))
-            processes = workload.processes()
-            preflight.checkpoint(command, processes, options.criu)
-            meter.bytes_total = sum(process.rss for process in processes)
+            processes = workload.processes() if command.kind != "rootfsonly" else ()  # of them nothing is saved then
+            preflight.checkpoint(command, workload.facts, processes, options.criu, node.criu.facts(), endable=workload.endable)
+            pod_spec = workload.pod_spec()
+            gpu = undo.enter_context(closing(node.gpu.find(command.action_id, processes)))
+            on_gpus = gpus.look(node, gpu, workload, processes)[1] + survey(workload, command.kind, attempt.cancel)
+            meter.bytes_total = sum(process.rss for process in processes) + on_gpus
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
             seal = catalog.new_seal(node.keyring, command.checkpoint_id)
         node.arena.wait_for_room(meter.bytes_total, attempt.cancel)  # for as long as it takes: nobody is frozen for it
         with attempt.phase("preflight", limits.preflight):  # a store that hangs now hangs before anybody is frozen
-            capture = undo.enter_context(Capture(node, store, seal, workload.roots(), options, attempt, work))
+            capture = undo.enter_context(Capture(node, store, seal, workload, command.kind, options, attempt, work))
             processes = workload.processes()  # again: the wait may have been long, and who was stopped then may run now
-        trees = tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes)
-        let_go = calmly("letting the workload go on", lambda: _let_go(workload, attempt) if options.kill else None)
-        attempt.entry.update(location=command.overrides.directory, trees=trees, kill=options.kill)
+            gpu_image, on_gpus = gpus.look(node, gpu, workload, processes if command.kind != "rootfsonly" else ())
+        gpu_limit = limits.gpu_of(on_gpus)
+        let_go = calmly(
+            "letting the workload go on", lambda: _let_go(workload, gpu, gpu_limit, attempt) if options.kill else None
+        )
+        attempt.entry.update(
+            trees=tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes),
+            freezers=workload.freezers(), place=workload.place, kill=options.kill, location=command.overrides.directory,
+        )  # fmt: skip
 
-        with attempt.phase("dumping", limits.pause_of(meter.bytes_total)), ExitStack() as held:
-            held.callback(insist, "letting the workload go on", workload.thaw)
-            workload.freeze()
-            meter.pause_ns = capture.dump()
+        with ExitStack() as held:
+            gpus.suspend(gpu, workload, attempt, gpu_limit, held)  # first: who stands still cannot answer the driver
+            with attempt.phase("dumping", limits.pause_of(meter.bytes_total)), ExitStack() as frozen:
+                frozen.callback(insist, "letting the workload go on", workload.thaw)
+                meter.pause_ns += capture.dump(since=workload.freeze())
+                if options.kill:
+                    held.enter_context(frozen.pop_all())
             if options.kill:
                 undo.push(on_error(stopped := held.pop_all()))  # until it is killed, or let go if anything fails
-        attempt.report(Status.CHECKPOINT_CREATED)
+        attempt.report(Status.CHECKPOINT_CREATED, pod_spec)
 
         with attempt.phase("shipping", limits.transfer_of(meter.bytes_total)), attempt.cancel.waking(let_go):
-            images = capture.finish()
+            images, layers = capture.finish()
         with attempt.phase("committing", limits.commit), attempt.cancel.waking(let_go):
-            manifest = catalog.describe(node, command, workload, options, meter, images, seal)
+            on_gpu = gpus.saved(gpu_image, gpu, workload, images)
+            manifest = catalog.describe(node, command, workload, options, meter, images, layers, seal, on_gpu)
             with capture.keeping():
                 catalog.commit(store, manifest, node.notary, attempt.cancel)
         attempt.report(Status.READY)
@@ -64,7 +77,8 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             insist("killing the workload", workload.kill)
 
 
-def _let_go(workload: Workload, attempt: Attempt) -> None:
+def _let_go(workload: Workload, gpu: GpuTree, limit: float, attempt: Attempt) -> None:
     """It goes on for good: nobody who finds this action later kills what has run on."""
     workload.thaw()
+    gpu.resume(limit=limit)
     attempt.entry.update(kill=False)

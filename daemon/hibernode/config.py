@@ -16,9 +16,9 @@ import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, SecretStr, StringConstraints, ValidationError, model_validator
 
 from hibernode.errors import Refused
 
@@ -94,6 +94,7 @@ class Limits(Section):
     pause: float = Field(default=60.0, gt=0)  # seconds a dump may hold a workload, beside 1 s for each 64 MiB of its memory
     transfer: float = Field(default=600.0, gt=0)  # seconds to ship or fetch an image, beside 1 s for each 4 MiB of its memory
     commit: float = Field(default=300.0, gt=0)  # seconds to write the manifest and to read it back
+    gpu: float = Field(default=120.0, gt=0)  # seconds to save or bring back GPU state, beside 1 s for each 128 MiB of it
     restore: float = Field(default=120.0, gt=0)  # seconds CRIU has to restore, beside 1 s for each 64 MiB of memory
     second: Literal["wait", "refuse"] = "wait"  # what becomes of a command for a workload that has one at work
     attempts: int = Field(default=3, ge=1)  # of a command that meets a transient error before anything is frozen
@@ -105,11 +106,50 @@ class Limits(Section):
         """Of a workload with `size` bytes of memory: a rate far below any store worth the name, for what the arena does not take."""
         return self.pause + size / (64 * MIB)
 
+    def gpu_of(self, size: int) -> float:
+        """Of `size` bytes of device memory: half a slow copy's rate (0.3 GB/s, gpu.md section 12)."""
+        return self.gpu + size / (128 * MIB)
+
     def transfer_of(self, size: int) -> float:
         return self.transfer + size / (4 * MIB)
 
     def restore_of(self, size: int) -> float:
         return self.restore + size / (64 * MIB)
+
+
+class Gpu(Section):
+    """NVIDIA GPUs. A node without is as good as any."""
+
+    nvml: str = ""  # path of libnvidia-ml.so.1; empty: where the system has it
+    libcuda: str = ""  # path of libcuda.so.1; empty: what the loader finds, then the usual places
+    lock_timeout: float = Field(default=10.0, gt=0)  # seconds until work on the GPU that does not end keeps it from being saved
+    design: Literal["lock", "stop"] = "lock"  # "stop": the whole tree stands still while its GPU state is not where it was
+    idle: float = Field(default=300.0, gt=0)  # seconds after which a helper that nobody needs ends: it keeps the driver loaded
+
+
+class Containers(Section):
+    """Of containerd, or of runc alone. A node without is as good as any."""
+
+    cri: str = "unix:///run/containerd/containerd.sock"  # the container runtime's interface; nobody there, or empty: no pods
+    socket: Path = Path("/run/hibernode/runtime.sock")  # where the OCI runtime in front of runc asks; only root can open it
+    runc: str = "runc"  # the program; where it is not in PATH, its path
+    roots: tuple[Path, ...] = (Path("/run/runc"), Path("/run/containerd/runc/k8s.io"))  # of runc's states, for containers by id
+
+
+class Kubernetes(Section):
+    """The API server, where this node is one of a cluster. Empty values: in a pod, its own cluster's; elsewhere none."""
+
+    api_server: str = ""  # such as https://10.0.0.1:6443
+    token_file: str = ""  # path of the token of a service account; read for each call
+    ca_file: str = ""  # path of the CA of the API server, in PEM
+    mounted: str = "/var/run/secrets/kubernetes.io/serviceaccount"  # in a pod: where its account's token and ca.crt are
+    node_name: str = (
+        ""  # of this node's Node object, which may have dots; empty: `node`. Where `node` is not set, it comes from here
+    )
+    timeout: float = Field(default=10.0, gt=0)  # seconds of silence, for each call
+    prestop: Annotated[str, StringConstraints(pattern=r"^([0-9.]+:[0-9]{1,5})?$")] = (
+        "127.0.0.1:9467"  # where preStop hooks of pods ask, in the machine's own network, if there is an API server; empty: nowhere
+    )
 
 
 class Signing(Section):
@@ -175,6 +215,7 @@ class Api(Section):
     rate: float = Field(default=100.0, gt=0)  # requests each second of one token (without: of one address), in the long run
     burst: int = Field(default=200, ge=1)  # at once
     heartbeats: tuple[Heartbeat, ...] = ()  # beside those in the database
+    annotations: bool = True  # pods may ask by their annotations for heartbeats, and to go on elsewhere when they are evicted
 
 
 class Log(Section):
@@ -193,6 +234,9 @@ class Config(Section):
     arena: Arena = Arena()
     transfer: Transfer = Transfer()
     criu: Criu = Criu()
+    gpu: Gpu = Gpu()
+    containers: Containers = Containers()
+    kubernetes: Kubernetes = Kubernetes()
     limits: Limits = Limits()
     signing: Signing = Signing()
     encryption: Encryption = Encryption()
@@ -201,6 +245,14 @@ class Config(Section):
     metrics: Metrics = Metrics()
     api: Api = Api()
     log: Log = Log()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_node(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """In a pod the host name is the pod's, another one each time."""
+        of = data.get("kubernetes")
+        name = of.get("node_name") if isinstance(of, dict) else ""
+        return {**data, "node": name.replace(".", "-")} if isinstance(name, str) and name and "node" not in data else data
 
     def criu_path(self) -> str:
         """The binary to use: as configured, else beside the interpreter (where `scripts/setup` puts it), else from PATH."""

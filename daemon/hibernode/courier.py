@@ -29,9 +29,11 @@ from hibernode.errors import (
 from hibernode.loop import Tasks, in_thread
 from hibernode.model import (
     MAX_LISTED,
+    MAX_WISHES,
     ActionCommand,
     CancelCommand,
     DeleteCommand,
+    HeartbeatWish,
     NodeRecord,
     Outcome,
     Progress,
@@ -54,6 +56,7 @@ class Courier:
         self._dispatcher, self._node, self._outbox, self._bus = dispatcher, node, outbox, bus
         self._filled, self._stale = asyncio.Event(), asyncio.Event()  # there are events to send; the record is not true any more
         self._listed: list[WorkloadView] = []
+        self._wishes: list[HeartbeatWish] = []
         self._serving, self._taking, self._deliveries = Tasks(), Tasks(), Tasks()
         self._leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what is still kept goes back
         dispatcher.posts_to(self._filled.set, self._progress, self.refresh)
@@ -257,7 +260,22 @@ class Courier:
                     await self._stale.wait()
 
     async def _own_record(self) -> NodeRecord:
-        return self._dispatcher.record().model_copy(update={"workloads": await self._workloads()})
+        told = {"workloads": await self._workloads(), "heartbeats": await self._heartbeats()}
+        return (await self._dispatcher.record()).model_copy(update=told)
+
+    async def _heartbeats(self) -> list[HeartbeatWish]:
+        """What pods ask for; what they asked for last, where the container runtime does not answer. Those that are wrong are logged once,
+        and are the first to be left out where there are too many."""
+        try:
+            wishes = await in_thread(self._node.jobs.heartbeats)
+        except Exception as e:  # noqa: BLE001 - whatever it is, the node is there
+            _log.warning("cannot say what pods ask for", error=str(e))
+            return self._wishes[:MAX_WISHES]
+        for wish in wishes:
+            if wish.problem and wish not in self._wishes:
+                _log.warning("no heartbeat", pod=f"{wish.namespace}/{wish.name}", uid=wish.uid, why=wish.problem)
+        self._wishes = sorted(wishes, key=lambda wish: (bool(wish.problem), wish.since))
+        return self._wishes[:MAX_WISHES]
 
     async def _workloads(self) -> list[WorkloadView]:
         """Those that run; as they were last seen, where they cannot be looked at. Their command lines may hold secrets, and are long."""
@@ -266,7 +284,9 @@ class Courier:
         except Exception as e:  # noqa: BLE001 - whatever it is, the node is there
             _log.warning("cannot say what runs here", error=str(e))
         else:
-            alive = [view for view in views if view.pid]
+            alive = sorted(
+                (view for view in views if view.pid or view.kind == "pod"), key=lambda view: (view.kind == "pod", not view.moves)
+            )
             self._listed = [view.model_copy(update={"command": "", "log": ""}) for view in alive[:MAX_LISTED]]
         return self._listed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 from hibernode import catalog, doctor, gc
@@ -40,8 +40,8 @@ class Desk:
     def __init__(self, dispatcher: Dispatcher, node: Node, courier: Courier | None) -> None:
         self._dispatcher, self._node, self._courier = dispatcher, node, courier
 
-    async def submit(self, command: ActionCommand) -> None:
-        await self._dispatcher.submit(command)
+    async def submit(self, command: ActionCommand, about: Mapping[str, str] | None = None) -> None:
+        await self._dispatcher.submit(command, about)
 
     def watch(self, action_id: str) -> AsyncIterator[Event | Progress]:
         return self._dispatcher.watch(action_id)
@@ -50,6 +50,12 @@ class Desk:
         return await self._dispatcher.cancel(action_id)
 
     async def action(self, action_id: str) -> ActionView:
+        return await self._dispatcher.action(action_id)
+
+    async def ended(self, action_id: str) -> ActionView:
+        """As it is when it has ended."""
+        async for _ in self._dispatcher.watch(action_id):
+            pass
         return await self._dispatcher.action(action_id)
 
     async def actions(self) -> list[ActionView]:
@@ -109,7 +115,7 @@ class Desk:
         return await in_thread(functools.partial(doctor.checks, self._node, bus_connected=connected))
 
     async def nodes(self) -> list[NodeRecord]:
-        return await self._courier.nodes() if self._courier else [self._dispatcher.record()]
+        return await self._courier.nodes() if self._courier else [await self._dispatcher.record()]
 
 
 async def _told_by(work: Callable[[Callable[[T], None], Cancel], None]) -> AsyncGenerator[T]:

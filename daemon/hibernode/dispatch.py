@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import ParamSpec, TypeVar
 
 import structlog
@@ -21,6 +21,7 @@ import structlog
 from hibernode import __version__, gc, preflight
 from hibernode.checkpoint import checkpoint
 from hibernode.errors import (
+    GpuBusy,
     HibernodeError,
     Internal,
     NotFound,
@@ -128,14 +129,14 @@ class Dispatcher:
         """The daemon stops, and its patience is over."""
         self._hurry.set()
         for action in self._running.values():
-            action.cancel.set(reason)
+            self._tasks.spawn(in_thread(action.cancel.set, reason))
 
     # --- actions --------------------------------------------------------------------------------------------------------------
 
-    def accept(self, command: ActionCommand) -> asyncio.Task[None] | None:
-        """Begin an action, unless its id is known. The task that ends with it; None: it has ended before."""
+    def accept(self, command: ActionCommand, about: Mapping[str, str] | None = None) -> asyncio.Task[None] | None:
+        """Begin an action, unless its id is known. The task that ends with it; None: it has ended before. `about`: as `Record` has it."""
         if self._node.journal.find(command.action_id) is None:
-            action = _Running(self._node.journal.begin(command))
+            action = _Running(self._node.journal.begin(command, about))
             if command.action_id in self._forestalled:
                 del self._forestalled[command.action_id]
                 action.cancel.set("cancelled by a command that came before it")
@@ -178,7 +179,8 @@ class Dispatcher:
         self._report(action, Status.PROCESSING)
 
     async def _tried(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
-        """Run the page; again after a transient error, as long as nothing was touched. Waiting for another action is no attempt."""
+        """Run the page; again after a transient error, as long as nothing was touched, or no more than GPUs that had too much to do: they
+        are unlocked again. Waiting for another action is no attempt."""
         limits = self._node.config.limits
         ticker, left = self._tasks.spawn(self._tick(action)), limits.attempts
         try:
@@ -192,7 +194,7 @@ class Dispatcher:
                     await self._wait_for_other(e, command, action, slot)
                 except Transient as e:
                     left -= 1
-                    if not left or action.entry.record.phase not in _UNTOUCHED:
+                    if not left or not (action.entry.record.phase in _UNTOUCHED or isinstance(e, GpuBusy)):
                         raise
                     _log.info("will try again", action=command.action_id, code=e.code, error=str(e), delay=limits.retry_delay)
                     await self._unless_cancelled(action, asyncio.sleep(limits.retry_delay))
@@ -267,13 +269,14 @@ class Dispatcher:
 
     # --- events ---------------------------------------------------------------------------------------------------------------
 
-    def _report(self, action: _Running, status: Status) -> None:
+    def _report(self, action: _Running, status: Status, pod_spec: str = "") -> None:
         """A status was reached. Any thread; durable when it returns, but that it is `ready` need not be: where the disk is full the
         rest is done all the same, and `_end_surely` says it."""
         action.reached = status
         profile = action.meter.profile() if status != Status.PROCESSING else None
         try:
-            self._emit(action.entry, Outcome(status, code="ok" if status == Status.READY else "", profile=profile))
+            code = "ok" if status == Status.READY else ""
+            self._emit(action.entry, Outcome(status, code=code, profile=profile, pod_spec=pod_spec))
         except OSError as e:
             if status != Status.READY:
                 raise
@@ -308,7 +311,11 @@ class Dispatcher:
 
     def _emit(self, entry: Entry, outcome: Outcome) -> None:
         record = entry.record
-        details = {**outcome.details, **self._whereabouts(record, outcome.status)}
+        details = {
+            **outcome.details,
+            **({"about": record.about} if record.about else {}),
+            **self._whereabouts(record, outcome.status),
+        }
 
         def make(seq: int) -> Event | None:
             if outcome.status.rank <= entry.record.status.rank:
@@ -327,6 +334,7 @@ class Dispatcher:
                 details=details,
                 retry=outcome.retry,
                 profile=outcome.profile,
+                pod_spec=outcome.pod_spec,
             )
 
         if (event := entry.emit(make)) is not None:
@@ -372,12 +380,12 @@ class Dispatcher:
 
     # --- what the courier and the desk ask ---------------------------------------------------------------------------------------------
 
-    async def submit(self, command: ActionCommand) -> None:
+    async def submit(self, command: ActionCommand, about: Mapping[str, str] | None = None) -> None:
         """Begin an action; one whose id is known is not begun again. NoRoom if it cannot be written down: then it is not begun."""
         if self.stopping:
             raise Refused("stopping", "the daemon is stopping", prop="state", found="stopping", wanted="running")
         try:
-            self.accept(command)
+            self.accept(command, about)
         except OSError as e:
             if is_full(e):
                 raise no_room(e) from e
@@ -413,7 +421,8 @@ class Dispatcher:
         """Ask a running action to stop; False if there is none: it has ended, or nobody knows it."""
         action = self._running.get(action_id)
         if action is not None:
-            action.cancel.set("cancelled by command")
+            # In a thread: a workload that is held is let go on at once, and what it has on GPUs takes its time.
+            await asyncio.wait({self._tasks.spawn(in_thread(action.cancel.set, "cancelled by command"))}, timeout=1)
         return action is not None
 
     def forestall(self, action_id: str) -> None:
@@ -432,8 +441,9 @@ class Dispatcher:
     async def actions(self) -> list[ActionView]:
         return [_view(entry) for entry in self._node.journal.all()]
 
-    def record(self) -> NodeRecord:
-        """What this node tells the others about itself, but for what runs there: a look at that takes time."""
+    async def record(self) -> NodeRecord:
+        """What this node tells the others about itself, but for what runs there."""
+        gpus = await in_thread(self._node.inventory.gpus)  # a driver may take its time
         node, facts, load = self._node, self._node.host.facts(), self._node.host.load()
         return NodeRecord(
             node=node.config.node,
@@ -450,6 +460,9 @@ class Dispatcher:
             actions=len(self._running),
             time=time.time(),
             arena_bytes=node.arena.total_bytes,
+            gpu_inventory=gpus,
+            cpu_flags=facts.cpu_flags,
+            makes_pods=node.workloads.makes_pods,
         )
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hibernode import locks
 from hibernode.config import without_secrets
 from hibernode.errors import HibernodeError
-from hibernode.model import Check
+from hibernode.model import Check, Gpu, GpuInventory
 from hibernode.node import Node
 
 _PTRACE, _RESOURCE, _RESTORE = 19, 24, 40  # include/uapi/linux/capability.h
@@ -26,6 +28,8 @@ def checks(node: Node, *, bus_connected: bool | None) -> list[Check]:
         _room(node),
         _bus(bus_connected, without_secrets(node.config.bus.url)),
         _watchdog(node),
+        *_containers(node),
+        *_gpus(node.inventory.gpus()),
         *_kernel(),
     ]
 
@@ -104,6 +108,104 @@ def _watchdog(node: Node) -> Check:
     return Check(
         name="watchdog", ok=bool(pid), found=f"pid {pid}" if pid else "none runs", hint="" if pid else hint, required=False
     )
+
+
+def _containers(node: Node) -> Iterator[Check]:
+    """None of them is needed on a node without pods."""
+    cri, runc = node.workloads.runtimes()
+    address, program = node.config.containers.cri, node.config.containers.runc
+    nobody = f"nobody answers at {address}" if address else "not configured"
+    hint = "" if cri else "for pods: is containerd up, and is `containers.cri` its socket?"
+    yield Check(name="container runtime", ok=bool(cri), found=cri or nobody, hint=hint, required=False)
+    hint = "" if runc else "for pods and containers: install runc, or set `containers.runc`"
+    yield Check(name="runc", ok=bool(runc), found=runc or f"no {program} that could be run", hint=hint, required=False)
+    yield _cluster(node)
+    where, writable = _freezers()
+    hint = "" if writable else "the daemon must see the machine's cgroups, writable: the containers of a pod are frozen by them"
+    yield Check(name="cgroup freezer", ok=writable, found=where or "not mounted", hint=hint, required=False)
+
+
+def _cluster(node: Node) -> Check:
+    """A node of no cluster restores pods that somebody else makes."""
+    try:
+        found, hint = node.workloads.cluster(), ""
+    except HibernodeError as e:
+        return Check(name="Kubernetes", ok=False, found=e.message, hint=e.hint, required=False)
+    if not found:
+        hint = "for a node of a cluster: `kubernetes.api_server`, in a pod a mounted service account's token"
+    return Check(name="Kubernetes", ok=bool(found), found=found or "no API server is configured", hint=hint, required=False)
+
+
+def _freezers() -> tuple[str, bool]:
+    """Where cgroups are frozen, v1's hierarchy before v2's, and whether that can be written to."""
+    mounts = [line.split()[1:4] for line in _lines("/proc/self/mounts")]
+    v1 = [mount for mount in mounts if mount[1] == "cgroup" and "freezer" in mount[2].split(",")]
+    for where, _, options in (*v1, *(mount for mount in mounts if mount[1] == "cgroup2")):
+        return where, "rw" in options.split(",") and os.access(where, os.W_OK)
+    return "", False
+
+
+_NVML_HINTS = {
+    "bindings": "install hibernode with its extra `gpu`: pip install 'hibernode[gpu]'",
+    "library": "it comes with the driver (into a container with NVIDIA_DRIVER_CAPABILITIES=utility), or set `gpu.nvml`",
+    "mismatch": "the driver was replaced: restart this daemon; reboot, if the kernel still has the old one",
+    "unloaded": "modprobe nvidia; does dmesg say why it is not there?",
+    "silent": "a GPU may be lost: dmesg | grep -i xid",
+}
+
+
+def _gpus(found: GpuInventory) -> Iterator[Check]:
+    """No GPU is no defect. What a GPU does not tell is said, and never guessed."""
+    driver = f"{found.driver}, CUDA {found.cuda}" if found.cuda else found.driver
+    hint = "" if found.known else _NVML_HINTS.get(found.state, "does nvidia-smi say more?")
+    said = "; ".join(part for part in (driver, found.reason) if part)
+    yield Check(name="GPU driver", ok=found.known, found=said, hint=hint, required=False)
+    if found.state == "absent":
+        return
+    yield Check(name="GPUs", ok=found.known, found=_listed(found.gpus), hint=hint, required=False)
+    faults: dict[tuple[str, str], list[str]] = {}
+    for gpu in found.gpus if found.known else []:
+        for fault in _faults(gpu):
+            faults.setdefault(fault, []).append(str(gpu.index))
+    for (what, mend), those in faults.items():
+        yield Check(name="GPU condition", ok=False, found=f"{', '.join(those)}: {what}", hint=mend, required=False)
+    if found.known and not faults:
+        yield Check(name="GPU condition", ok=True, found="nothing against them", required=False)
+
+
+def _listed(gpus: Sequence[Gpu]) -> str:
+    """`8 × NVIDIA H100, 12 of 640 GiB used, 3 processes`, as far as it is known."""
+    counts = Counter(gpu.name or "unknown GPU" for gpu in gpus)
+    parts = [f"{count} × {name}" for name, count in counts.items()] or ["none"]
+    memory = [(gpu.memory_used, gpu.memory_total) for gpu in gpus if gpu.memory_used is not None and gpu.memory_total is not None]
+    if memory:
+        used, total = (sum(column) >> 20 for column in zip(*memory, strict=True))
+        parts.append(f"{used} of {total} MiB used")
+    processes = [gpu.processes for gpu in gpus if gpu.processes is not None]
+    if processes:
+        parts.append(f"{sum(processes)} {'process' if sum(processes) == 1 else 'processes'}")
+    silent = Counter(name for gpu in gpus for name in gpu.unknown)
+    if silent:
+        parts.append(f"not told: {', '.join(silent)}")
+    return ", ".join(parts)
+
+
+def _faults(gpu: Gpu) -> Iterator[tuple[str, str]]:
+    """What this GPU has against a checkpoint or a restore, each with how to mend it."""
+    if gpu.mig:
+        yield "MIG is on: the driver saves no process that uses a part of a GPU", "nvidia-smi -mig 0, if nothing needs it"
+    if gpu.mps_processes:
+        yield "a process uses it through MPS: the driver saves none of these", "echo quit | nvidia-cuda-mps-control"
+    if gpu.compute_mode == "prohibited":
+        yield "its compute mode is prohibited: nothing can run on it", "nvidia-smi -c DEFAULT"
+    if gpu.persistence is False:
+        yield "persistence is off: the driver sleeps while nothing uses it", "systemctl enable --now nvidia-persistenced"
+    if gpu.ecc_uncorrected:
+        yield "uncorrected memory errors: a checkpoint may hold what they damaged", "nvidia-smi -q -d ECC shows them"
+    if gpu.rows_pending:
+        yield "rows of its memory wait to be remapped", "nvidia-smi -r, when nothing uses it"
+    if gpu.rows_failed:
+        yield "rows of its memory could not be remapped", "have it replaced"
 
 
 def _kernel() -> Iterator[Check]:

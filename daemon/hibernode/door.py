@@ -24,6 +24,28 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _log = logging.getLogger("hibernode.door")
 
 
+def bound(path: Path) -> socket.socket:
+    """A socket at `path` that nobody else can open. OSError if it cannot be made there."""
+    listener = socket.socket(socket.AF_UNIX)
+    # The mask is the process's: for this moment every thread makes files that are private, which harms nobody.
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.umask(before)
+    return listener
+
+
+def caller(writer: asyncio.StreamWriter) -> tuple[int, int]:
+    """Who is at the other end, as the kernel says: pid and uid."""
+    connection = writer.get_extra_info("socket")
+    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return pid, uid
+
+
 class Door:
     """One socket at `path`, with mode 0600. `build`, `open`, `shut` and `close` are called once each, in this order."""
 
@@ -46,17 +68,7 @@ class Door:
 
     async def open(self) -> None:
         """From now on callers come in. OSError if the socket cannot be made there."""
-        listener = socket.socket(socket.AF_UNIX)
-        # The mask is the process's: for this moment every thread makes files that are private, which harms nobody.
-        before = os.umask(0o177)
-        try:
-            listener.bind(str(self._path))
-        except BaseException:
-            listener.close()
-            raise
-        finally:
-            os.umask(before)
-        self._server = await asyncio.start_unix_server(self._meet, sock=listener)
+        self._server = await asyncio.start_unix_server(self._meet, sock=bound(self._path))
 
     def shut(self) -> None:
         """Nobody comes in any more; who is in may stay."""
@@ -72,8 +84,7 @@ class Door:
             os.close(self._within)
 
     def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        caller = writer.get_extra_info("socket")
-        pid, uid, _ = _CREDENTIALS.unpack(caller.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        pid, uid = caller(writer)
         if uid in (0, os.geteuid()):
             self._guests.spawn(self._connect(reader, writer))
             return

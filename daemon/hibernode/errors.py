@@ -8,18 +8,23 @@
     │   ├── Corrupt               corrupt            stored bytes are not what was written
     │   ├── DumpFailed            dump_failed        CRIU could not dump; the workload runs on
     │   ├── RestoreFailed         restore_failed     CRIU could not restore; nothing of it is left running
+    │   ├── GpuFailed             gpu_failed         the driver could not save or bring back GPU state; what was begun is undone
     │   ├── Interrupted           interrupted        the daemon died in the middle; recovery undid it
     │   ├── Cancelled             cancelled          somebody asked for it
     │   ├── DeadlineExceeded      deadline           a phase took longer than it may; what it had begun is undone
     │   ├── Internal              internal           a defect of ours
     │   └── Stuck                 left_suspended     an undo failed, a workload may need a person
+    │       ├── GpuWedged         gpu_wedged         a driver call does not return; nobody can end it
     │       └── OutcomeUnknown    outcome_unknown    a step was begun and nobody saw how it ended
     └── Transient                 the same command may succeed later
         ├── StoreUnavailable      store_unavailable
         ├── BusUnavailable        bus_unavailable
         ├── DatabaseUnavailable   database_unavailable   of the control plane
+        ├── CriUnavailable        cri_unavailable    the container runtime does not answer, or not as it must
+        ├── KubernetesUnavailable kubernetes_unavailable   its API server does not answer, or not as it must
         ├── KeyService            key_service        a key management service does not answer as it must
         ├── Busy                  busy               the workload or the node has another action
+        ├── GpuBusy               gpu_busy           work on the GPU did not end in time; the workload runs on
         └── NoRoom                no_room            disk, tmpfs or memory is full
 
 Codes are stable: the same string stands in events, metrics, gRPC details and the REST API. Messages are lower case, without a
@@ -87,6 +92,10 @@ class RestoreFailed(Permanent):
     code = "restore_failed"
 
 
+class GpuFailed(Permanent):
+    code = "gpu_failed"
+
+
 class Interrupted(Permanent):
     code = "interrupted"
 
@@ -107,6 +116,10 @@ class Stuck(Permanent):
     code = "left_suspended"
 
 
+class GpuWedged(Stuck):
+    code = "gpu_wedged"
+
+
 class OutcomeUnknown(Stuck):
     code = "outcome_unknown"
 
@@ -123,12 +136,24 @@ class DatabaseUnavailable(Transient):
     code = "database_unavailable"
 
 
+class CriUnavailable(Transient):
+    code = "cri_unavailable"
+
+
+class KubernetesUnavailable(Transient):
+    code = "kubernetes_unavailable"
+
+
 class KeyService(Transient):
     code = "key_service"
 
 
 class Busy(Transient):
     code = "busy"
+
+
+class GpuBusy(Transient):
+    code = "gpu_busy"
 
 
 class NoRoom(Transient):

@@ -180,8 +180,9 @@ def _last(places: Iterable[Place], count: int) -> set[str]:
 def _workload(manifest: Manifest) -> object:
     """What counts as one workload: a pod by its UID, for many clusters may have a pod of that name, and share this store. A process
     has no such name: then all that tells it from others."""
-    facts, (root, *_) = manifest.workload, manifest.images[0].tasks
-    return facts.uid or (manifest.node, root.pid, facts.name, tuple(facts.argv), facts.cwd)
+    facts = manifest.workload
+    root = manifest.images[0].tasks[0].pid if manifest.images else 0
+    return facts.uid or (manifest.node, root, facts.name, tuple(facts.argv), facts.cwd)
 
 
 # --- going --------------------------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from hibernode.errors import OutcomeUnknown
 from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, Status, Value
@@ -52,10 +52,16 @@ class Record(Value):
     ended_at: float = 0.0
     location: str = ""  # the store's
     trees: tuple[Tree, ...] = ()  # being dumped, or restored
+    freezers: tuple[
+        str, ...
+    ] = ()  # cgroups: frozen for the dump, as `Workload.freezers` has them; of a restore, where all is of it
     place: str = ""  # where a restored tree is born, and nobody else
     kill: bool = False  # the workload is to be killed when the checkpoint is ready
     events: tuple[Event, ...] = ()  # every status it reached, written together with it
     published: int = 0  # the sequence number up to which the broker has confirmed them
+    about: Mapping[str, str] = Field(
+        default_factory=dict
+    )  # what the control plane is to know of an action that it has not filed, with every event
     stored_at: int | None = None  # the place of the last confirmed one in the broker's stream, 0: of none; None: not known
 
     @property
@@ -73,7 +79,7 @@ def remedy(record: Record) -> Remedy:
     match record.type, record.phase:
         case _, "done" | "starting" | "preflight" | "fetching":
             return "nothing"
-        case "checkpoint", "dumping" | "shipping":
+        case "checkpoint", "suspending" | "dumping" | "resuming" | "shipping":
             return "thaw"
         case "checkpoint", "committing" | "killing":
             return "finish_kill" if record.status == Status.READY else "settle"
@@ -211,8 +217,8 @@ class Journal:
     def all(self) -> list[Entry]:
         return sorted(self._entries.values(), key=lambda entry: entry.began_at)
 
-    def begin(self, command: ActionCommand) -> Entry:
-        """The page of a new action. The action id must be new."""
+    def begin(self, command: ActionCommand, about: Mapping[str, str] | None = None) -> Entry:
+        """The page of a new action. The action id must be new. `about`: as `Record` has it."""
         target = str(command.target) if isinstance(command, CheckpointCommand) else f"checkpoint {command.checkpoint_id}"
         record = Record(
             action_id=command.action_id,
@@ -222,6 +228,7 @@ class Journal:
             command=command.model_dump_json(),
             began_at=self._clock(),
             stored_at=0,
+            about=dict(about or {}),
         )
         self._prune()
         entry = Entry(self._directory / f"{command.action_id}.json", record)

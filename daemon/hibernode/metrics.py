@@ -7,15 +7,17 @@ habit and no law, each of these two labels takes `_KINDS` different values and f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from hibernode.errors import Refused
-from hibernode.model import Event, Profile, Progress
+from hibernode.model import Event, Gpu, GpuInventory, Profile, Progress
 
 PAUSE_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
 PHASE_BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 1800)
@@ -37,6 +39,7 @@ class Readings:
     outbox: Read  # events not yet published
     bus_connected: Callable[[], bool]
     queues: Mapping[str, Read] = field(default_factory=dict)
+    gpus: Callable[[], GpuInventory] | None = None  # ports.Inventory.gpus: may block for a moment
 
 
 @dataclass
@@ -69,6 +72,13 @@ class Metrics:
         self._pause = Histogram(
             "hibernode_pause_seconds",
             "How long a workload was frozen for a checkpoint",
+            buckets=PAUSE_BUCKETS,
+            registry=r,
+        )
+        self._gpu_pause = Histogram(
+            "hibernode_gpu_pause_seconds",
+            "Of a pause, or of a restore: how long GPU state took to save and to bring back",
+            ["type"],
             buckets=PAUSE_BUCKETS,
             registry=r,
         )
@@ -107,6 +117,8 @@ class Metrics:
         depth = Gauge("hibernode_queue_depth", "Items that wait", ["queue"], registry=r)
         for queue, read in readings.queues.items():
             depth.labels(queue).set_function(read)
+        if readings.gpus is not None:
+            r.register(_Gpus(readings.gpus))
 
     def observe_event(self, event: Event) -> None:
         """Count one event; once for each, or the counts are wrong."""
@@ -122,6 +134,8 @@ class Metrics:
         self._duration.labels(type_).observe(profile.total_duration / 1e9)
         if profile.pause_ns:
             self._pause.observe(profile.pause_ns / 1e9)
+        if profile.gpu_ns:
+            self._gpu_pause.labels(type_).observe(profile.gpu_ns / 1e9)
         for phase, cost in profile.phases.items():
             self._phase.labels(type_, self._phases.bounded(phase)).observe(cost.seconds)
         self._phase.labels(type_, "unaccounted").observe(profile.unaccounted)
@@ -165,6 +179,50 @@ class Metrics:
             server.server_close()
             thread.join()
             self._server = None
+
+
+_OF_A_GPU: tuple[tuple[str, str, Callable[[Gpu], float | None]], ...] = (
+    ("hibernode_gpu_memory_bytes", "Memory of this GPU", lambda gpu: gpu.memory_total),
+    ("hibernode_gpu_memory_used_bytes", "Of it, what is used", lambda gpu: gpu.memory_used),
+    ("hibernode_gpu_processes", "Processes with a CUDA context there, as NVML lists them", lambda gpu: gpu.processes),
+    (
+        "hibernode_gpu_ecc_uncorrected_errors",
+        "Uncorrected memory errors since the driver was loaded",
+        lambda gpu: gpu.ecc_uncorrected,
+    ),
+    ("hibernode_gpu_rows_pending", "1 while rows of its memory wait to be remapped by a reset", lambda gpu: gpu.rows_pending),
+)
+
+
+class _Gpus(Collector):
+    """The GPUs as they are when somebody looks. What is unknown has no sample: 0 would be a lie."""
+
+    def __init__(self, read: Callable[[], GpuInventory]) -> None:
+        self._read = read
+        self._states = _Words()
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        """Without this the registry would ask the driver for the names."""
+        return self._families()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        found = self._read()
+        state, count, *of_a_gpu = self._families()
+        state.add_metric([self._states.bounded(found.state)], 1)
+        if found.known:
+            count.add_metric([], len(found.gpus))
+            for family, (_, _, read) in zip(of_a_gpu, _OF_A_GPU, strict=True):
+                for gpu in found.gpus:
+                    if (value := read(gpu)) is not None:
+                        family.add_metric([str(gpu.index), gpu.uuid, gpu.name], value)
+        return iter([state, count, *of_a_gpu])
+
+    def _families(self) -> list[GaugeMetricFamily]:
+        state = GaugeMetricFamily(
+            "hibernode_gpu_inventory", "1, with how the GPUs can be asked: ok, absent, or what is wrong", labels=["state"]
+        )
+        count = GaugeMetricFamily("hibernode_gpus", "GPUs of this machine, where that is known", labels=[])
+        return [state, count, *(GaugeMetricFamily(name, about, labels=["gpu", "uuid", "name"]) for name, about, _ in _OF_A_GPU)]
 
 
 class _Words:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints, model_validator
 
 from hibernode.errors import BadCommand, Cancelled, HibernodeError
 
@@ -23,13 +23,17 @@ PAGE = 4096  # bytes; x86-64 and the only page size format version 1 knows
 FRAME_PAGES = 1024  # pages of one frame at most: 4 MiB, the size of one arena chunk
 MAX_STREAMS = 64
 MAX_TASKS = 100_000  # processes of one image
+MAX_ENTRIES = 2_000_000  # of one writable layer: a minute and a half of pause, if all are small files
 MAX_LISTED = 500  # workloads in a node's record: under 400 KiB with the longest names, of the 1 MiB that a broker takes
+MAX_WISHES = 250  # and heartbeats that its pods ask for: under 250 KiB more; a kubelet has 110 pods, where nobody says otherwise
+MAX_GPUS = 64  # of one node; NVIDIA's driver takes 32
 FORMAT_VERSION = 1
 
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
+Long = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # what a message can hold
 
 
 class Value(BaseModel):
@@ -65,17 +69,25 @@ Reason = Literal["manual", "heartbeat", "nodeTermination", "nodeUnschedulable"]
 ActionType = Literal["checkpoint", "restore"]
 
 
+POD_SPEC_LIMIT = 256 << 10  # bytes: it has to fit into a message. Most have 10 KiB; an API server takes 1.5 MiB
+PodSpec = Annotated[str, StringConstraints(max_length=POD_SPEC_LIMIT)]
+
+
 class Target(Value):
-    """Who is meant: a pod by UID, or by namespace and name (exact, never a prefix), or a process by pid. Exactly one of them."""
+    """Who is meant: a pod by UID, or by namespace and name (exact, never a prefix), a process by pid, or a container of runc by its id.
+    Exactly one of them."""
 
     pod_id: str = ""
     namespace: str = ""
     pod_name: str = ""
     pid: int = 0
+    container: str = ""
 
     def __str__(self) -> str:
         if self.pid:
             return f"pid {self.pid}"
+        if self.container:
+            return f"container {self.container}"
         return f"pod {self.pod_id}" if self.pod_id else f"pod {self.namespace or 'default'}/{self.pod_name}"
 
 
@@ -119,11 +131,16 @@ class CheckpointCommand(Value):
 
 
 class RestoreCommand(Value):
+    """`pod_id`: of a pod that is being made and waits for it. Else, for the checkpoint of a pod, one is made of `pod_spec`, as Event has
+    it."""
+
     action_id: Id
     checkpoint_id: Id
+    pod_id: Annotated[str, StringConstraints(max_length=253)] = ""
     reason: Reason = "manual"
     overrides: Overrides = Overrides()
     expires_at: float = 0.0
+    pod_spec: PodSpec = ""
 
     @property
     def type(self) -> ActionType:
@@ -148,28 +165,30 @@ Command = CheckpointCommand | RestoreCommand | CancelCommand | DeleteCommand
 
 class PhaseCost(Value):
     seconds: float
-    bytes: int = 0
+    bytes: Long = 0
 
 
 class Profile(Value):
     """Where the time and the bytes of an action went. Phase seconds and `unaccounted` add up to `total_duration`."""
 
-    phases: dict[str, PhaseCost] = {}
+    phases: dict[str, PhaseCost] = Field(default_factory=dict)  # `{}` would be copied for each, at a price
     unaccounted: float = 0.0  # seconds
-    pause_ns: int = 0  # the time the workload was frozen
-    total_duration: int = 0  # nanoseconds
-    total_io: int = 0  # bytes written to or read from the store
-    raw_bytes: int = 0  # memory pages in the image
-    zero_bytes: int = 0  # of these, pages that hold only zeros and are not stored
-    stored_bytes: int = 0  # what they take in the store, after compression
-    streams: int = 0
+    pause_ns: Long = 0  # the time the workload was frozen, its GPU's included
+    gpu_ns: Long = 0  # of that, what saving GPU state and bringing it back took
+    total_duration: Long = 0  # nanoseconds
+    total_io: Long = 0  # bytes written to or read from the store
+    raw_bytes: Long = 0  # memory pages in the image
+    zero_bytes: Long = 0  # of these, pages that hold only zeros and are not stored
+    stored_bytes: Long = 0  # what they take in the store, after compression
+    streams: Long = 0
 
 
 class Event(Value):
-    """One change of an action's status. `seq` counts up from 1 per action; a terminal event comes exactly once."""
+    """One change of an action's status. `seq` counts up from 1 per action; a terminal event comes exactly once. `pod_spec`: of a pod of a
+    cluster, when its checkpoint is made: JSON with its `metadata` and `spec`."""
 
     action_id: Id
-    seq: int
+    seq: Long
     type: ActionType
     status: Status
     checkpoint_id: str
@@ -178,9 +197,10 @@ class Event(Value):
     code: str = ""
     message: str = ""
     hint: str = ""
-    details: dict[str, object] = {}
+    details: dict[str, object] = Field(default_factory=dict)
     retry: bool = False
     profile: Profile | None = None
+    pod_spec: PodSpec = ""
 
 
 class Progress(Value):
@@ -205,6 +225,7 @@ class Outcome:
     details: Mapping[str, object] = field(default_factory=dict)
     retry: bool = False
     profile: Profile | None = None
+    pod_spec: str = ""
 
     @classmethod
     def of(cls, error: HibernodeError, profile: Profile | None = None) -> Outcome:
@@ -278,40 +299,145 @@ class TaskFacts(Value):
     dead: bool = False  # a zombie, and restored as one
 
 
-class ImageRef(Value):
-    """Everything needed to restore one process tree."""
+class PagesRef(Value):
+    """Pages in the store: streams of frames, and the index that says which page lies where."""
 
     name: Name
-    tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=MAX_TASKS), FailFast()]
-    pages: Count  # memory pages in all, zero pages included
+    pages: Count  # in all, zero pages included
     zero_pages: Count
     streams: Annotated[list[StreamRef], Field(max_length=MAX_STREAMS)]
     index: ObjectRef
+
+    @property
+    def objects(self) -> tuple[ObjectRef, ...]:
+        """All that it consists of."""
+        return (*self.streams, self.index)
+
+
+class ImageRef(PagesRef):
+    """Everything needed to restore one process tree. Its pages are memory."""
+
+    tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=MAX_TASKS), FailFast()]
     files: ObjectRef  # images.tar.zst
     files_bytes: Count = 0  # what is in it, unpacked; 0: by a writer that did not say yet
 
+    @property
+    def objects(self) -> tuple[ObjectRef, ...]:
+        return (*super().objects, self.files)
+
+
+class LayerRef(PagesRef):
+    """The writable layer of the container `name`. Its pages are those of a tar, the last one filled up with zeros."""
+
+    bytes: Count  # of the tar
+    entries: Annotated[int, Field(ge=1, le=MAX_ENTRIES)]  # files, directories, what was deleted: all that it names
+
+
+CpuFlags = Annotated[list[Annotated[str, StringConstraints(max_length=64)]], Field(max_length=2000), FailFast()]
+
+_OF_BOTH = (
+    "pni ssse3 cx16 movbe popcnt aes pclmulqdq xsave xsaveopt xsavec xgetbv1 f16c fma rdrand rdseed rdtscp lahf_lm abm "
+    "bmi1 bmi2 adx fsgsbase ospke clflushopt clwb gfni vaes vpclmulqdq rdpid user_shstk apx"
+)
+_OF_INTEL = "rtm tsxldtrk mpx movdiri movdir64b enqcmd serialize waitpkg cmpccxadd sm3 sm4"
+_OF_AMD = "3dnow 3dnowext misalignsse xop fma4 tbm lwp clzero mwaitx rdpru"
+_SETS = frozenset(f"{_OF_BOTH} {_OF_INTEL} {_OF_AMD}".split())
+_FAMILIES = ("sse", "avx", "amx_", "sha")  # also of those that are still to come
+
+
+def lacking(made: Iterable[str], here: Iterable[str]) -> list[str]:
+    """Instruction sets that a process of a CPU with the flags `made` may use, and one with the flags `here` has not; in order of name.
+
+    A program looks once, as it starts, at what its CPU has (glibc's ifuncs, OpenBLAS, NVIDIA's libraries) and goes on with that wherever
+    it is restored: its first missing instruction is a SIGILL, perhaps days later. So all that user space can execute counts, used or not.
+
+    Flags are the names in /proc/cpuinfo (Linux, arch/x86/include/asm/cpufeatures.h). Which of them are instructions: the manuals of Intel
+    (volume 2, "CPUID feature flag" of each instruction) and AMD (APM volume 3, appendix D), the levels of the x86-64 psABI, and what CRIU
+    compares with `--cpu-cap ins`, which knows none since AVX-512VL: no AMX, VNNI, GFNI or VAES. Two of these are more than instructions:
+    `ospke` (protection keys) and `user_shstk` (shadow stacks) are state of a process that only such a kernel can hold.
+
+    What does not count: what every x86-64 CPU has (SSE2 and below); hints that others ignore, and what is only faster (hle,
+    3dnowprefetch, cldemote, erms, fsrm, rep_good); what only a kernel can execute or see (monitor, xsaves, invpcid, smap, wbnoinvd);
+    mitigations, virtualisation, power, clocks. Any flag that is not known here does not count either."""
+    return sorted(flag for flag in set(made) - set(here) if flag in _SETS or flag.startswith(_FAMILIES))
+
 
 class HostFacts(Value):
-    """Where an image was made. A restore compares arch, page size and CRIU's version before it touches anything; the rest is for people."""
+    """Where an image was made. A restore compares arch, page size, CRIU's version and the CPU's instruction sets before it touches
+    anything; the rest is for people."""
 
     arch: str
     kernel: str
     page_size: Count
     criu_version: Count  # as CRIU counts: 40201 is 4.2.1
     cpu_model: str = ""
+    cpu_flags: CpuFlags = []  # as /proc/cpuinfo names them; none: by a writer that did not say yet
     hibernode: str = ""
+
+
+class ContainerFacts(Value):
+    """One container of a pod, as its runtime told of it."""
+
+    name: Name  # of its image, too
+    image: Annotated[str, StringConstraints(max_length=1024)] = ""  # as the pod's manifest named it
+    image_ref: Annotated[str, StringConstraints(max_length=1024)] = ""  # by digest
+
+
+WorkloadKind = Literal["process", "job", "container", "pod"]
 
 
 class WorkloadFacts(Value):
     """What was checkpointed, and what its driver needs to bring it back."""
 
-    kind: Literal["process", "job"]
+    kind: WorkloadKind
     name: Annotated[str, StringConstraints(max_length=253)]
     namespace: Annotated[str, StringConstraints(max_length=253)] = "default"
     uid: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{0,64}$")] = ""  # becomes a file name
     logs: dict[str, str] = {}  # of a job: path at the time of the dump -> "log"
     argv: list[str] = []
     cwd: str = ""
+    containers: Annotated[list[ContainerFacts], Field(max_length=64)] = []  # of a pod, those that ran
+    kubelet: bool = False  # a kubelet has made the pod, and starts anew what ends in it
+
+    @property
+    def contained(self) -> bool:
+        """Its processes have pids of their own, and so take none of the machine's."""
+        return self.kind in ("container", "pod")
+
+
+Uuid = Annotated[str, StringConstraints(pattern=r"^GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]  # of a GPU
+
+
+class GpuCard(Value):
+    """A GPU as a restore compares it."""
+
+    uuid: Uuid
+    name: Annotated[str, StringConstraints(max_length=200)]
+    compute_capability: Annotated[str, StringConstraints(max_length=200)]  # 9.0
+    memory_total: Count  # bytes
+
+
+class GpuProcess(Value):
+    """A process whose GPU state is in its own memory, in that image."""
+
+    image: Name = "main"
+    pid: Annotated[int, Field(gt=0, lt=1 << 31)]  # as `TaskFacts` has it
+    gpus: dict[Uuid, Count] = Field(default_factory=dict)  # on which it had a context, with bytes; empty: not known
+
+
+class GpuImage(Value):
+    """What has to be brought back onto GPUs when CRIU has brought back the rest."""
+
+    driver: Annotated[str, StringConstraints(max_length=200)]  # 580.65.06
+    cards: Annotated[list[GpuCard], Field(max_length=64)]  # all of the node: the driver's map has to name every one
+    processes: Annotated[list[GpuProcess], Field(min_length=1, max_length=MAX_TASKS), FailFast()]
+    # Pids, as `TaskFacts` has them, of who was stopped for the dump and comes back so; the owner's own stops are not here.
+    halted: Annotated[list[Annotated[int, Field(gt=0, lt=1 << 31)]], Field(max_length=MAX_TASKS), FailFast()] = []
+
+    @property
+    def memory(self) -> int:
+        """Bytes, as far as they are known."""
+        return sum(sum(process.gpus.values()) for process in self.processes)
 
 
 class Signature(Value):
@@ -347,8 +473,26 @@ class Manifest(Value):
     raw_bytes: Count
     zero_bytes: Count
     stored_bytes: Count
-    images: Annotated[list[ImageRef], Field(min_length=1, max_length=64), FailFast()]
+    images: Annotated[list[ImageRef], Field(max_length=64), FailFast()]
+    layers: Annotated[
+        list[LayerRef], Field(max_length=64), FailFast()
+    ] = []  # one for each container whose writable layer was saved
     encryption: WrappedKey | None = None  # None: what is stored is not encrypted
+    gpu: GpuImage | None = None  # None: no process of it used a GPU
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_says(self) -> Self:
+        if bool(self.images) == (self.kind == "rootfsonly"):
+            raise ValueError("rootfsonly, and nothing else, is without an image of processes")
+        if not self.layers and self.kind == "rootfsonly":
+            raise ValueError("rootfsonly is one writable layer at least")
+        if self.layers and self.kind == "simple":
+            raise ValueError("simple is without writable layers")
+        return self
+
+    @property
+    def parts(self) -> tuple[ImageRef | LayerRef, ...]:
+        return (*self.images, *self.layers)
 
 
 # --- what people ask for ------------------------------------------------------------------------------------------------
@@ -369,9 +513,9 @@ class ActionView(Value):
 
 
 class WorkloadView(Value):
-    """A managed job, or a process somebody asked about."""
+    """A managed job, a pod, or what somebody asked about."""
 
-    kind: Literal["process", "job"]
+    kind: WorkloadKind
     namespace: str
     name: str
     uid: str = ""
@@ -382,6 +526,7 @@ class WorkloadView(Value):
     processes: int = 0
     log: str = ""
     started_at: float = 0.0
+    moves: bool = False  # of a pod: it asks to go on elsewhere when its node leaves
 
 
 class Check(Value):
@@ -430,6 +575,71 @@ class Garbage(Value):
     message: str = ""
 
 
+Said = Annotated[str, StringConstraints(max_length=256)]  # by a driver, of itself
+
+
+class Gpu(Value):
+    """One NVIDIA GPU as its driver tells of it. None, or empty text, is unknown and never zero; `unknown` says why, by field."""
+
+    index: Annotated[int, Field(ge=0, lt=1 << 31)]  # NVML's, in the order of bus ids; CUDA may count in another
+    uuid: Said = ""
+    name: Said = ""
+    bus_id: Said = ""  # 0000:3b:00.0
+    minor: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None  # of /dev/nvidia<minor>
+    compute_capability: Said = ""  # 9.0
+    memory_total: Count | None = None  # bytes
+    memory_used: Count | None = None  # what the driver reserves included
+    memory_free: Count | None = None
+    mig: bool | None = None
+    persistence: bool | None = None
+    compute_mode: Said = ""  # default, exclusive_process, prohibited
+    processes: Annotated[int, Field(ge=0, lt=1 << 31)] | None = (
+        None  # with a CUDA context, as NVML lists them: some may be missing
+    )
+    mps_processes: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    ecc_uncorrected: Count | None = None  # errors since the driver was loaded
+    rows_pending: bool | None = None  # rows of its memory are remapped at the next reset
+    rows_failed: bool | None = None  # one could not be
+    unknown: dict[Said, Said] = Field(default_factory=dict)
+
+
+class GpuInventory(Value):
+    """The GPUs of a machine. No GPU is a healthy machine; not to know is something else, and `reason` says what.
+
+    `state`: ok; absent (no NVIDIA driver); else what keeps NVML from telling: bindings (its package), library, mismatch (with the kernel's
+    driver), unloaded (that one), silent (it does not answer), failed, untold (by the node). Then `gpus` is what could be had without, or,
+    of a silent one, how they were."""
+
+    state: Said = "untold"
+    reason: Said = "the node does not say"
+    driver: Said = ""  # 580.65.06
+    cuda: Said = ""  # 13.0, the newest that the driver takes
+    gpus: Annotated[list[Gpu], Field(max_length=MAX_GPUS), FailFast()] = []
+
+    @property
+    def known(self) -> bool:
+        """`gpus` is all there is, as it is now."""
+        return self.state in ("ok", "absent")
+
+    @property
+    def mps(self) -> bool | None:
+        """Whether a process uses one of them through MPS."""
+        counts = [gpu.mps_processes for gpu in self.gpus]
+        return True if any(counts) else None if None in counts or not self.known else False
+
+
+class HeartbeatWish(Value):
+    """A pod asks by its annotations to be checkpointed again and again. `problem`: what is wrong with them; then it is not."""
+
+    namespace: str
+    name: str
+    uid: str
+    since: float = 0.0  # seconds since the epoch: when it was made
+    interval: float = 0.0  # seconds
+    keep_last: int = 0
+    problem: str = ""
+
+
 class NodeRecord(Value):
     """What a node tells the others about itself."""
 
@@ -448,6 +658,10 @@ class NodeRecord(Value):
     time: float
     arena_bytes: int
     workloads: Annotated[list[WorkloadView], FailFast()] = []  # managed and running; without command and log
+    gpu_inventory: GpuInventory = GpuInventory()
+    cpu_flags: CpuFlags = []  # as in HostFacts
+    heartbeats: Annotated[list[HeartbeatWish], FailFast()] = []  # of pods that run
+    makes_pods: bool = False  # it knows an API server, which makes the pods that restores need
 
 
 class JobSpec(Value):
@@ -542,6 +756,7 @@ class Meter:
         self.total_io = 0
         self.streams = 0
         self.pause_ns = 0
+        self.gpu_ns = 0
         self._phases: dict[str, PhaseCost] = {}
 
     def add(self, *, raw: int = 0, zero: int = 0, stored: int = 0, io: int = 0) -> None:
@@ -561,6 +776,15 @@ class Meter:
             old = self._phases.get(name, PhaseCost(seconds=0.0))
             self._phases[name] = PhaseCost(seconds=old.seconds + self._clock() - start, bytes=old.bytes + self.total_io - moved)
 
+    @contextmanager
+    def gpu(self) -> Iterator[None]:
+        """Count the time inside as time for which GPUs stand still."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self.gpu_ns += int((self._clock() - start) * 1e9)
+
     def progress(self, action_id: str) -> Progress:
         return Progress(
             action_id=action_id,
@@ -577,6 +801,7 @@ class Meter:
             phases=dict(self._phases),
             unaccounted=max(0.0, total - sum(p.seconds for p in self._phases.values())),
             pause_ns=self.pause_ns,
+            gpu_ns=self.gpu_ns,
             total_duration=int(total * 1e9),
             total_io=self.total_io,
             raw_bytes=self.raw_bytes,

@@ -12,12 +12,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from hibernode.config import Config
-from hibernode.errors import Busy, Cancelled, DeadlineExceeded, HibernodeError, NoRoom, Stuck
+from hibernode.errors import Busy, Cancelled, DeadlineExceeded, GpuWedged, HibernodeError, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
 from hibernode.model import Cancel, Meter, Status
-from hibernode.ports import Criu, Host, Jobs, Keyring, Notary, Store, Workloads
+from hibernode.ports import Criu, Gpu, Host, Inventory, Jobs, Keyring, Notary, Store, Workloads
 from hibernode.transfer.arena import Arena
 
 _AGAIN = 0.05  # seconds between two tries of an undo: a moment without descriptors or memory passes
@@ -73,13 +74,20 @@ class Node:
     workloads: Workloads
     jobs: Jobs
     criu: Criu
+    gpu: Gpu
     host: Host
+    inventory: Inventory
     arena: Arena
     journal: Journal
     open_store: Callable[[str], Store]  # by URL; Refused("directory") for one that is not allowed
     notary: Notary
     keyring: Keyring
     claims: Claims = field(default_factory=Claims)
+
+
+class Report(Protocol):
+    def __call__(self, status: Status, pod_spec: str = "") -> None:
+        """A status was reached; durable when it returns. `pod_spec`: as in Event."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Attempt:
     entry: Entry
     meter: Meter
     cancel: Cancel
-    report: Callable[[Status], None]
+    report: Report
 
     @contextmanager
     def phase(self, name: str, limit: float) -> Iterator[None]:
@@ -134,6 +142,8 @@ def no_room(error: OSError) -> NoRoom:
 _HINTS = {
     "preflight": "does the store answer? Else raise `limits.preflight`",
     "dumping": "the arena is full and the store is slow? Raise `limits.pause`, or enlarge the arena",
+    "suspending": "is the driver well? Raise `limits.gpu` if there is very much device memory",
+    "resuming": "is the driver well? Raise `limits.gpu` if there is very much device memory",
     "shipping": "the store is slow; raise `limits.transfer`",
     "fetching": "the store is slow; raise `limits.transfer`",
     "committing": "does the store answer? Else raise `limits.commit`",
@@ -178,6 +188,8 @@ def insist(what: str, undo: Callable[[], None], tries: int = 3) -> None:
     for left in reversed(range(tries)):
         try:
             return undo()
+        except GpuWedged:
+            raise  # it has waited long enough
         except Exception as e:
             _log.warning("%s failed: %s", what, e)
             if not left:

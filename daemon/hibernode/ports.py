@@ -6,12 +6,26 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from hibernode.model import Cancel, HostFacts, JobSpec, Signature, Target, TaskFacts, WorkloadFacts, WorkloadView, WrappedKey
+from hibernode.errors import DumpFailed
+from hibernode.model import (
+    Cancel,
+    GpuInventory,
+    HeartbeatWish,
+    HostFacts,
+    JobSpec,
+    RestoreCommand,
+    Signature,
+    Target,
+    TaskFacts,
+    WorkloadFacts,
+    WorkloadView,
+    WrappedKey,
+)
 
 Buffer = bytes | bytearray | memoryview
 Identity = tuple[int, int]  # of a process: its pid and when it began (clock ticks since boot), because pids come again
@@ -134,6 +148,7 @@ class Keyring(Protocol):
 class CriuFacts:
     version: int  # 40201 is 4.2.1
     path: str
+    reads_limits: bool = True  # also of other users' processes: CAP_SYS_RESOURCE
 
     def __str__(self) -> str:
         return show_version(self.version)
@@ -177,12 +192,62 @@ class Prepared:
     cgroup_procs: Sequence[str] = ()  # files to write the restoring process's pid into
 
 
+@dataclass(frozen=True)
+class TaskRights:
+    """Who a thread of an image will be and what it may do: CRIU gives it back as the image says. Capabilities are bit sets."""
+
+    pid: int  # of the thread
+    uids: frozenset[int]  # real, effective, saved, of the file system
+    gids: frozenset[int]  # the same, and its groups
+    permitted: int  # and effective, inheritable and ambient
+    bounding: int
+    filtered: bool  # by seccomp; with which filter is the image's affair
+    no_new_privs: bool
+    label: str  # of AppArmor or SELinux
+
+
+@dataclass(frozen=True)
+class MountFacts:
+    """A mount of an image, in its container's root."""
+
+    place: str
+    kind: str  # of file system, where CRIU makes it by itself: proc, tmpfs, ...
+    key: str  # of one that is brought in from outside; "" for others
+    flags: int  # MS_RDONLY and others
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A socket of an image that is bound to one address, and so needs it."""
+
+    address: str
+    peer: str = ""  # "address:port" of the other end of a TCP connection
+
+    @property
+    def connected(self) -> bool:
+        return bool(self.peer)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """All that an image would have of the machine, beside memory."""
+
+    tasks: Sequence[TaskRights]
+    mounts: Sequence[MountFacts]
+    devices: Sequence[str]  # character and block devices that are open, by path; "deleted" for those without
+    deleted: Sequence[str] = ()  # files that are open and have no name any more, by the one they had: made anew for a moment
+    sockets: Sequence[Endpoint] = ()  # of the internet
+
+
 class Criu(Protocol):
     """Stock CRIU. Calls block, one thread per call. A cancelled restore is killed at once, and its caller ends what may be left of the
     tree. A cancelled dump rolls back when the caller closes the other end of `pages`; only if it hangs is it killed. The tree runs on."""
 
     def facts(self) -> CriuFacts:
         """Raises Refused("criu_missing" | "criu_too_old")."""
+
+    def environment(self) -> Mapping[str, str]:
+        """For a program that starts CRIU by itself: it finds this one, as it is run here."""
 
     def check(self) -> str:
         """What `criu check` says; empty if all is well."""
@@ -203,6 +268,84 @@ class Criu(Protocol):
     def tasks(self, images: Path) -> list[TaskFacts]:
         """The tasks a dump directory holds. Raises Corrupt."""
 
+    def demands(self, images: Path) -> Demands:
+        """What the images of a container would have. Raises Corrupt."""
+
+    def stats(self, images: Path) -> DumpStats:
+        """Of a dump that somebody else has asked for. Raises DumpFailed."""
+
+    def why(self, what: str, error: Exception, log: Path) -> DumpFailed:
+        """What went wrong in such a dump, with the end of CRIU's log."""
+
+
+class PageDoor(Protocol):
+    """Where CRIU brings the pages of one dump, as page-server messages. One of these is called, once."""
+
+    def give(self) -> socket.socket:
+        """CRIU's end of a connected pair; the caller's from now on."""
+
+    def listen(self, trusted: Callable[[tuple[str, int]], Callable[[], None] | None]) -> int:
+        """A port of 127.0.0.1, for one connection. `trusted` is asked for each that comes, by its address: None turns it away, else it is a
+        way to make the other end send what it holds back, which is called again and again while nothing comes."""
+
+
+# --- GPUs ---------------------------------------------------------------------------------------------------------------------
+
+
+class GpuTree(Protocol):
+    """The processes of one workload that have GPU state, on behalf of one action. Calls block: a call of the driver is never ended from
+    outside. One thread at a time."""
+
+    @property
+    def pids(self) -> Sequence[int]: ...
+
+    @property
+    def halted(self) -> Sequence[int]:
+        """Processes of the whole workload that `suspend` has stopped; a dump finds them so, and so they come back from it. Without those
+        that were stopped before."""
+
+    def look(self, processes: Sequence[ProcessFacts]) -> object:
+        """Has one of these begun to use a GPU since? As `Gpu.find`."""
+
+    def suspend(self, everybody: Callable[[], Sequence[ProcessFacts]], limit: float) -> None:
+        """Move all GPU state into the processes' own memory: lock all, look again among `everybody` for who has begun to use a GPU
+        meanwhile, save all. Afterwards none uses a GPU, and none of its threads gets past its next CUDA call; or, where the node is set
+        so, everybody stands still, from before the first is saved until `resume` has brought back the last. Raises GpuBusy (work did
+        not end), GpuFailed, Refused("gpu_leftover") or, where a call has not returned after `limit` seconds, GpuWedged; what was begun
+        then is undone by `resume`."""
+
+    def resume(self, places: Sequence[Mapping[str, str]] = (), *, strict: bool = False, limit: float = 0.0) -> None:
+        """Bring all of it back and let them run, all restored before the first runs. `places`: maps of UUIDs, old to new, of which a later
+        one is tried where the driver does not take the one before; none: where it was. `strict`: if one cannot
+        be brought back, none runs. Harmless when repeated, also for processes that have ended. Raises GpuFailed or, after `limit`
+        seconds (0: none), GpuWedged."""
+
+    def close(self) -> None:
+        """Nobody answers for them any more: what is still suspended is resumed by itself some seconds later."""
+
+
+class Gpu(Protocol):
+    """The state that processes have on GPUs, by the driver's own checkpoint."""
+
+    def find(self, action_id: str, processes: Sequence[ProcessFacts]) -> GpuTree:
+        """Of those of these that use a GPU; none is the normal case, and costs nothing. Refused where one cannot be saved here, or nobody
+        can tell. Nothing is touched."""
+
+    def restored(self, action_id: str, processes: Sequence[Identity], halted: Sequence[Identity] = ()) -> GpuTree:
+        """Of these, which CRIU has just brought back with their state in their memory. `halted`: who stands still since the dump, and goes
+        on at the end of `resume`; whatever the settings of this node."""
+
+    def check(self) -> None:
+        """Can GPU state be brought back here at all? Raises Refused or GpuFailed."""
+
+    def recover(self, action_id: str) -> None:
+        """Whatever an action that a crash ended has left suspended runs again. Raises GpuFailed or GpuWedged."""
+
+    def park(self, action_id: str, processes: Sequence[Identity], limit: float) -> None:
+        """These are about to be killed: what they have on GPUs, also halfway there, is moved into their own memory first, where one can
+        answer. From then on nobody brings it back. Never raises, and returns about `limit` seconds later at the latest (and at most a
+        minute after that, where the helper has to be started): who could not be parked is logged, and is to be killed as it is."""
+
 
 # --- workloads --------------------------------------------------------------------------------------------------------------
 
@@ -221,7 +364,19 @@ class ProcessFacts:
     uid: int
     rss: int  # bytes
     fds: tuple[tuple[int, str], ...]  # (descriptor, what /proc/<pid>/fd says)
-    tcp: tuple[str, ...] = ()  # established connections, "local -> remote"
+    tcp: tuple[str, ...] = ()  # established connections, "address:port -> address:port", its own end first
+    image: str = ""  # of which it is a part
+    inside: int = 0  # its pid there
+    ids: frozenset[int] = frozenset()  # its uids and gids: real, effective and saved
+    cuda: bool = False  # it has the CUDA driver's library in its memory: it may have GPU state
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """The writable layer of a container: the upper directory of its overlay mount, and how that is mounted."""
+
+    upper: Path
+    options: tuple[str, ...]
 
 
 class Workload(Protocol):
@@ -234,42 +389,126 @@ class Workload(Protocol):
     def key(self) -> str:
         """Two actions with one key never run together."""
 
+    @property
+    def place(self) -> str:
+        """What `Workloads.kill` has to know of it, beside its processes, to end it in a later daemon."""
+
+    @property
+    def endable(self) -> bool:
+        """`kill` ends it: nobody starts it anew."""
+
+    def pod_spec(self) -> str:
+        """What the cluster has of this pod, as JSON with its `metadata` and `spec`: of that another can be made. "" for what no cluster has
+        made, or where it is too much for a message. NotFound, if it is deleted already; KubernetesUnavailable, Busy, Refused as
+        `Cluster` has them."""
+
     def roots(self) -> Mapping[str, int]:
-        """Image name -> root pid of its tree."""
+        """Image name -> root pid of its tree. NotFound if one has ended."""
 
     def processes(self) -> Sequence[ProcessFacts]:
         """Every process of every tree, now."""
 
-    def freeze(self) -> None:
-        """Stop all trees together, where there are several; CRIU stops a single tree by itself."""
+    def within(self, pid: int) -> tuple[str, int]:
+        """The image, and the pid in it, of a process that `processes` has named, be it gone since."""
+
+    def layers(self) -> Mapping[str, LayerFacts]:
+        """Of each container, by its image's name. Refused("no_layer") where one has none."""
+
+    def freezers(self) -> tuple[str, ...]:
+        """What `freeze` writes to: whoever finds it frozen later can let go by `Workloads.thaw` with these alone."""
+
+    def freeze(self) -> int:
+        """Stop all trees together, where there are several: the moment (monotonic, nanoseconds) since which they are held. 0: nobody is
+        yet, because CRIU stops a single tree by itself. Raises DumpFailed if they cannot be stopped; then some may be."""
+
+    def dump(self, image: str, into: Path, pages: PageDoor, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        """One of `roots`, by whoever owns its namespaces: small images and log into `into`, pages through `pages`. The tree is as it was
+        afterwards, or stopped if so asked. Raises DumpFailed; then, too."""
 
     def thaw(self) -> None:
         """Let everything run that `freeze` or a dump left stopped. Harmless when repeated."""
 
     def kill(self) -> None:
         """SIGKILL every process of the trees, and who was born since, and wait until they have ended: a zombie may stay where its
-        parent does not wait for it. Stuck if they do not end. Harmless when repeated."""
+        parent does not wait for it. Stuck if they do not end. A pod that a kubelet would start anew is deleted, and what it holds
+        frozen never runs again; raises as `Cluster.delete` with nothing done to it. Harmless when repeated."""
 
 
 class Workloads(Protocol):
     def find(self, target: Target) -> Workload:
         """The one workload that is meant. NotFound, or Refused for something that can never be one (thread, zombie, ...)."""
 
-    def insist_free(self, facts: WorkloadFacts, name: str) -> None:
-        """Refused("name_taken") where `prepare` would refuse it: asked before a fetch, which takes long."""
+    @property
+    def makes_pods(self) -> bool:
+        """A restore of a pod needs nobody else to make the new one."""
 
-    def prepare(self, facts: WorkloadFacts, name: str) -> PreparedWorkload:
-        """Make ready for a restore of what `facts` describes, under `name` if one is given."""
+    def cluster(self) -> str:
+        """What the API server says of this node, in a line; "" where there is none. Raises as `Cluster.node`."""
+
+    def insist_free(self, facts: WorkloadFacts, command: RestoreCommand) -> None:
+        """Refused("name_taken" | "workload_kind" | "no_pod" | "pod_exists") where `prepare` or `restore` would refuse it: asked before a
+        fetch, which takes long."""
+
+    def prepare(self, facts: WorkloadFacts, command: RestoreCommand) -> PreparedWorkload:
+        """Make ready for a restore of what `facts` describes."""
 
     def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
         """Pids of these tasks that somebody has: (pid, by what). Zombies of ours are reaped first."""
 
-    def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
-        """Recovery: let these run on, and what descends from them, if they are stopped; but not those in `leave`."""
+    def runtimes(self) -> tuple[str, str]:
+        """Name and version of the container runtime, and of runc, as they are found now. "" for one that is not here, or does not
+        answer."""
 
-    def kill(self, processes: Sequence[Identity], place: str = "") -> None:
-        """Recovery: as `Workload.kill`, and whoever lives in that `place` of a restore. A start time of 0 is nobody: who it was is
-        not known."""
+    def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = (), freezers: Sequence[str] = ()) -> None:
+        """Recovery: let these run on, and what descends from them, if they are stopped; but not those in `leave`. `freezers`: as
+        `Workload.freezers` has them."""
+
+    def kill(self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = ()) -> None:
+        """Recovery: as `Workload.kill`, and whoever lives in that `place` of a restore, or in cgroups of these `freezers`; not in the
+        latter where all of `processes` have ended, since somebody else may have them now. A start time of 0 is nobody: who it was
+        is not known."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One that the API server knows. `manifest` is all it said, with `metadata`, `spec` and `status`."""
+
+    namespace: str
+    name: str
+    uid: str
+    node: str  # "": nobody has placed it
+    phase: str  # Pending, Running, Succeeded, Failed, Unknown
+    deleting: bool
+    annotations: Mapping[str, str]
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class KubeNode:
+    name: str
+    ready: bool
+    schedulable: bool  # False: it is cordoned
+    labels: Mapping[str, str]
+
+
+class Cluster(Protocol):
+    """The API server of the cluster that this node belongs to. Every call raises KubernetesUnavailable if it does not answer, Busy if it
+    has too much to do, Refused("kubernetes_rights") if this node may not. A call that changes something and raises KubernetesUnavailable
+    may have done it."""
+
+    def pod(self, namespace: str, name: str, *, uid: str = "") -> Pod:
+        """NotFound if there is none, or if the one of that name has another UID than the one that is meant."""
+
+    def create(self, namespace: str, manifest: Mapping[str, Any]) -> Pod:
+        """Make it. If it was made before for the same action (`hibernode.io/action`), that one: so it may be repeated.
+        Refused("pod_exists") if the name is another's; Refused("pod_refused") if the server does not take it, with its reason."""
+
+    def delete(self, namespace: str, name: str, *, uid: str, grace: float | None = None) -> None:
+        """Have the one with this UID end, within `grace` seconds (None: its own). Returns when the server has noted it, not when the pod
+        has gone. One that has gone already is well; so is one of that name with another UID, which is left alone."""
+
+    def node(self, name: str) -> KubeNode:
+        """NotFound."""
 
 
 class Jobs(Protocol):
@@ -284,29 +523,41 @@ class Jobs(Protocol):
     def views(self, target: Target | None) -> list[WorkloadView]:
         """All jobs, or the one workload (process or job) that `target` names."""
 
+    def heartbeats(self) -> list[HeartbeatWish]:
+        """What the pods that run here ask for by their annotations. CriUnavailable or Refused where a container runtime is there, and does
+        not answer."""
+
     def reap(self) -> bool:
         """Wait for children that have ended and note how jobs did; whether there was one. Never blocks."""
 
 
-class PreparedWorkload(Protocol):
-    """A place for a tree that comes back. Undone by `discard` until `adopt`."""
+@dataclass(frozen=True)
+class Fetched:
+    """A checkpoint on this machine: what CRIU reads, by image, and for each container that has one what puts its writable layer back into
+    the root file system that is mounted there. (It raises Corrupt, NoRoom or RestoreFailed, and leaves it half done.)"""
 
-    @property
-    def prepared(self) -> Prepared: ...
+    images: Mapping[str, Path]
+    layers: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+
+
+class PreparedWorkload(Protocol):
+    """A place for trees that come back. Undone by `discard` until `restore` has returned."""
 
     @property
     def place(self) -> str:
         """What nobody else lives in, durable: `Workloads.kill` empties it, also in a later daemon."""
 
-    def adopt(self, pid: int) -> Workload:
-        """The tree is here, with root `pid`: take it into the books."""
+    def restore(self, fetched: Fetched, options: CriuOptions, cancel: Cancel, note: Callable[[Sequence[str]], None]) -> Workload:
+        """Bring it back, and take it into the books: it runs. Where a tree comes into a cgroup of its
+        own, `note` is called before that with the freezers of all so far: `Workloads.kill` ends who lives there, also in a later daemon.
+        Raises RestoreFailed, or Refused for what does not fit the place; the caller ends what may be left, by `kill`."""
 
     def kill(self, tasks: Sequence[TaskFacts]) -> None:
-        """Undo a restore of `tasks`, however far it came: SIGKILL everything it made, also without its root, also after `adopt`.
+        """Undo a restore of `tasks`, however far it came: SIGKILL everything it made, also without its root, also after `restore`.
         Returns when all have ended; Stuck if they do not. Harmless when repeated."""
 
     def discard(self) -> None:
-        """Remove what `prepare` made. Harmless when repeated, no effect after `adopt`."""
+        """Remove what `prepare` made. Harmless when repeated, no effect after `restore`."""
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------------
@@ -330,5 +581,21 @@ class Host(Protocol):
 
     def load(self) -> Load: ...
 
+    def memory_room(self, pid: int) -> int:
+        """Bytes that this process can still take, by the machine and by the cgroups that it is in."""
+
     def room(self, path: Path) -> int:
         """Bytes free in the file system of `path`, or of its nearest parent that is there."""
+
+
+class Inventory(Protocol):
+    """What hangs on this machine beside its CPUs. Thread-safe."""
+
+    def gpus(self) -> GpuInventory:
+        """As they are now: what was read before the call is not answered. Never raises: what cannot be known is unknown, with a reason.
+        Blocks for seconds at most; a driver that does not answer by then is `silent`, with what it said last, and from then on at once
+        for as long as that call hangs."""
+
+    def users(self) -> Mapping[int, Mapping[str, int]]:
+        """Who has a CUDA context on which GPU, and bytes of its memory: pid -> UUID -> bytes. Some may be missing: who uses a GPU is for
+        `Gpu.find` to say. Waits as `gpus` does."""

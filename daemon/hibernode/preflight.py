@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from hibernode.config import Config
 from hibernode.errors import Corrupt, NoRoom, Refused
-from hibernode.model import MAX_STREAMS, PAGE, CheckpointCommand, CriuOpts, HostFacts, Manifest, Overrides
+from hibernode.model import (
+    MAX_STREAMS,
+    PAGE,
+    CheckpointCommand,
+    CriuOpts,
+    Gpu,
+    GpuCard,
+    GpuImage,
+    GpuInventory,
+    GpuProcess,
+    HostFacts,
+    Manifest,
+    Overrides,
+    WorkloadFacts,
+    WorkloadKind,
+    lacking,
+)
 from hibernode.ports import CriuFacts, CriuOptions, Load, ProcessFacts, show_version
 from hibernode.transfer import format
 from hibernode.transfer.codec import parse_compression
 
+REMAPS = 13  # of CUDA: its driver (580) can bring state back onto another GPU
 BEST_RATIO = 50  # no memory compresses better in practice: a store with less room than this leaves cannot hold the image
 
 _NO_OPTS = CriuOpts()
@@ -89,9 +108,24 @@ def expired(command_expires_at: float, now: float) -> None:
         )  # fmt: skip
 
 
-def checkpoint(command: CheckpointCommand, processes: Sequence[ProcessFacts], criu: CriuOptions) -> None:
-    """Can this workload be dumped at all?"""
-    if command.kind != "simple":
+def checkpoint(
+    command: CheckpointCommand,
+    facts: WorkloadFacts,
+    processes: Sequence[ProcessFacts],
+    criu: CriuOptions,
+    here: CriuFacts,
+    *,
+    endable: bool = True,
+) -> None:
+    """Can this workload be dumped at all, and killed, if it is to be? `endable`: as Workload has it."""
+    if criu.leave_stopped and not endable:
+        raise Refused(
+            "kubelet", f"{facts.namespace}/{facts.name} is a pod of Kubernetes, and this node cannot delete it: what is killed in it is "
+            "started anew", prop="criu_opts.leave_running", found=False, wanted=True,
+            hint="set [kubernetes] so that the daemon can delete it; or leave this out, and delete it when its checkpoint is ready. "
+            "A static pod ends when its manifest is taken away",
+        )  # fmt: skip
+    if command.kind != "simple" and not facts.contained:
         raise Refused(
             "kind",
             f"kind {command.kind!r} needs a container; this is a process",
@@ -101,15 +135,23 @@ def checkpoint(command: CheckpointCommand, processes: Sequence[ProcessFacts], cr
             hint="leave it out",
         )
     for process in processes:
-        _process(process, criu)
+        _process(process, facts.kind, criu, here)
+    if facts.contained and criu.tcp == "established":
+        _both_ends(processes)
 
 
-def _process(process: ProcessFacts, criu: CriuOptions) -> None:
+def _process(process: ProcessFacts, kind: WorkloadKind, criu: CriuOptions, here: CriuFacts) -> None:
     who = f"process {process.pid} ({process.comm!r})"
     if process.tracer:
         raise Refused(
             "traced", f"{who} is traced by pid {process.tracer}", prop="TracerPid", found=process.tracer, wanted=0,
             hint="detach the debugger or strace; or another CRIU is at work",
+        )  # fmt: skip
+    if (others := process.ids - {0}) and not here.reads_limits and process.state not in ("Z", "X"):
+        raise Refused(
+            "cap_sys_resource", f"{who} is not root's, and CRIU may not read its limits here", prop="uids and gids",
+            found=sorted(others), wanted="0, or CAP_SYS_RESOURCE",
+            hint="give the daemon CAP_SYS_RESOURCE: `hibernode doctor` shows what it has",
         )  # fmt: skip
     for descriptor, what in process.fds:
         if what == "anon_inode:[io_uring]":
@@ -117,12 +159,7 @@ def _process(process: ProcessFacts, criu: CriuOptions) -> None:
                 "io_uring", f"{who} uses io_uring (descriptor {descriptor})", prop=f"fd {descriptor}", found=what,
                 wanted="no io_uring descriptor", hint="CRIU cannot save io_uring; run the workload without it",
             )  # fmt: skip
-        if what.startswith("/dev/nvidia"):
-            raise Refused(
-                "gpu_open", f"{who} has {what} open", prop=f"fd {descriptor}", found=what, wanted="no GPU device",
-                hint="this version saves host state only",
-            )  # fmt: skip
-        if what.startswith(("/dev/pts/", "/dev/tty")):
+        if what.startswith(("/dev/pts/", "/dev/tty")) and kind in ("process", "job"):  # of a container runc brings it back
             raise Refused(
                 "terminal", f"{who} holds the terminal {what}", prop=f"fd {descriptor}", found=what, wanted="no terminal",
                 hint="start it with `hibernode run`, or under setsid with its output in a file opened for appending",
@@ -132,6 +169,27 @@ def _process(process: ProcessFacts, criu: CriuOptions) -> None:
             "tcp_established", f"{who} has {len(process.tcp)} established TCP connections", prop="tcp", found=process.tcp[0],
             wanted="none", hint='say {"tcp": "close"} (closed when restored) or {"tcp": "established"} in criu_opts',
         )  # fmt: skip
+
+
+def _both_ends(processes: Sequence[ProcessFacts]) -> None:
+    """A connection within a pod is kept if both of its ends are in one image. Containers are restored one after the other, each runs from
+    then on, and the kernel answers for the end that is not there yet: the connection is over."""
+    ends: dict[str, set[str]] = {}  # whose each connection is
+    for process in processes:
+        for connection in process.tcp:
+            ends.setdefault(connection, set()).add(process.image)
+    for process in processes:
+        for connection in process.tcp:
+            own, _, other = connection.partition(" -> ")
+            inside = ipaddress.ip_address(own.rpartition(":")[0].strip("[]")).is_loopback
+            there = ends.get(f"{other} -> {own}", set())
+            beside = sorted(there - {process.image})
+            if beside or (inside and process.image not in there):
+                raise Refused(
+                    "tcp_peer", f"process {process.pid} of container {process.image!r} is connected to another container", prop="tcp",
+                    found=connection + (f" in {beside[0]!r}" if beside else ""), wanted="both ends in one container",
+                    hint='a connection is kept within one container, or with the world outside: say {"tcp": "close"} in criu_opts',
+                )  # fmt: skip
 
 
 def room(rss: int, store_free: int | None, work_free: int) -> None:
@@ -151,7 +209,10 @@ def room(rss: int, store_free: int | None, work_free: int) -> None:
 def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
     """Does this image fit this machine?"""
     made = manifest.host
-    if len(manifest.images) != 1:
+    one = manifest.workload.kind != "pod"
+    if manifest.layers and not manifest.workload.contained:
+        raise Corrupt(f"a {manifest.workload.kind} has no writable layer, the manifest names {len(manifest.layers)}")
+    if manifest.kind != "rootfsonly" and (not manifest.images or (one and len(manifest.images) != 1)):
         raise Corrupt(f"a {manifest.workload.kind} has one image, the manifest names {len(manifest.images)}")
     for code, prop, found, wanted in (
         ("arch", "arch", here.arch, made.arch),
@@ -163,6 +224,13 @@ def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
                 code, f"the checkpoint was made with {prop} {wanted}, here it is {found}", prop=prop, found=found, wanted=wanted,
                 hint="restore it on a machine of the same kind",
             )  # fmt: skip
+    if missing := lacking(made.cpu_flags, here.cpu_flags):
+        names = ", ".join(missing[:100])  # of a manifest: there may be any number
+        raise Refused(
+            "cpu_features", f"this CPU lacks what the checkpoint's processes may use: {names}", prop="CPU flags",
+            found=f"{here.cpu_model or 'unknown CPU'}, without {names}", wanted=f"{made.cpu_model or 'unknown CPU'}, with {names}",
+            hint="restore it on a node whose CPU has them all: of the same generation, or newer", missing=missing[:100],
+        )  # fmt: skip
     if criu.version // 100 < made.criu_version // 100:
         raise Refused(
             "criu_too_old", "the checkpoint was made by a newer CRIU", prop="criu", found=str(criu),
@@ -175,13 +243,119 @@ def restore_room(manifest: Manifest, work_free: int, load: Load) -> None:
     """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images,
     as they are stored and as they are. The index is in memory only, as large as its image can have made it."""
     room = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
-    memory = room + max(format.index_limit(image) for image in manifest.images)  # a claim of ours too: the index is read for it
+    memory = room + max(format.index_limit(part) for part in manifest.parts)  # a claim of ours too: the index is read for it
     for prop, found, need in (("work_dir free bytes", work_free, room), ("memory available", load.memory_available, memory)):
         if found < need:
             raise NoRoom(
                 f"the restore needs {need} bytes, {prop} is {found}", hint="free memory, or make the tmpfs of work_dir larger",
                 property=prop, found=found, wanted=need,
             )  # fmt: skip
+
+
+def gpu_memory(image: GpuImage, here: GpuInventory, room: int) -> int:
+    """Bytes that the workload's processes will have of their own when they are suspended, as they have them on GPUs now. Refused if their
+    cgroups, or the machine, have not `room` for that: the kernel would kill them, and all would be lost. Where NVML does not say what one
+    has, it may have all that is used."""
+    known = all(process.gpus for process in image.processes)
+    size = image.memory if known else sum(gpu.memory_used or 0 for gpu in here.gpus)
+    needed = size * 11 // 10  # a tenth for the driver's own (gpu.md, section 8)
+    if needed > room:
+        raise Refused(
+            "host_memory", "there is too little memory for what the workload has on GPUs", prop="memory available", found=room,
+            wanted=needed, hint="free memory, or raise the limit of its cgroup; or have the workload empty its caches first",
+        )  # fmt: skip
+    return size
+
+
+def gpu_image(pids: Sequence[int], here: GpuInventory, users: Mapping[int, Mapping[str, int]]) -> GpuImage:
+    """What a restore will compare. Refused if the machine cannot say what it has: what nobody can compare, nobody can restore."""
+    cards = [_card(gpu) for gpu in here.gpus]
+    if here.state != "ok" or not here.driver or None in cards:
+        raise Refused(
+            "gpu_inventory", "it is not known which GPUs this node has", prop="NVML", found=here.reason or "a GPU without its facts",
+            wanted="driver, and of every GPU UUID, name, compute capability and memory", hint="`hibernode doctor` says more",
+        )  # fmt: skip
+    used = {uuid for pid in pids for uuid in users.get(pid, {})}
+    for gpu in here.gpus:
+        for code, mode, on in (("gpu_mig", "MIG", gpu.mig), ("gpu_mps", "MPS", gpu.mps_processes)):
+            if on and (gpu.uuid in used or not used):
+                raise Refused(
+                    code, f"GPU {gpu.index} ({gpu.name}) is used through {mode}, which the driver cannot save", prop=mode, found="on",
+                    wanted="off", hint=f"run the workload on a GPU without {mode}",
+                )  # fmt: skip
+    processes = [GpuProcess(pid=pid, gpus=dict(users.get(pid, {}))) for pid in pids]
+    return GpuImage(driver=here.driver, cards=[card for card in cards if card], processes=processes)
+
+
+def gpu_workload(workload: WorkloadFacts, design: str) -> None:
+    """CRIU seizes the processes of a container while its cgroup is frozen, and waits for ever for one that was stopped before."""
+    if workload.contained and design == "stop":
+        raise Refused(
+            "gpu_design", f"a process of this {workload.kind} uses a GPU, and cannot be saved while it stands still", prop="gpu.design",
+            found=design, wanted="lock", hint='say `design = "lock"` in [gpu]',
+        )  # fmt: skip
+
+
+def _card(gpu: Gpu) -> GpuCard | None:
+    if not gpu.uuid.startswith("GPU-") or not gpu.name or gpu.memory_total is None:
+        return None
+    return GpuCard(uuid=gpu.uuid, name=gpu.name, compute_capability=gpu.compute_capability, memory_total=gpu.memory_total)
+
+
+def gpu_places(image: GpuImage, here: GpuInventory) -> list[dict[str, str]]:
+    """Which GPU takes the place of which: the same where it is here, else one of the same kind. Maps to be tried, none where all are the
+    same: the driver wants every GPU named that the process could see, and nobody can tell which these were; so first all for which
+    there is a place, then those that were used. Refused if the driver is another, or a used one has no place."""
+    if image.driver != here.driver:
+        raise Refused(
+            "gpu_driver_mismatch", "the checkpoint was made with another driver", prop="NVIDIA driver", found=here.driver or "none",
+            wanted=image.driver, hint="restore it on a node with the same driver",
+        )  # fmt: skip
+    used = {uuid for process in image.processes for uuid in process.gpus} or {card.uuid for card in image.cards}
+    cards = sorted(image.cards, key=lambda card: card.uuid not in used)
+    free = {card.uuid: card for gpu in here.gpus if (card := _card(gpu))}
+    places = {card.uuid: card.uuid for card in cards if card.uuid in used and free.pop(card.uuid, None) is not None}
+    for card in cards:
+        if card.uuid in places:
+            continue
+        same = card.uuid if card.uuid in free else next((uuid for uuid, other in free.items() if _kind(other) == _kind(card)), "")
+        if same:
+            places[card.uuid] = same
+            del free[same]
+        elif card.uuid in used:
+            raise Refused(
+                "gpu_model", f"there is no GPU here for {card.name} {card.uuid}", prop="GPU",
+                found=", ".join(f"{gpu.name} {gpu.compute_capability} of {gpu.memory_total} bytes" for gpu in here.gpus) or "none",
+                wanted=f"{card.name} {card.compute_capability} of {card.memory_total} bytes",
+                hint="restore it on a node with the same GPUs",
+            )  # fmt: skip
+    if all(places[uuid] == uuid for uuid in used):
+        return []
+    if int(here.cuda.partition(".")[0] or 0) < REMAPS:
+        raise Refused(
+            "gpu_driver_too_old", "this driver cannot bring state back onto another GPU", prop="CUDA", found=here.cuda,
+            wanted=f"{REMAPS}.0", hint="driver 580 can; or restore it where it was",
+        )  # fmt: skip
+    return [places, *([alone] if (alone := {uuid: places[uuid] for uuid in used}) != places else [])]
+
+
+def gpu_room(image: GpuImage, places: Sequence[Mapping[str, str]], here: GpuInventory) -> None:
+    """A restore that finds too little device memory cannot be repeated (gpu.md, section 2), so it is not begun."""
+    free = {gpu.uuid: gpu.memory_free for gpu in here.gpus}
+    needed = defaultdict[str, int](int)
+    for process in image.processes:
+        for uuid, size in process.gpus.items():
+            needed[places[0].get(uuid, uuid) if places else uuid] += size
+    for uuid, size in needed.items():
+        if (found := free.get(uuid)) is not None and found < size:
+            raise Refused(
+                "vram", f"GPU {uuid} has too little memory free", prop="GPU memory free", found=found, wanted=size,
+                hint="end what else uses it, or restore on another node",
+            )  # fmt: skip
+
+
+def _kind(card: GpuCard) -> tuple[str, str, int]:
+    return card.name, card.compute_capability, card.memory_total
 
 
 def pids(blockers: Sequence[tuple[int, str]]) -> None:

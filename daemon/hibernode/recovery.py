@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hibernode import catalog
 from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, OutcomeUnknown, Refused, Transient
-from hibernode.journal import Entry, Record, remedy, stays
+from hibernode.journal import BOOT, Entry, Record, remedy, stays
 from hibernode.model import Outcome, Status, TaskFacts
 from hibernode.node import Node, alarm, calmly, insist
 
@@ -87,19 +87,23 @@ def _let_go(node: Node, entry: Entry) -> None:
 
 def _ready(node: Node, record: Record) -> Outcome:
     if record.kill:
-        insist("killing the workload", lambda: node.workloads.kill(_processes(record)))
+        _park(node, record)
+        insist("killing the workload", lambda: node.workloads.kill(_processes(record), record.place, record.freezers))
     return Outcome(Status.READY, profile=record.last.profile if record.last else None)
 
 
 def _thaw(node: Node, record: Record) -> None:
     stopped = [(tree.pid, tree.start_time) for tree in record.trees if tree.stopped]
-    insist("letting the workload go on", lambda: node.workloads.thaw(_processes(record), stopped))
+    insist("letting the workload go on", lambda: node.workloads.thaw(_processes(record), stopped, record.freezers))
+    if record.boot == BOOT:  # last: who stands still cannot answer the driver
+        insist("bringing GPU state back", lambda: node.gpu.recover(record.action_id))
 
 
 def _kill_restored(node: Node, record: Record) -> None:
     """Nothing half restored is left; who it was is known from the probe on, and who lives in its place is of it. A pid alone is not
     enough to kill for."""
-    insist("killing the restored tree", lambda: node.workloads.kill(_processes(record), record.place))
+    _park(node, record)
+    insist("killing the restored tree", lambda: node.workloads.kill(_processes(record), record.place, record.freezers))
     unknown = [TaskFacts(pid=tree.pid) for tree in record.trees if not tree.start_time]
     if left := node.workloads.blockers(unknown):
         pid, holder = left[0]
@@ -108,6 +112,12 @@ def _kill_restored(node: Node, record: Record) -> None:
             hint="it may be of the restored tree: look at it by hand, and kill it if it is",
             pids=[pid for pid, _ in left][:100],
         )
+
+
+def _park(node: Node, record: Record) -> None:
+    """Who was given back meanwhile, by the helper, is suspended again before he is killed."""
+    if record.boot == BOOT:
+        node.gpu.park(record.action_id, [who for who in _processes(record) if who[1]], node.config.limits.gpu)
 
 
 def _processes(record: Record) -> list[tuple[int, int]]:

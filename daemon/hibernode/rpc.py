@@ -484,5 +484,5 @@ def _summary(manifest: Manifest) -> pb.Checkpoint:
         stored_bytes=manifest.stored_bytes,
         pause_ns=manifest.pause_ns,
         images=len(manifest.images),
-        streams=sum(len(image.streams) for image in manifest.images),
+        streams=sum(len(part.streams) for part in manifest.parts),
     )

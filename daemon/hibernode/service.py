@@ -20,18 +20,26 @@ from typing import NamedTuple, Self
 import structlog
 
 from hibernode import __version__
+from hibernode.arrivals import Arrivals
 from hibernode.bus import NodeBus
 from hibernode.children import Children
 from hibernode.config import Config, usable, without_secrets
 from hibernode.courier import Courier
 from hibernode.desk import Desk
 from hibernode.dispatch import BEHIND, Dispatcher
+from hibernode.drivers import kubernetes
 from hibernode.drivers.criu import Criu
-from hibernode.drivers.host import LinuxHost
+from hibernode.drivers.gpu.nvidia import Nvidia
+from hibernode.drivers.gpu.nvml import Nvml
+from hibernode.drivers.host import LinuxHost, on_node
 from hibernode.drivers.keyring import Keyring
 from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.notary import Notary
 from hibernode.drivers.workloads import cgroup
+from hibernode.drivers.workloads.cri import Cri
+from hibernode.drivers.workloads.kinds import AllWorkloads
+from hibernode.drivers.workloads.kubelet import Kubelet
+from hibernode.drivers.workloads.pod import Containers
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
 from hibernode.flow import share_memory
@@ -41,7 +49,9 @@ from hibernode.model import Event, Progress
 from hibernode.node import Node
 from hibernode.outbox import Outbox
 from hibernode.ports import Store
+from hibernode.prestop import Asking, PrestopServer
 from hibernode.rpc import RpcServer
+from hibernode.runtime import RuntimeServer
 from hibernode.systemd import notify, ping_interval
 from hibernode.transfer.arena import Arena
 
@@ -141,7 +151,8 @@ async def serve(settings: Config, alone: Alone, dress: Callable[[Node], Node]) -
     # Actions spend their lives in threads, waiting: none may keep a question from being answered.
     threads = _THREADS + (1 + BEHIND) * settings.limits.actions
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads, "hibernode"))
-    this, metrics, bus = dress(build(settings)), Metrics(__version__), open_bus(settings)
+    arrivals = Arrivals()
+    this, metrics, bus = dress(build(settings, arrivals)), Metrics(__version__), open_bus(settings)
     outbox = Outbox(this.journal)
 
     def observe(update: Event | Progress) -> None:
@@ -160,14 +171,20 @@ async def serve(settings: Config, alone: Alone, dress: Callable[[Node], Node]) -
             outbox=lambda: len(outbox),
             bus_connected=lambda: bus is not None and bus.connected,
             queues={"chunks": lambda: this.arena.used_bytes >> 22},
+            gpus=this.inventory.gpus,
         )
     )
-    rpc, stop = RpcServer(Desk(dispatcher, this, courier), settings.socket), _signals(dispatcher.cancel_all)
+    desk, stop = Desk(dispatcher, this, courier), _signals(dispatcher.cancel_all)
+    prestop = _prestop(settings, desk)
+    rpc, runtime = RpcServer(desk, settings.socket), RuntimeServer(desk, arrivals, settings.containers.socket)
     if settings.metrics.listen:
         metrics.serve(settings.metrics.listen)
     try:
         await dispatcher.start()
         await rpc.start()
+        await runtime.start()
+        if prestop is not None:
+            prestop.start()
         if courier is not None:
             courier.start()
         _log.info(
@@ -185,8 +202,21 @@ async def serve(settings: Config, alone: Alone, dress: Callable[[Node], Node]) -
         if courier is not None:
             await courier.stop()
     finally:
+        if prestop is not None:
+            await prestop.stop()
+        await runtime.stop()
         await rpc.stop()
         metrics.stop()
+
+
+def _prestop(settings: Config, desk: Desk) -> PrestopServer | None:
+    """Where there is an API server to ask whether a pod is being deleted."""
+    of = settings.kubernetes
+    if not of.prestop or (cluster := kubernetes.connect(of)) is None:
+        return None
+    name = of.node_name or settings.node
+    asking = Asking(lambda: cluster.pods(node=name), lambda: not cluster.node(name).schedulable)
+    return PrestopServer(desk, asking, lambda: on_node(of.prestop))
 
 
 def _signals(cancel_all: Callable[[str], None]) -> asyncio.Event:
@@ -212,30 +242,43 @@ async def _beat_until(stop: asyncio.Event) -> None:
         notify("WATCHDOG=1")
 
 
-def build(settings: Config) -> Node:
+def build(settings: Config, arrivals: Arrivals) -> Node:
     """The node's ports, one after the other. Sweeps: whoever calls it is `Alone`. Raises Refused for what a person has to mend."""
     children = Children()
     children.adopt_orphans()
     cgroup.remove_empty()
     with usable("state_dir", settings.state_dir):
-        processes = ProcessWorkloads(Jobs(settings.state_dir / "jobs", children), children)
         criu = Criu(settings.criu_path(), children, settings.state_dir / "criu-plugins")
+        processes = ProcessWorkloads(Jobs(settings.state_dir / "jobs", children), criu, children)
+        workloads = AllWorkloads(processes, _containers(settings, arrivals, criu, children))
         journal = Journal(settings.state_dir / "journal")
     criu.facts()  # too old or missing: refuse to start
     with usable("arena.size", settings.arena.size):
         arena = Arena(settings.arena.size)
     return Node(
         config=settings,
-        workloads=processes,
-        jobs=processes,
+        workloads=workloads,
+        jobs=workloads,
         criu=criu,
+        gpu=Nvidia(settings.gpu, settings.state_dir / "gpu", children),
         host=LinuxHost(),
+        inventory=Nvml(settings.gpu.nvml),
         arena=arena,
         journal=journal,
         open_store=store_opener(settings),
         notary=Notary(settings.signing),
         keyring=Keyring(settings.encryption, children),
     )
+
+
+def _containers(settings: Config, arrivals: Arrivals, criu: Criu, children: Children) -> Containers:
+    """Where no container runtime listens now there are no pods: it may have been started later than this daemon."""
+    of = settings.containers
+    with usable("containers.cri", of.cri):
+        cri = Cri(of.cri) if of.cri else None
+    server = kubernetes.connect(settings.kubernetes)
+    kubelet = Kubelet(server, settings.kubernetes.node_name or settings.node) if server is not None else None
+    return Containers(cri, of.roots, of.runc, arrivals, criu, children, kubelet)
 
 
 def insist_usable(settings: Config) -> None:

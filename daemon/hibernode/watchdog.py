@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from typing import NoReturn
 
 from hibernode import locks
 from hibernode.config import Config, usable
-from hibernode.drivers.workloads import cgroup, proc, trees
+from hibernode.drivers.workloads import cgroup, freezer, proc, trees
 from hibernode.errors import Refused
 from hibernode.journal import BOOT, Record, boottime, remedy, stays
 from hibernode.model import Status
@@ -36,6 +37,7 @@ from hibernode.systemd import notify, ping_interval
 
 LOCK = "watchdog.lock"  # in the state directory: `hibernode doctor` asks who holds it
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
+_HELPER = 10.0  # seconds until a GPU helper that has ended is started again: there may be no driver
 _Key = tuple[str, str, Status, float]  # of a page of the journal as it is now: its action, phase, status and deadline
 _log = logging.getLogger("hibernode.watchdog")
 
@@ -49,7 +51,8 @@ def run(settings: Config, *, once: bool = False) -> None:
     signal.signal(signal.SIGTERM, _leave)  # as PID 1 of a container it has no default action
     lock = _alone(settings.state_dir / LOCK)
     try:
-        watchdog = Watchdog(settings.state_dir, settings.work_dir, 0.0 if once else settings.watchdog.grace)
+        grace = 0.0 if once else settings.watchdog.grace
+        watchdog = Watchdog(settings.state_dir, settings.work_dir, grace, libcuda=settings.gpu.libcuda)
         if once:
             return watchdog.look()
         _stay_in_memory()
@@ -167,7 +170,7 @@ def abandoned_since(record: Record, daemon: Daemon | None, gone_since: float, wr
 # --- the journal, read only -------------------------------------------------------------------------------------------------
 
 # No more than is needed, so that a daemon of another version, or a strange event, does not make the watchdog blind.
-_FIELDS = {"action_id", "type", "phase", "until", "boot", "status", "ended_at", "trees", "place", "kill"}
+_FIELDS = {"action_id", "type", "phase", "until", "boot", "status", "ended_at", "trees", "freezers", "place", "kill"}
 _TREE = {"pid", "start_time", "stopped"}
 _UNUSED = {"checkpoint_id": "", "target": "", "command": "", "began_at": 0.0}
 
@@ -224,8 +227,13 @@ class _Orphan:
 class Watchdog:
     """What it remembers from look to look is only since when something is as it is: a new one begins to count anew."""
 
-    def __init__(self, state_dir: Path, work_dir: Path, grace: float, clock: Callable[[], float] = boottime) -> None:
+    def __init__(
+        self, state_dir: Path, work_dir: Path, grace: float, clock: Callable[[], float] = boottime, libcuda: str = ""
+    ) -> None:
         self._lock, self._work_dir, self._grace, self._clock = state_dir / "lock", work_dir, grace, clock
+        self._gpu, self._libcuda = state_dir / "gpu", libcuda
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._helper_at = 0.0  # when another one may be started
         self._pages = Pages(state_dir / "journal")
         self._daemon: Daemon | None = None
         self._last: Identity = (0, 0)  # the daemon that is there, or was before
@@ -254,6 +262,8 @@ class Watchdog:
         for key, record in pages.items():
             with _surely(record.action_id):
                 self._tend(key, record, found)
+        with _surely("of a GPU helper"):
+            self._tend_gpus(list(pages.values()))
         return None
 
     def _note(self, daemon: Daemon | None) -> None:
@@ -279,6 +289,39 @@ class Watchdog:
         self._late = {key: self._late[key] for key in pages if key in self._late}
         self._given_back &= pages.keys()
         self._writers = dict.fromkeys(pages, self._last) | self._writers
+
+    # --- GPU state without a daemon -----------------------------------------------------------------------------------------
+
+    def _suspends(self, record: Record) -> bool:
+        """Is something of it on its way from or to a GPU? If its daemon ends, the helper gives it back."""
+        with contextlib.suppress(OSError):
+            return f'"{record.action_id}"' in (self._gpu / "journal").read_text(errors="replace")
+        return False
+
+    def _tend_gpus(self, open_pages: Sequence[Record]) -> None:
+        """A helper that lives gives back by itself what no daemon answers for. Where none does, and its journal says that it had begun
+        something, one is started: it does the same. A daemon whose actions are at work starts one by itself."""
+        if self._helper is not None and self._helper.poll() is not None:
+            self._helper = None
+        gone = self._daemon is None and self._clock() - (self._gone_since or 0.0) > self._grace
+        idle = self._daemon is not None and all(record.ended_at for record in open_pages)
+        if not (gone or idle) or self._helper is not None or self._clock() < self._helper_at or locks.holder(self._gpu / "lock"):
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if (self._gpu / "journal").stat().st_size:
+                _say(logging.WARNING, "GPU state is suspended, and nobody is there: a helper is started")
+                argv = [
+                    sys.executable,
+                    "-m",
+                    "hibernode",
+                    "gpu-helper",
+                    "--directory",
+                    str(self._gpu),
+                    "--libcuda",
+                    self._libcuda,
+                ]
+                self._helper_at = self._clock() + _HELPER
+                self._helper = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
 
     # --- a CRIU without a daemon --------------------------------------------------------------------------------------------
 
@@ -312,7 +355,7 @@ class Watchdog:
         if since is not None:
             if key not in self._given_back and self._clock() - since > self._grace and self._give_back(record, found):
                 self._given_back.add(key)  # what its owner stops from now on is his
-        elif record.until and self._clock() > record.until + self._grace and _holds(record, found):
+        elif record.until and self._clock() > record.until + self._grace and (_holds(record, found) or self._suspends(record)):
             self._hurry(key, record, found)
 
     def _give_back(self, record: Record, found: Sequence[Worker]) -> bool:
@@ -329,18 +372,30 @@ class Watchdog:
             case "kill_restored":
                 return not self._end_restored(record, found)
             case "finish_kill":
-                return not record.kill or not _told("killed, as was said", record.action_id, trees.kill_now(_trees(record)))
+                if record.kill and record.place.startswith("pod/"):
+                    return True  # killed, it would be started anew by its kubelet: it stands still until the next daemon has it deleted
+                if record.kill:
+                    killed = trees.kill_now(_trees(record))
+                    freezer.thaw(record.freezers)  # who is frozen does not die
+                    return not _told("killed, as was said", record.action_id, killed)
+                return True
             case _:
-                _told("goes on", record.action_id, _let_go(_trees(record), _stopped(record)))
+                thawed = [place for place in record.freezers if freezer.is_asked(place)]
+                freezer.thaw(thawed)
+                _told("goes on", record.action_id, _let_go(_trees(record), _stopped(record)) or _trees(record)[: len(thawed)])
                 return not _holds(record, found)
 
     def _end_restored(self, record: Record, found: Sequence[Worker]) -> list[Identity]:
         """Nobody of it is left when this is empty. Where no cgroup could be made, what descends from its CRIU is of it."""
-        if record.place and 0 in cgroup.members(record.place):  # they have no pid here
+        members = [pid for place in record.freezers for pid in freezer.members(place)]
+        if 0 in members or (record.place and 0 in cgroup.members(record.place)):  # they have no pid here
             _say(logging.ERROR, "not in the pid namespace of the daemon: nothing is done", action=record.action_id)
             return []
         of_criu = [worker.process for worker in found if worker.action_id == record.action_id]
-        return _told("half restored: killed", record.action_id, trees.kill_now([*_trees(record), *of_criu], record.place))
+        inside = [(pid, proc.start_time(pid)) for pid in members]
+        killed = trees.kill_now([*_trees(record), *of_criu, *inside], record.place)
+        freezer.thaw(record.freezers)  # a container that waited for its start: who is frozen does not die
+        return _told("half restored: killed", record.action_id, killed)
 
     def _hurry(self, key: _Key, record: Record, found: Sequence[Worker]) -> None:
         """The daemon is there, and should have let go long ago. If it waits for a CRIU that is stopped, that goes on; one that hangs, and
@@ -394,9 +449,12 @@ def _holds(record: Record, found: Sequence[Worker]) -> bool:
     workers_of_it = [worker for worker in found if worker.action_id == record.action_id]
     if remedy(record) == "kill_restored":
         there = bool(record.place and cgroup.members(record.place)) or bool(proc.forest(_trees(record)))
+        there = there or any(map(freezer.members, record.freezers))
         return there and (record.phase != "probing" or bool(workers_of_it))
     traced = {process for worker in workers_of_it for process in worker.holds}
-    keeps_stopped = record.kill or record.phase == "dumping"
+    keeps_stopped = record.kill or record.phase in ("suspending", "dumping")
+    if keeps_stopped and any(map(freezer.is_asked, record.freezers)):
+        return True
     here = [process for process in proc.forest(_trees(record)) if process not in _stopped(record)]
     return any(process in traced or (keeps_stopped and _is_stopped(process)) for process in here)
 

@@ -11,7 +11,7 @@ import importlib
 from pathlib import Path
 from typing import Protocol, cast
 
-NAMES = ("manifest", "index", "frame", "images_tar", "criu_images", "pagesocket", "seal", "command", "grpc")
+NAMES = ("manifest", "index", "frame", "images_tar", "layer", "criu_images", "pagesocket", "seal", "command", "grpc")
 
 
 class Target(Protocol):

@@ -24,6 +24,8 @@ from hibernode.model import (
     CheckpointCommand,
     DeleteCommand,
     Event,
+    Gpu,
+    GpuInventory,
     NodeRecord,
     Overrides,
     PhaseCost,
@@ -72,6 +74,7 @@ _NODE = NodeRecord(
     node="a", cluster="default", version="0.1.0", arch="x86_64", kernel="6.8", criu="4.2.1", store="file:///s", cpus=2,
     memory_total=1 << 40, memory_available=1 << 39, load=0.5, actions=1, time=1764000000.0, arena_bytes=1 << 29,
     workloads=[_WORKLOAD],
+    gpu_inventory=GpuInventory(state="ok", gpus=[Gpu(index=0, name="H100", memory_used=1 << 33, mig=False, unknown={"minor": "why"})]),
 )  # fmt: skip
 
 

@@ -142,8 +142,9 @@ class _Service:
         self.loop.run_until_complete(self.loop.run_in_executor(None, int))
         opener = store_opener(Config.model_validate({"store": {"url": f"file://{root()}/store"}}))
         children = Children()
-        jobs = _Jobs(Jobs(root() / "jobs", children), children)
-        node = replace(Rig(root() / "node").node, open_store=opener, jobs=jobs)
+        rig = Rig(root() / "node")
+        jobs = _Jobs(Jobs(root() / "jobs", children), rig.criu, children)
+        node = replace(rig.node, open_store=opener, jobs=jobs)
         self.node = self.loop.run_until_complete(self._made(node))
 
     async def _made(self, node: Node) -> _Node:

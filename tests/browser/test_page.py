@@ -428,6 +428,37 @@ def test_a_running_action_is_cancelled_after_a_question(view: View, stub: Stub) 
     assert stub.posts() == [("/v2/actions/a1/cancel", None)]
 
 
+def test_a_node_shows_its_gpus_and_why_they_are_not_known(view: View, stub: Stub) -> None:
+    def gpu(**facts: object) -> dict[str, object]:
+        return {"index": 0, "name": "NVIDIA H100", "memory_total": 80 * GIB, "memory_used": 10 * GIB, **facts}
+
+    stub.nodes = [
+        node("whole", gpus=[gpu(), gpu()], gpu_driver="580.65.06", gpu_reason=""),
+        node("half", gpus=[gpu(), gpu(memory_used=None)], gpu_driver="580.65.06", gpu_reason="NVML does not answer"),
+        node("none", gpus=[], gpu_driver="", gpu_reason="no NVIDIA driver"),
+    ]
+    view.open("#/nodes")
+    whole, half, none = (view.page.get_by_label(f"node {name}", exact=True) for name in ("whole", "half", "none"))
+    expect(whole).to_contain_text("2 × NVIDIA H100")
+    expect(whole).to_contain_text("20.0 of 160 GiB used")
+    expect(whole).to_contain_text("580.65.06")
+    expect(half).to_contain_text("2 × NVIDIA H100 (NVML does not answer)")
+    expect(half).to_contain_text("10.0 of 80.0 GiB used")
+    expect(none).to_contain_text("no NVIDIA driver")
+
+
+def test_a_node_shows_what_its_pods_ask_for_and_what_is_wrong_with_it(view: View, stub: Stub) -> None:
+    known = {"namespace": "ml", "pod_id": "u", "interval": 600, "keep_last": 3, "problem": ""}
+    wrong = {**known, "pod_name": "bad", "problem": 'hibernode.io/heartbeat is "soon"'}
+    stub.nodes = [node("one", heartbeats=[{**known, "pod_name": "well"}, wrong]), node("two")]
+    view.open("#/nodes")
+    one, two = (view.page.get_by_label(f"node {name}", exact=True) for name in ("one", "two"))
+    expect(one).to_contain_text("of 1 pod, by annotation")
+    expect(one).to_contain_text("ml/bad")
+    expect(one).to_contain_text('hibernode.io/heartbeat is "soon"')
+    expect(two).not_to_contain_text("Heartbeats")
+
+
 def test_a_node_leaves_after_a_question(view: View, stub: Stub) -> None:
     stub.nodes = [node("gpu/01", workloads=[workload("trainer"), workload("bad")]), node("gpu-02")]
     stub.actions = [running("c1")]

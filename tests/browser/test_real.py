@@ -65,7 +65,8 @@ def test_a_workload_is_checkpointed_watched_restored_and_what_fails_is_explained
         assert api.status(made) == "ready"
 
         view.open("#/nodes")
-        _checkpoint(view, "trainer", compression="zstd:12")
+        # half a minute: long enough to be seen and cancelled on a slow machine
+        _checkpoint(view, "trainer", compression="zstd:19")
         expect(page.get_by_role("progressbar").first).to_be_visible(timeout=30_000)
         expect(page.locator("body")).to_contain_text(re.compile(r"(dumping|shipping) \d+ %"), timeout=30_000)
         view.screenshot("running", tmp_path)

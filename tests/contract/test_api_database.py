@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -99,6 +101,19 @@ def test_migrating_again_and_at_the_same_time_is_harmless(url: str) -> None:
         each.close()
     assert not errors
     assert len(set(versions)) == 1
+
+
+def test_a_new_database_is_waited_for_while_somebody_writes_it(tmp_path: Path) -> None:
+    """Servers may start together: SQLite itself waits for nobody who changes how it writes."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "new.sqlite", isolation_level=None, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE theirs (a)")
+        other.execute("BEGIN IMMEDIATE")
+        ending = threading.Timer(0.3, other.execute, ["COMMIT"])
+        ending.start()
+        made = Database(f"sqlite:///{tmp_path}/new.sqlite")
+        made.ping()
+        made.close()
+        ending.join()
 
 
 def test_a_database_of_a_newer_version_is_refused(database: Database) -> None:
@@ -270,6 +285,23 @@ def test_an_upload_is_kept_and_a_later_one_adds_to_it(database: Database) -> Non
     assert database.uploaded(kept.action_id) == Upload(kept.action_id, "u9", '{"a":"\\u0000"}', None, "[]")
     assert database.latest_of_pod("u9") == kept.action_id
     assert not database.upload(Upload(new_id()), Status.PROCESSING, NOW)
+
+
+def test_the_spec_of_a_pod_is_what_its_checkpoint_told_first(database: Database) -> None:
+    one, other = action(), replace(action(), type="restore")
+    for each in (one, other):
+        database.add(each)
+    created, ready = (
+        event(one, 1, Status.CHECKPOINT_CREATED, pod_spec='{"a":"\\u0000"}'),
+        event(one, 2, Status.READY, pod_spec="{}"),
+    )
+    restored = event(other, 1, Status.READY, pod_spec="{}")
+    assert database.apply([created, ready, restored], "c", 1.0) == 3
+    database.apply([created], "c", 2.0)
+    assert database.pod_spec(one.action_id) == '{"a":"\\u0000"}'
+    assert database.pod_spec(other.action_id) == database.pod_spec("nobody") == ""
+    database.note_purged(one.action_id, 3.0)
+    assert database.pod_spec(one.action_id) == "", "it may hold secrets, and goes with its checkpoint"
 
 
 def test_nodes_are_kept_as_they_were_last_seen(database: Database) -> None:

@@ -316,6 +316,18 @@ async def test_a_long_history_comes_in_batches_no_longer_than_was_asked_for(benc
     assert len(lengths) < 100, "what is there comes together"
 
 
+async def test_of_every_event_is_known_who_sent_it(bench: Bench) -> None:
+    batches, told = (await bench.control()).follow_batches("api"), list[tuple[bytes, str]]()
+    for name, numbers in (("node-1", range(2)), ("node-2", range(2, 4))):
+        told += [(data, name) for data in await publish(await bench.node(name), numbers)]
+    found = list[tuple[bytes, str]]()
+    while len(found) < 4:
+        batch = await take(batches)
+        found += zip(batch.events, batch.nodes, strict=True)
+        await batch.done()
+    assert found == told
+
+
 async def test_no_event_is_held_back_for_those_to_come(bench: Bench) -> None:
     control, node = await bench.control(), await bench.node()
     batches, clock = control.follow_batches("api"), asyncio.get_running_loop().time

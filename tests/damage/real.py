@@ -8,6 +8,7 @@ from pathlib import Path
 from hibernode._pb import hibernode_pb2 as pb
 from hibernode.children import Children
 from hibernode.drivers.criu import Criu
+from hibernode.drivers.host import LinuxHost
 from hibernode.model import Cancel, TaskFacts
 from hibernode.ports import CriuOptions, Prepared
 from tests import keeper
@@ -92,8 +93,8 @@ def real(daemon: Daemon, running: Program) -> Real:
 
 def _rig(directory: Path, tasks: list[TaskFacts]) -> Rig:
     rig, machine = Rig(directory), _Seen(tasks)
-    workloads = FakeWorkloads(machine, rig.script)
     rig.machine, rig.criu = machine, _RealImages(machine, rig.script, directory / "plugins")
+    workloads = FakeWorkloads(machine, rig.criu, rig.script)
     rig.node = replace(rig.node, workloads=workloads, jobs=workloads, criu=rig.criu, host=FakeHost(machine, rig.script))
     return rig
 
@@ -104,6 +105,7 @@ class _Seen(Machine):
     def __init__(self, tasks: list[TaskFacts]) -> None:
         super().__init__()
         self._tasks = tasks
+        self.cpu_flags = LinuxHost().facts().cpu_flags  # its checkpoint was made here
 
     @property
     def tasks(self) -> list[TaskFacts]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class MemoryBus:
     """The broker. What its ends sent is there for tests: `events`, `progress`, `records`."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[str, str, bytes]] = []  # cluster, action id, data
-        self.progress: list[tuple[str, str, bytes]] = []
+        self.events: list[tuple[str, str, bytes, str]] = []  # cluster, action id, data, node
+        self.progress: list[tuple[str, str, bytes, str]] = []
         self.lose_acks = self.lose_sends = self.refuse_sends = 0
         self.given_out = self.sent_back = 0  # deliveries; how many of them were answered with `later`
         self._away = False
@@ -82,19 +82,19 @@ class MemoryBus:
 
     def _durable(self, cluster: str, name: str) -> _Queue:
         if (cluster, name) not in self._durables:
-            self._durables[cluster, name] = _Queue([_Item("", data) for c, _, data in self.events if c == cluster])
+            self._durables[cluster, name] = _Queue([_Item(node, data) for c, _, data, node in self.events if c == cluster])
         return self._durables[cluster, name]
 
-    def _store_event(self, cluster: str, action_id: str, data: bytes) -> None:
-        self.events.append((cluster, action_id, data))
+    def _store_event(self, cluster: str, action_id: str, data: bytes, node: str) -> None:
+        self.events.append((cluster, action_id, data, node))
         for (of, _), queue in self._durables.items():
             if of == cluster:
-                queue.items.append(_Item("", data))
+                queue.items.append(_Item(node, data))
         self._notify()
 
     def _last_event(self, cluster: str, action_id: str) -> int:
         """Its place; 0 if there is none."""
-        return max((at for at, (c, a, _) in enumerate(self.events, 1) if (c, a) == (cluster, action_id)), default=0)
+        return max((at for at, (c, a, *_) in enumerate(self.events, 1) if (c, a) == (cluster, action_id)), default=0)
 
     def _nodes(self, cluster: str) -> dict[str, bytes]:
         self._check()
@@ -108,9 +108,10 @@ def _now() -> float:
 
 @dataclass(eq=False)
 class _Item:
-    """A stored message. `again_at`: when it may be given out; moved ahead while somebody has it."""
+    """A stored message: of a command its verb, of an event its node. `again_at`: when it may be given out; moved ahead while somebody has
+    it."""
 
-    verb: str
+    word: str
     data: bytes
     attempt: int = 0
     again_at: float = 0.0
@@ -137,7 +138,7 @@ class _Queue:
 class _Delivery:
     def __init__(self, bus: MemoryBus, queue: _Queue, item: _Item, ack_wait: float) -> None:
         self._bus, self._queue, self._item, self._ack_wait = bus, queue, item, ack_wait
-        self.verb, self.data, self.attempt = item.verb, item.data, item.attempt
+        self.verb, self.data, self.attempt = item.word, item.data, item.attempt
 
     async def done(self) -> None:
         self._bus._check()
@@ -165,7 +166,8 @@ class _Delivery:
 class _Batch:
     def __init__(self, end: _End, queue: _Queue, items: list[_Item]) -> None:
         self._end, self._queue, self._items = end, queue, set(items)
-        self.events = [item.data for item in queue.items if item in self._items]  # in the order of the stream
+        in_order = [item for item in queue.items if item in self._items]
+        self.events, self.nodes = [item.data for item in in_order], [item.word for item in in_order]
 
     async def done(self) -> None:
         self._end._check()
@@ -214,10 +216,10 @@ class _End:
             else:
                 await self._bus._wait(queue.due())
 
-    async def _read(self, log: list[tuple[str, str, bytes]], action_id: str, place: int) -> AsyncIterator[bytes]:
+    async def _read(self, log: Sequence[tuple[str, str, bytes, str]], action_id: str, place: int) -> AsyncIterator[bytes]:
         while not self._stopped:
             if self.connected and place < len(log):
-                cluster, action, data = log[place]
+                cluster, action, data, _ = log[place]
                 place += 1
                 if cluster == self._cluster and action_id in ("", action):
                     yield data
@@ -240,12 +242,12 @@ class MemoryNode(_End):
         self._check()
         last = self._bus._last_event(self._cluster, _token(action_id, "action_id"))
         if self._bus._once(f"event {message_id}") and (after is None or last <= after):
-            self._bus._store_event(self._cluster, action_id, data)
+            self._bus._store_event(self._cluster, action_id, data, self._node)
         return self._bus._last_event(self._cluster, action_id)
 
     async def publish_progress(self, action_id: str, data: bytes) -> None:
         if self.connected:
-            self._bus.progress.append((self._cluster, _token(action_id, "action_id"), data))
+            self._bus.progress.append((self._cluster, _token(action_id, "action_id"), data, self._node))
             self._bus._notify()
 
     async def put_node(self, data: bytes) -> None:

@@ -10,7 +10,7 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from pycriu.images import pagemap_pb2
 
 from hibernode.errors import Corrupt, DumpFailed
 from hibernode.model import PAGE, Cancel, TaskFacts
-from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared
+from hibernode.ports import CriuFacts, CriuOptions, Demands, DumpStats, Prepared
 from hibernode.transfer import pageproto
 from hibernode.transfer.pageproto import Header, Wire
 from tests.fakes.machine import ROOT, Machine, Run
@@ -129,6 +129,18 @@ class FakeCriu:
         return self._wire.encode(Header(command, flags, pages, vaddr, dst_id))
 
     # --- restore ------------------------------------------------------------------------------------------------------------
+
+    def environment(self) -> Mapping[str, str]:
+        raise NotImplementedError
+
+    def demands(self, images: Path) -> Demands:
+        raise NotImplementedError
+
+    def stats(self, images: Path) -> DumpStats:
+        raise NotImplementedError
+
+    def why(self, what: str, error: Exception, log: Path) -> DumpFailed:
+        raise NotImplementedError
 
     def let_go(self, work: Path) -> None:
         self._script.note("criu.let_go")

@@ -38,6 +38,7 @@ from hibernode.model import (
     WorkloadView,
 )
 from hibernode.rpc import RpcServer
+from tests.fakes.machine import GPUS
 
 ActionCommand = CheckpointCommand | RestoreCommand
 T = TypeVar("T")
@@ -181,6 +182,7 @@ def manifest(checkpoint_id: str = CHECKPOINT, name: str = "trainer") -> Manifest
     )
 
 
+AGE = 7300.0  # seconds since a job has started
 JOB = WorkloadView(
     kind="job",
     namespace="default",
@@ -192,13 +194,13 @@ JOB = WorkloadView(
     rss=3 * GIB,
     processes=5,
     log="/var/lib/hibernode/jobs/default/trainer/log",
-    started_at=time.time() - 7300,
+    started_at=time.time() - AGE,
 )
 EXITED = JOB.model_copy(update={"name": "preprocess-imagenet", "state": "exited", "pid": 0, "rss": 0, "processes": 0})
 CHECKS = [
     Check(name="criu", ok=True, found="4.2.1"),
     Check(name="store", ok=False, found="no room on the device", hint="free some space under /var/lib/hibernode/store"),
-    Check(name="gpu", ok=False, found="no NVIDIA driver", hint="install one to checkpoint GPU jobs", required=False),
+    Check(name="GPUs", ok=False, found="none", hint="a GPU may be lost: dmesg | grep -i xid", required=False),
 ]
 NODE = NodeRecord(
     node="node-a",
@@ -215,6 +217,7 @@ NODE = NodeRecord(
     actions=1,
     time=time.time(),
     arena_bytes=512 * MIB,
+    gpu_inventory=GPUS,
 )
 GARBAGE = [
     Garbage(
@@ -252,6 +255,7 @@ class FakeDesk:
         self.jobs: list[JobSpec] = []
         self.targets: list[Target | None] = []
         self.checks = list(CHECKS)
+        self.node = NODE
         self.verdicts = [
             Verdict(ok=True, bytes=n * 170 * MIB, frames=n * 128, seconds=n * 0.3, code="ok" if n == 4 else "")
             for n in range(1, 5)
@@ -339,7 +343,7 @@ class FakeDesk:
     async def workloads(self, target: Target | None) -> list[WorkloadView]:
         self._fault("workloads")
         self.targets.append(target)
-        return [JOB, EXITED]
+        return [job.model_copy(update={"started_at": time.time() - AGE}) for job in (JOB, EXITED)]  # however long the suite takes
 
     async def run_job(self, spec: JobSpec) -> WorkloadView:
         self._fault("run_job")
@@ -381,7 +385,7 @@ class FakeDesk:
 
     async def nodes(self) -> list[NodeRecord]:
         self._fault("nodes")
-        return [NODE, NODE.model_copy(update={"node": "node-b", "load": 0.5, "actions": 0})]
+        return [self.node, self.node.model_copy(update={"node": "node-b", "load": 0.5, "actions": 0})]
 
 
 class Served:

@@ -7,13 +7,26 @@ remembers what was done to it, so that a test can ask afterwards: does the tree 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hibernode.errors import NotFound
-from hibernode.model import PAGE, HostFacts, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
-from hibernode.ports import Identity, Load, Prepared, ProcessFacts
+from hibernode.model import (
+    PAGE,
+    Cancel,
+    Gpu,
+    GpuInventory,
+    HeartbeatWish,
+    HostFacts,
+    JobSpec,
+    RestoreCommand,
+    Target,
+    TaskFacts,
+    WorkloadFacts,
+    WorkloadView,
+)
+from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, Load, PageDoor, Prepared, ProcessFacts
 from hibernode.transfer.pageproto import PRESENT, SHMEM, TASK
 from tests.fakes.script import Script
 
@@ -65,6 +78,19 @@ def _page(seed: int, run: int, page: int, *, zero: bool) -> bytes:
     return random.Random(word).randbytes(PAGE)
 
 
+GPUS = GpuInventory(
+    state="ok", reason="", driver="580.65.06", cuda="13.0",
+    gpus=[
+        Gpu(
+            index=n, uuid=f"GPU-0000000{n}", name="NVIDIA H100", bus_id=f"0000:0{n}:00.0", minor=n, compute_capability="9.0",
+            memory_total=80 << 30, memory_used=n << 30, memory_free=80 - n << 30, mig=False, persistence=True, compute_mode="default",
+            processes=n, mps_processes=0, ecc_uncorrected=0, rows_pending=False, rows_failed=False,
+        )
+        for n in range(2)
+    ],
+)  # fmt: skip
+
+
 @dataclass
 class Machine:
     """The world. `alive` and `stopped` are of the original tree, `restored` of the one that a restore made."""
@@ -74,14 +100,25 @@ class Machine:
     stopped: bool = False
     restored: bool = False
     killed: list[str] = field(default_factory=list)
+    killed_on_gpu: bool = False  # a restored one, with its state on the GPU
     adopted: bool = False
     key: str = f"pid {ROOT}"
+    gpu: str = ""  # of the root's GPU state: RUNNING or CHECKPOINTED; empty: it has none
     prepared: int = 0  # places prepared and neither adopted nor discarded
+    pod_spec: str = ""
     room: int = 1 << 40
+    cpu_flags: list[str] = field(default_factory=lambda: ["sse2", "avx2", "avx512f"])
+    gpus: GpuInventory = field(default_factory=lambda: GPUS)
+    wishes: list[HeartbeatWish] = field(default_factory=list)
     dead: frozenset[int] = frozenset()  # who is a zombie in the original
     states: dict[int, str] = field(
         default_factory=dict
     )  # of restored ones, where not as in the original; "" has ended and is gone
+
+    def kill_restored(self) -> None:
+        self.killed.append("restored")
+        self.killed_on_gpu |= self.gpu == "RUNNING"
+        self.restored = False
 
     @property
     def tasks(self) -> list[TaskFacts]:
@@ -93,7 +130,11 @@ class Machine:
             return []
         rss = len(self.runs) * PAGE
         found = ((task, self._state(task)) for task in self.tasks)
-        return [ProcessFacts(t.pid, 1000 + t.pid, t.comm, state, t.pid, False, 0, 0, rss, ()) for t, state in found if state]
+        return [
+            ProcessFacts(t.pid, 1000 + t.pid, t.comm, state, t.pid, False, 0, 0, rss, (), image=MAIN, inside=t.pid)
+            for t, state in found
+            if state
+        ]
 
     def _state(self, task: TaskFacts) -> str:
         as_it_was = "Z" if task.dead else "T" if self.alive and self.stopped else "S"
@@ -106,10 +147,13 @@ FACTS = WorkloadFacts(kind="job", name="trainer", uid="uid-1", logs={}, argv=["t
 class FakeWorkload:
     """ports.Workload."""
 
-    def __init__(self, machine: Machine, script: Script) -> None:
-        self._machine, self._script = machine, script
+    def __init__(self, machine: Machine, criu: Criu, script: Script) -> None:
+        self._machine, self._criu, self._script = machine, criu, script
 
-    facts = FACTS
+    facts, place, endable = FACTS, "", True
+
+    def pod_spec(self) -> str:
+        return self._machine.pod_spec
 
     @property
     def key(self) -> str:
@@ -125,9 +169,23 @@ class FakeWorkload:
         self._script.step("workload.processes")
         return self._machine.processes()
 
-    def freeze(self) -> None:
+    def within(self, pid: int) -> tuple[str, int]:
+        return MAIN, pid
+
+    def layers(self) -> Mapping[str, LayerFacts]:
+        return {}
+
+    def freezers(self) -> tuple[str, ...]:
+        return ()
+
+    def freeze(self) -> int:
         self._script.step("workload.freeze")
         self._machine.stopped = True
+        return 0
+
+    def dump(self, image: str, into: Path, pages: PageDoor, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        assert image == MAIN
+        return self._criu.dump(ROOT, into, pages.give(), options, cancel)
 
     def thaw(self) -> None:
         self._script.step("workload.thaw")
@@ -145,25 +203,26 @@ class FakeWorkload:
 class FakePrepared:
     """ports.PreparedWorkload."""
 
-    def __init__(self, machine: Machine, script: Script) -> None:
-        self._machine, self._script, self._open = machine, script, True
+    def __init__(self, machine: Machine, criu: Criu, script: Script) -> None:
+        self._machine, self._criu, self._script, self._open = machine, criu, script, True
         machine.prepared += 1
 
-    prepared = Prepared()
     place = "place-1"
 
-    def adopt(self, pid: int) -> FakeWorkload:
+    def restore(
+        self, fetched: Fetched, options: CriuOptions, cancel: Cancel, note: Callable[[Sequence[str]], None]
+    ) -> FakeWorkload:
+        pid = self._criu.restore(fetched.images[MAIN], options, Prepared(), cancel)
         self._script.step("prepared.adopt")
         assert pid == ROOT
         self._close()
         self._machine.adopted = True
-        return FakeWorkload(self._machine, self._script)
+        return FakeWorkload(self._machine, self._criu, self._script)
 
     def kill(self, tasks: Sequence[TaskFacts]) -> None:
         self._script.step("prepared.kill")
         if self._machine.restored:
-            self._machine.restored = False
-            self._machine.killed.append("restored")
+            self._machine.kill_restored()
 
     def discard(self) -> None:
         self._script.note("prepared.discard")
@@ -178,38 +237,49 @@ class FakePrepared:
 class FakeWorkloads:
     """ports.Workloads and ports.Jobs."""
 
-    def __init__(self, machine: Machine, script: Script) -> None:
-        self._machine, self._script = machine, script
+    def __init__(self, machine: Machine, criu: Criu, script: Script) -> None:
+        self._machine, self._criu, self._script = machine, criu, script
 
     def find(self, target: Target) -> FakeWorkload:
         self._script.step("workloads.find")
         known = target.pid == ROOT or target.pod_name == FACTS.name or target.pod_id == FACTS.uid
         if not known or not (self._machine.alive or self._machine.restored):
             raise NotFound(f"no {target} on this node")
-        return FakeWorkload(self._machine, self._script)
+        return FakeWorkload(self._machine, self._criu, self._script)
 
-    def insist_free(self, facts: WorkloadFacts, name: str) -> None:
+    def insist_free(self, facts: WorkloadFacts, command: RestoreCommand) -> None:
         self._script.step("workloads.insist_free")
 
-    def prepare(self, facts: WorkloadFacts, name: str) -> FakePrepared:
+    makes_pods = False
+
+    def cluster(self) -> str:
+        return ""
+
+    def runtimes(self) -> tuple[str, str]:
+        return "containerd 1.6.20", ""
+
+    def prepare(self, facts: WorkloadFacts, command: RestoreCommand) -> FakePrepared:
         self._script.step("workloads.prepare")
-        return FakePrepared(self._machine, self._script)
+        return FakePrepared(self._machine, self._criu, self._script)
 
     def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
         self._script.step("workloads.blockers")
         there = {process.pid: process.comm for process in self._machine.processes()}
         return [(task.pid, there[task.pid]) for task in tasks if task.pid in there]
 
-    def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
+    def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = (), freezers: Sequence[str] = ()) -> None:
         self._script.step("workloads.thaw")
         if (ROOT, 1000 + ROOT) in processes and (ROOT, 1000 + ROOT) not in leave:
             self._machine.stopped = False
 
-    def kill(self, processes: Sequence[Identity], place: str = "") -> None:
+    def kill(self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = ()) -> None:
         self._script.step("workloads.kill")
         if (ROOT, 1000 + ROOT) in processes or (place == FakePrepared.place and self._machine.restored):
-            self._machine.killed.append("restored" if self._machine.restored else "original")
-            self._machine.restored = self._machine.alive = False
+            if self._machine.restored:
+                self._machine.kill_restored()
+            else:
+                self._machine.killed.append("original")
+                self._machine.alive = False
 
     def run(self, spec: JobSpec) -> WorkloadView:
         raise NotImplementedError
@@ -227,6 +297,9 @@ class FakeWorkloads:
             )
         ]
 
+    def heartbeats(self) -> list[HeartbeatWish]:
+        return self._machine.wishes
+
     def reap(self) -> bool:
         return False
 
@@ -239,12 +312,29 @@ class FakeHost:
 
     def facts(self) -> HostFacts:
         self._script.step("host.facts")
-        return HostFacts(arch="x86_64", kernel="6.12", page_size=PAGE, criu_version=0)
+        return HostFacts(arch="x86_64", kernel="6.12", page_size=PAGE, criu_version=0, cpu_flags=self._machine.cpu_flags)
 
     def load(self) -> Load:
         self._script.step("host.load")
         return Load(cpus=2, memory_total=1 << 40, memory_available=1 << 40, load=0.1)
 
+    def memory_room(self, pid: int) -> int:
+        self._script.step("host.memory_room")
+        return 1 << 40
+
     def room(self, path: Path) -> int:
         self._script.step("host.room")
         return self._machine.room
+
+
+class FakeInventory:
+    """ports.Inventory."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    def gpus(self) -> GpuInventory:
+        return self._machine.gpus
+
+    def users(self) -> Mapping[int, Mapping[str, int]]:
+        return {ROOT: {gpu.uuid: 1 << 20 for gpu in self._machine.gpus.gpus}}

@@ -24,6 +24,7 @@ from hibernode.model import (
     Command,
     DeleteCommand,
     Event,
+    HeartbeatWish,
     NodeRecord,
     Profile,
     RestoreCommand,
@@ -33,6 +34,7 @@ from hibernode.model import (
 from tests import api_client
 from tests.api_client import Reply
 from tests.fakes.bus import MemoryBus
+from tests.fakes.machine import GPUS
 
 CLUSTER = "c"
 LIMIT = 20.0  # seconds, for whatever is waited for
@@ -48,6 +50,7 @@ class FakeNode:
             WorkloadView(kind="job", namespace="default", name=pod, uid=str(uuid.uuid5(uuid.NAMESPACE_OID, pod)), pid=7)
             for pod in pods
         ]
+        self.wishes: list[HeartbeatWish] = []
         self._facts = facts
         self._commands = self.end.commands()
         self._seq: dict[str, int] = {}
@@ -63,9 +66,10 @@ class FakeNode:
     def record(self) -> NodeRecord:
         facts: dict[str, object] = {
             "version": "0", "arch": "x86_64", "kernel": "6", "criu": "4.2.1", "store": STORE, "cpus": 2, "memory_total": 1 << 34,
-            "memory_available": 1 << 33, "load": 0.5, "actions": 0, "time": time.time(), "arena_bytes": 1 << 29, **self._facts,
+            "memory_available": 1 << 33, "load": 0.5, "actions": 0, "time": time.time(), "arena_bytes": 1 << 29, "gpu_inventory": GPUS,
+            **self._facts,
         }  # fmt: skip
-        return NodeRecord(node=self.name, cluster=CLUSTER, workloads=self.pods, **facts)  # type: ignore[arg-type]
+        return NodeRecord(node=self.name, cluster=CLUSTER, workloads=self.pods, heartbeats=self.wishes, **facts)  # type: ignore[arg-type]
 
     async def _find(self, request: bytes) -> bytes | None:
         target = wire.decode_find(request)

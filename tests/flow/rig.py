@@ -24,7 +24,8 @@ from hibernode.node import Attempt, Node
 from hibernode.restore import restore
 from hibernode.transfer.arena import Arena
 from tests.fakes.criu import FakeCriu
-from tests.fakes.machine import FACTS, FakeHost, FakeWorkloads, Machine, Run
+from tests.fakes.gpu import FakeGpu
+from tests.fakes.machine import FACTS, FakeHost, FakeInventory, FakeWorkloads, Machine, Run
 from tests.fakes.script import Script
 from tests.fakes.store import MemoryStore
 
@@ -90,7 +91,7 @@ class Rig:
         self.machine = Machine(runs or [])
         self.store = MemoryStore(self.script)
         self.criu = FakeCriu(self.machine, self.script)
-        workloads = FakeWorkloads(self.machine, self.script)
+        workloads = FakeWorkloads(self.machine, self.criu, self.script)
         self.directory = directory
         self.statuses: list[Status] = []
         self.cancel = Cancel()
@@ -100,7 +101,9 @@ class Rig:
             workloads=workloads,
             jobs=workloads,
             criu=self.criu,
+            gpu=FakeGpu(self.machine, self.script),
             host=FakeHost(self.machine, self.script),
+            inventory=FakeInventory(self.machine),
             arena=ARENA,
             journal=Journal(directory / "state" / "journal"),
             open_store=lambda url: self.store,
@@ -111,16 +114,17 @@ class Rig:
     def rescript(self, script: Script) -> None:
         """From now on everything counts there."""
         self.script = script
-        workloads = FakeWorkloads(self.machine, script)
+        workloads = FakeWorkloads(self.machine, self.criu, script)
         self.store._script = self.criu._script = script
         self.node = Node(
             **{
                 **{
                     name: getattr(self.node, name)
-                    for name in ("config", "criu", "arena", "journal", "open_store", "notary", "keyring")
+                    for name in ("config", "criu", "inventory", "arena", "journal", "open_store", "notary", "keyring")
                 },
                 "workloads": workloads,
                 "jobs": workloads,
+                "gpu": FakeGpu(self.machine, script),
                 "host": FakeHost(self.machine, script),
             }
         )
@@ -150,7 +154,7 @@ class Rig:
         self.entry = entry
         return Attempt(entry, Meter(), self.cancel, self._report)
 
-    def _report(self, status: Status) -> None:
+    def _report(self, status: Status, pod_spec: str = "") -> None:
         self.script.step(f"report {status}")
         self.statuses.append(status)
 
@@ -180,6 +184,7 @@ class Rig:
         found = [f"open upload {upload.key}" for upload in self.store.uploads]
         found += [f"work directory {name}" for name in os.listdir(work)] if work.exists() else []
         found += [f"{ARENA.used_bytes} bytes of the arena"] if ARENA.used_bytes else []
+        found += [f"GPU state {self.machine.gpu}"] if self.machine.gpu == "CHECKPOINTED" and self.machine.alive else []
         found += [f"{self.machine.prepared} prepared places"] if self.machine.prepared else []
         return found + [f"claim {key}" for key in self.node.claims._taken]
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from hibernode import wire
 from hibernode.api.db import Token
 from hibernode.api.guard import hashed, new_token
 from hibernode.api.rounds import Rounds
-from hibernode.model import Status
-from tests.flow.api_rig import STORE, ApiRig, FakeNode
+from hibernode.model import CheckpointCommand, Event, Gpu, GpuInventory, HeartbeatWish, Profile, Status, Target, WorkloadView
+from tests.fakes.machine import GPUS
+from tests.flow.api_rig import PROFILE, STORE, ApiRig, FakeNode
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -61,7 +63,9 @@ async def test_a_checkpoint_goes_to_its_node_and_its_status_comes_back(rig: ApiR
     assert listed["node_name"] == "n1"
     assert (listed["namespace"], listed["pod_name"], listed["pod_id"]) == ("default", "trainer", node.pods[0].uid)
     assert (listed["total_duration"], listed["total_io"], listed["pause_ns"]) == (5_000_000, 77, 1_000)
-    assert (listed["platform"], listed["gpu"], listed["reason"], listed["details"]) == ("linux/x86_64", "none", "heartbeat", None)
+    assert (listed["platform"], listed["gpu"], listed["reason"], listed["details"]) == (
+        "linux/x86_64", "2 × NVIDIA H100", "heartbeat", None,
+    )  # fmt: skip
     assert listed["action_timestamp"] <= listed["checkpoint_completed_timestamp"]
     found = await rig.action(action_id)
     assert [event["status"] for event in found["events"]] == ["processing", "checkpoint_created", "ready"]
@@ -260,6 +264,81 @@ async def test_a_restore_goes_elsewhere_where_its_node_is_gone_and_to_who_has_le
     assert (await calm.take_restore()).action_id == restored
 
 
+async def test_what_was_on_gpus_goes_where_driver_and_gpus_are_the_same(rig: ApiRig) -> None:
+    on_gpus = GPUS.model_dump()
+    node = await rig.node("n1", "trainer", gpu_inventory=on_gpus)
+    action_id = await rig.checkpoint("trainer")
+    await node.say(await node.take_checkpoint(), Status.READY, profile=PROFILE.model_copy(update={"gpu_ns": 5}))
+    await rig.until_status(action_id, "ready")
+    rig.bus._records.clear()
+    await rig.node("none", load=0.0, gpu_inventory={})
+    await rig.node("older", load=0.0, gpu_inventory={**on_gpus, "driver": "570.1"})
+    other = [{**gpu, "name": "NVIDIA A100"} for gpu in on_gpus["gpus"]]
+    await rig.node("other", load=0.0, gpu_inventory={**on_gpus, "gpus": other})
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": action_id, "reason": "manual"})
+    assert (reply.status, reply.code) == (400, "no_node")
+    whynot = reply.json()["details"]["found"]
+    assert {name: why.split()[1] for name, why in whynot.items()} == {"none": "NVIDIA", "older": "NVIDIA", "other": "GPUs"}
+    same = await rig.node("same", load=4.0, gpu_inventory=on_gpus)
+    restored = await rig.restore(action_id)
+    assert (await same.take_restore()).action_id == restored
+
+
+async def test_a_pod_is_made_of_what_its_node_told_and_of_no_upload(rig: ApiRig) -> None:
+    """Who may upload may not choose what a pod is that is made with the rights of a node."""
+    node = await rig.node("n1", "trainer", makes_pods=True)
+    action_id = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    told = json.dumps({"metadata": {"name": "trainer"}, "spec": {"containers": ["told"]}})
+    await node.say(command, Status.CHECKPOINT_CREATED, pod_spec=told)
+    await node.say(command, Status.READY)
+    await rig.until_status(action_id, "ready")
+    node.pods = []
+    await node.tell()
+    upload = {"action_id": action_id, "status": "ready", "pod_spec": {"containers": ["uploaded"]}}
+    assert (await rig.ask("POST", "/v2/actions/upload", upload)).status == 200
+    restored = await rig.restore(action_id)
+    command = await node.take_restore()
+    assert (command.action_id, command.pod_spec) == (restored, told)
+
+
+async def test_a_pod_goes_where_pods_are_made(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer", makes_pods=True)
+    action_id = await rig.checkpoint("trainer")
+    await node.say(await node.take_checkpoint(), Status.CHECKPOINT_CREATED, Status.READY, pod_spec='{"metadata":{},"spec":{}}')
+    await rig.until_status(action_id, "ready")
+    rig.bus._records.clear()
+    await rig.node("plain", load=0.0)
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": action_id, "reason": "manual"})
+    assert (reply.status, reply.code) == (400, "no_node")
+    assert reply.json()["details"]["found"] == {"plain": "it makes no pods: it knows no API server"}
+    able = await rig.node("able", load=5.0, makes_pods=True)
+    restored = await rig.restore(action_id)
+    assert (await able.take_restore()).action_id == restored
+
+
+async def test_a_restore_goes_where_the_cpu_has_all_that_it_had(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer", cpu_flags=["sse2", "avx2", "avx512f", "smep"])
+    made = await ready_checkpoint(rig, node, "trainer")
+    rig.bus._records.clear()
+    await rig.node("small", load=0.0, cpu_flags=["sse2", "avx2"])
+    reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": made, "reason": "manual"})
+    assert (reply.status, reply.code) == (400, "no_node")
+    assert reply.json()["details"]["found"] == {"small": "its CPU lacks avx512f"}
+    large = await rig.node("large", load=4.0, cpu_flags=["sse2", "avx2", "avx512f", "amx_tile"])
+    restored = await rig.restore(made)
+    assert (await large.take_restore()).action_id == restored
+
+
+async def test_a_node_that_does_not_say_what_its_cpu_has_decides_itself(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer", cpu_flags=["avx512f"])
+    made = await ready_checkpoint(rig, node, "trainer")
+    rig.bus._records.clear()
+    older = await rig.node("older", cpu_flags=[])
+    restored = await rig.restore(made)
+    assert (await older.take_restore()).action_id == restored
+
+
 async def test_no_node_that_fits_is_a_400_that_says_why_of_each(rig: ApiRig) -> None:
     node = await rig.node("n1", "trainer")
     made = await ready_checkpoint(rig, node, "trainer")
@@ -279,7 +358,6 @@ async def test_what_made_no_checkpoint_cannot_be_restored(rig: ApiRig) -> None:
     restored = await rig.restore(made, overrides={"pod_name": "again"})
     for action_id, code in (
         (running, "not_restorable"), (restored, "not_restorable"), (str(uuid.uuid4()), "bad_command"), ("x", "bad_command"),
-        (made.upper(), "bad_command"),
     ):  # fmt: skip
         reply = await rig.ask("POST", "/v2/restore/pod", {"action_id": action_id, "reason": "manual"})
         assert (reply.status, reply.code) == (400, code), action_id
@@ -368,11 +446,45 @@ async def test_a_method_that_is_not_there_is_a_405(rig: ApiRig) -> None:
         assert (await rig.ask("OPTIONS", path)).headers["allow"] == methods
 
 
+@pytest.mark.parametrize(
+    ("inventory", "gpu", "listed", "reason"),
+    [
+        (GpuInventory(), "unknown", [], "the node does not say"),
+        (GpuInventory(state="absent", reason="no NVIDIA driver"), "none", [], "no NVIDIA driver"),
+        (GpuInventory(state="silent", reason="why", gpus=[Gpu(index=0, name="A")]), "unknown", ["A"], "why"),
+        (
+            GpuInventory(state="ok", reason="", gpus=[Gpu(index=n, name=name) for n, name in enumerate("ABA")]),
+            "2 × A, 1 × B",
+            ["A", "B", "A"],
+            "",
+        ),
+    ],
+)
+async def test_an_action_has_the_gpus_of_its_node_and_a_node_says_why_it_has_none(
+    rig: ApiRig, inventory: GpuInventory, gpu: str, listed: list[str], reason: str
+) -> None:
+    await rig.node("n1", "trainer", gpu_inventory=inventory)
+    assert (await rig.action(await rig.checkpoint("trainer")))["gpu"] == gpu
+    await rounds(rig).once()
+    (node,) = (await rig.get("/v2/nodes")).json()
+    assert ([each["name"] for each in node["gpus"]], node["gpu_reason"]) == (listed, reason)
+
+
 async def test_what_a_node_says_of_itself_is_listed_and_stays_when_it_is_silent(rig: ApiRig) -> None:
     await rig.node("n1", "trainer", load=1.5)
     await rounds(rig).once()
     (node,) = (await rig.get("/v2/nodes")).json()
-    assert (node["name"], node["alive"], node["load"], node["gpus"]) == ("n1", True, 1.5, [])
+    assert (node["name"], node["alive"], node["load"], node["gpu_driver"], node["gpu_reason"]) == (
+        "n1",
+        True,
+        1.5,
+        "580.65.06",
+        "",
+    )
+    assert node["gpus"][1] == {
+        "index": 1, "uuid": "GPU-00000001", "name": "NVIDIA H100", "compute_capability": "9.0", "memory_total": 80 << 30,
+        "memory_used": 1 << 30, "mig": False, "processes": 1, "unknown": {},
+    }  # fmt: skip
     assert [each["name"] for each in node["workloads"]] == ["trainer"]
     rig.bus._records.clear()
     (node,) = (await rig.get("/v2/nodes")).json()
@@ -424,6 +536,29 @@ async def test_an_upload_to_no_action_is_a_404(rig: ApiRig, body: object) -> Non
     assert (reply.status, reply.json()["code"]) == (404, "404")
 
 
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
+async def test_an_upload_with_a_number_that_json_has_not_is_refused(rig: ApiRig, number: str) -> None:
+    await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    body = f'{{"action_id": "{action_id}", "status": "processing", "pod_spec": {{"x": {number}}}}}'
+    reply = await rig.ask("POST", "/v2/actions/upload", body.encode())
+    assert (reply.status, reply.json()["details"]["property"]) == (404, "pod_spec")
+    assert rig.server.database.uploaded(action_id) is None
+
+
+async def test_an_id_may_be_spelled_in_upper_case(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    action_id = await ready_checkpoint(rig, node, "trainer")
+    for path in (f"/v2/actions/{action_id.upper()}", f"/v2/checkpoint/status/{action_id.upper()}"):
+        assert (await rig.get(path)).json()["status"] == "ready"
+    body = {"action_id": action_id.upper(), "status": "ready", "pod_id": "uid-1"}
+    assert (await rig.ask("POST", "/v2/actions/upload", body)).text == action_id
+    node.pods.clear()
+    await node.tell()
+    await rig.restore(action_id.upper())
+    assert (await node.take_restore()).checkpoint_id == action_id
+
+
 # --- cancel -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -469,6 +604,26 @@ async def test_an_action_of_a_node_that_is_silent_is_an_error_until_the_node_tel
     await node.say(command, Status.READY)
     await rig.until_status(action_id, "ready")
     assert not (await rig.action(action_id))["provisional"]
+
+
+async def test_an_action_whose_end_was_lost_does_not_wait_for_ever(rig: ApiRig) -> None:
+    """Its node is there and has nothing to do: the time counts from the first round that saw it so, and anew when it works again."""
+    node = await rig.node("n1", "trainer")
+    action_id = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    await node.say(command, Status.PROCESSING)
+    await rig.until_status(action_id, "processing")
+    late = rounds(rig, ahead=200.0)
+    for ahead, busy in ((200, 0), (310, 1), (320, 0), (430, 0), (445, 0)):
+        assert await rig.status(action_id) == "processing"
+        node._facts["actions"] = busy
+        await node.tell()
+        late._clock = lambda ahead=ahead: time.time() + ahead
+        await late.once()
+    found = await rig.action(action_id)
+    assert (found["status"], found["details"]["code"], found["provisional"]) == ("error", "never_told", True)
+    await node.say(command, Status.CHECKPOINT_CREATED, Status.READY)
+    await rig.until_status(action_id, "ready")
 
 
 async def test_who_cannot_hear_says_of_nobody_that_he_is_silent(rig: ApiRig) -> None:
@@ -552,6 +707,12 @@ async def test_two_servers_take_one_turn(tmp_path: Path, rig: ApiRig) -> None:
     database = f"sqlite:///{tmp_path}/api.sqlite"
     async with ApiRig(tmp_path, rig.bus, database) as other:
         await asyncio.gather(rig.server._heartbeats.round(), other.server._heartbeats.round())
+
+        async def filed() -> bool:  # by a round of these, or by one that a server had begun by itself
+            return bool((await rig.get("/v2/actions")).json())
+
+        await rig.eventually(filed, "a checkpoint")
+        await asyncio.gather(rig.server._heartbeats.round(), other.server._heartbeats.round())
         assert len((await rig.get("/v2/actions")).json()) == 1
 
 
@@ -564,6 +725,163 @@ async def test_heartbeats_of_the_configuration_are_there_and_go_with_it(tmp_path
     async with ApiRig(tmp_path) as rig:
         await rig.server._heartbeats.configure()
         assert (await rig.get("/v2/heartbeats")).json() == []
+
+
+def wish(node: FakeNode, **changes: object) -> HeartbeatWish:
+    """What the node's first pod asks for: it was made 90 s ago, and wants one each minute."""
+    pod = node.pods[0]
+    known: dict[str, object] = {"namespace": pod.namespace, "name": pod.name, "uid": pod.uid, "since": time.time() - 90}
+    return HeartbeatWish.model_validate({**known, "interval": 60.0, "keep_last": 1, **changes})
+
+
+async def told(rig: ApiRig, *nodes: FakeNode) -> None:
+    """Its record is known to the server, which is how a round begins."""
+    for node in nodes:
+        await node.tell()
+    await rounds(rig)._see_nodes()
+
+
+async def test_a_pod_s_annotations_ask_for_heartbeats_and_keep_the_newest(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    node.wishes = [wish(node)]
+    await told(rig, node)
+    heartbeats = rig.server._heartbeats
+    await heartbeats.round()
+    (listed,) = (await rig.get("/v2/heartbeats")).json()
+    pod = node.pods[0]
+    assert (listed["annotated"], listed["configured"], listed["interval"], listed["keep_last"]) == (True, False, 60, 1)
+    assert (listed["namespace"], listed["pod_name"], listed["pod_id"]) == (pod.namespace, pod.name, pod.uid)
+    assert (await rig.get("/v2/actions")).json() == [], "the first turn is a whole interval after the pod's start"
+    made = []
+    for later in (31, 91):
+        heartbeats._clock = lambda later=later: time.time() + later  # type: ignore[misc]
+        await heartbeats.round()
+        command = await node.take_checkpoint()
+        assert (command.reason, command.target.pod_id) == ("heartbeat", pod.uid)
+        await node.complete(command)
+        await rig.until_status(command.action_id, "ready")
+        made.append(command)
+    await heartbeats.round()
+    assert (await node.take_delete()).checkpoint_id == made[0].checkpoint_id
+    refused = await rig.ask("DELETE", f"/v2/heartbeats/{listed['heartbeat_id']}")
+    assert (refused.status, refused.code) == (400, "annotated")
+
+
+async def test_with_the_pod_its_heartbeats_go_and_its_checkpoints_stay(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    node.wishes = [wish(node, since=0.0)]
+    await ready_checkpoint(rig, node, "trainer", reason="heartbeat")
+    await ready_checkpoint(rig, node, "trainer", reason="heartbeat")
+    node.wishes = [wish(node, keep_last=2)]
+    await told(rig, node)
+    await rig.server._heartbeats.round()
+    node.wishes, pods, node.pods = [], node.pods, []
+    await told(rig, node)
+    await rig.server._heartbeats.round()
+    assert (await rig.get("/v2/heartbeats")).json() == []
+    assert len((await rig.get("/v2/checkpoints")).json()) == 2
+    node.pods = [pods[0].model_copy(update={"uid": str(uuid.uuid4())})]  # it was restored
+    node.wishes = [wish(node, keep_last=1)]
+    await told(rig, node)
+    await rig.server._heartbeats.round()
+    (listed,) = (await rig.get("/v2/heartbeats")).json()
+    assert listed["pod_id"] == node.pods[0].uid
+    assert len((await rig.get("/v2/checkpoints")).json()) == 1, "those of the old one count: it is of the name"
+
+
+async def test_a_pod_that_is_restored_at_once_goes_on_with_its_turns(rig: ApiRig) -> None:
+    node, other = await rig.node("n1", "trainer"), await rig.node("n2", "trainer")
+    node.wishes = [wish(node)]
+    await told(rig, node)
+    await rig.server._heartbeats.round()
+    (before,) = (await rig.get("/v2/heartbeats")).json()
+    other.pods = [other.pods[0].model_copy(update={"uid": str(uuid.uuid4())})]
+    other.wishes = [wish(other, since=time.time())]  # while the old one is still told of
+    await told(rig, other)
+    await rig.server._heartbeats.round()
+    (after,) = (await rig.get("/v2/heartbeats")).json()
+    assert (after["pod_id"], after["next_timestamp"]) == (other.pods[0].uid, before["next_timestamp"])
+
+
+@pytest.mark.parametrize(
+    "bad", [{"problem": "it says soon"}, {"interval": 1.0}, {"name": "no/name"}, {"uid": ""}, {"keep_last": -1}]
+)
+async def test_what_a_pod_asks_for_and_makes_no_sense_is_shown_and_keeps_nobody_else_waiting(
+    rig: ApiRig, bad: dict[str, object]
+) -> None:
+    node = await rig.node("n1", "trainer", "other")
+    other = wish(node, name="other", uid=node.pods[1].uid)
+    node.wishes = [wish(node, **bad), other]
+    await told(rig, node)
+    await rig.server._heartbeats.round()
+    assert [each["pod_name"] for each in (await rig.get("/v2/heartbeats")).json()] == ["other"]
+    (shown,) = (await rig.get("/v2/nodes")).json()
+    assert [each["problem"] for each in shown["heartbeats"]] == [bad.get("problem", ""), ""]
+
+
+@pytest.mark.parametrize("by", ["name", "uid"])
+async def test_an_operator_s_heartbeat_stands_before_the_pod_s_own(rig: ApiRig, by: str) -> None:
+    node = await rig.node("n1", "trainer")
+    node.wishes = [wish(node)]
+    await told(rig, node)
+    heartbeats = rig.server._heartbeats
+    await heartbeats.round()
+    body = {"pod_name": "trainer"} if by == "name" else {"pod_id": node.pods[0].uid}
+    made = await rig.ask("POST", "/v2/heartbeats", {**body, "interval": 3600})
+    heartbeats._clock = lambda: time.time() + 61
+    await heartbeats.round()
+    (listed,) = (await rig.get("/v2/heartbeats")).json()
+    assert (listed["heartbeat_id"], listed["annotated"], listed["interval"]) == (made.text, False, 3600)
+    assert len((await rig.get("/v2/actions")).json()) == 1, "the operator's first turn, and none of the pod's"
+    assert (await rig.ask("DELETE", f"/v2/heartbeats/{made.text}")).status == 200
+    await heartbeats.round()
+    (listed,) = (await rig.get("/v2/heartbeats")).json()
+    assert listed["annotated"]
+
+
+async def test_a_node_that_is_silent_for_long_is_not_asked_and_comes_again_with_the_same_turns(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    node.wishes = [wish(node)]
+    await told(rig, node)
+    heartbeats = rig.server._heartbeats
+    await heartbeats.round()
+    (before,) = (await rig.get("/v2/heartbeats")).json()
+    now = time.time()
+    heartbeats._clock = lambda: now + 121
+    await heartbeats._ask_pods()
+    assert (await rig.get("/v2/heartbeats")).json() == []
+    heartbeats._clock = time.time
+    await told(rig, node)
+    await heartbeats._ask_pods()
+    (after,) = (await rig.get("/v2/heartbeats")).json()
+    assert after["next_timestamp"] == before["next_timestamp"]
+
+
+async def test_annotations_can_be_turned_off(tmp_path: Path) -> None:
+    for on in (True, False):
+        async with ApiRig(tmp_path, annotations=on) as rig:
+            node = await rig.node("n1", "trainer")
+            node.wishes = [wish(node)]
+            await told(rig, node)
+            await rig.server._heartbeats.round()
+            assert bool((await rig.get("/v2/heartbeats")).json()) == on
+            (listed,) = (await rig.get("/v2/nodes")).json()
+            assert len(listed["heartbeats"]) == 1
+
+
+async def test_two_servers_take_one_turn_of_an_annotation(tmp_path: Path, rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    node.wishes = [wish(node)]
+    await told(rig, node)
+    async with ApiRig(tmp_path, rig.bus, f"sqlite:///{tmp_path}/api.sqlite") as other:
+        both = (rig.server._heartbeats, other.server._heartbeats)
+        await asyncio.gather(*(each.round() for each in both))
+        for each in both:
+            each._clock = lambda: time.time() + 31
+        for _ in range(3):
+            await asyncio.gather(*(each.round() for each in both))
+        assert len((await rig.get("/v2/heartbeats")).json()) == 1
+        assert len((await rig.get("/v2/actions")).json()) == 1
 
 
 @pytest.mark.parametrize(
@@ -630,6 +948,26 @@ async def falls_silent(rig: ApiRig, gone: FakeNode, *others: FakeNode) -> None:
     rig.bus._records.clear()
     for node in others:
         await node.tell()
+
+
+async def test_of_a_clusters_pods_those_go_that_ask_for_it(rig: ApiRig) -> None:
+    """The others are made anew by whoever made them, or belong to the node, as the daemon's own."""
+    old = await rig.node("n1")
+    asks = [WorkloadView(kind="pod", namespace="ml", name=name, uid=name, moves=name == "asks") for name in ("asks", "does-not")]
+    old.pods = [*asks, WorkloadView(kind="job", namespace="default", name="job", uid="job", pid=7)]
+    await old.tell()
+    await rig.node("n2")
+    moves = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})).json()
+    told = {move["pod_name"]: (move["state"], move["message"]) for move in moves}
+    assert told.keys() == {"asks", "job"}
+    assert told["job"][0] == "checkpointing"
+    assert told["asks"][0] == "failed"
+    assert "it makes no pods" in told["asks"][1] or "no node can restore" in told["asks"][1]
+    await rig.node("n3", makes_pods=True)
+    moves = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})).json()
+    assert {move["pod_name"]: move["state"] for move in moves if move["state"] != "failed"} == {
+        "asks": "checkpointing", "job": "checkpointing",
+    }  # fmt: skip
 
 
 async def test_a_pod_goes_once_however_often_and_at_once_its_node_leaves(rig: ApiRig) -> None:
@@ -833,9 +1171,28 @@ async def test_events_that_cannot_be_read_hold_up_nothing(rig: ApiRig) -> None:
     await rig.until_status(action_id, "ready")
 
 
-async def test_an_action_that_was_begun_on_its_node_is_known_by_its_events(rig: ApiRig) -> None:
-    from hibernode.model import CheckpointCommand, Target
+async def test_a_node_speaks_for_itself_alone(rig: ApiRig) -> None:
+    node, other = await rig.node("n1", "trainer"), await rig.node("n2")
+    action_id = await rig.checkpoint("trainer")
+    command = await node.take_checkpoint()
+    for name in ("n1", "n2"):  # in the name of another, and in its own
+        false = Event(
+            action_id=action_id,
+            seq=1,
+            type="checkpoint",
+            status=Status.ERROR,
+            checkpoint_id=action_id,
+            node=name,
+            time=time.time(),
+        )
+        await other.end.publish_event(action_id, f"{name}-1", wire.encode_event(false))
+    await node.complete(command)
+    await rig.until_status(action_id, "ready")
+    told = (await rig.action(action_id))["events"]
+    assert [event["status"] for event in told] == ["processing", "checkpoint_created", "ready"]
 
+
+async def test_an_action_that_was_begun_on_its_node_is_known_by_its_events(rig: ApiRig) -> None:
     node = await rig.node("n1", "trainer")
     action_id = str(uuid.uuid4())
     await node.complete(CheckpointCommand(action_id=action_id, checkpoint_id=action_id, target=Target(pid=7)))
@@ -846,6 +1203,110 @@ async def test_an_action_that_was_begun_on_its_node_is_known_by_its_events(rig: 
     await rig.eventually(known, "the action")
     await rig.until_status(action_id, "ready")
     assert (await rig.get(f"/v2/checkpoint/path?name={action_id}")).text == f"{STORE}/{action_id}"
+
+
+async def stopped(
+    rig: ApiRig, node: FakeNode, on_stop: str = "migrate", profile: Profile = PROFILE, **about: object
+) -> CheckpointCommand:
+    """The node has checkpointed its first pod by itself, because that is ending."""
+    action_id, pod = str(uuid.uuid4()), node.pods[0]
+    said = {
+        "namespace": pod.namespace, "pod_name": pod.name, "pod_id": pod.uid, "kind": "simple", "reason": "nodeTermination",
+        "on_stop": on_stop, **about,
+    }  # fmt: skip
+    command = CheckpointCommand(action_id=action_id, checkpoint_id=action_id, target=Target(pod_id=pod.uid))
+    await node.say(command, Status.PROCESSING, Status.CHECKPOINT_CREATED, details={"about": said})
+    await node.say(command, Status.READY, details={"about": said, "location": f"{STORE}/{action_id}"}, profile=profile)
+
+    async def known() -> bool:
+        return (await rig.get(f"/v2/actions/{action_id}")).status == 200
+
+    await rig.eventually(known, "the action")
+    await rig.until_status(action_id, "ready")
+    return command
+
+
+async def test_what_a_node_says_of_an_action_that_it_has_begun_is_known(rig: ApiRig) -> None:
+    node = await rig.node("n1", "trainer")
+    made = await stopped(rig, node, "checkpoint")
+    found = await rig.action(made.action_id)
+    names = (found["namespace"], found["pod_name"], found["pod_id"], found["reason"])
+    assert names == ("default", "trainer", node.pods[0].uid, "nodeTermination")
+    assert (await rig.get("/v2/checkpoint/path?name=default/trainer")).text == f"{STORE}/{made.checkpoint_id}"
+    odd = await stopped(rig, node, "checkpoint", pod_name="a\u0000b", namespace={"x": 1}, reason="heartbeat", kind="none")
+    found = await rig.action(odd.action_id)
+    assert (found["namespace"], found["pod_name"], found["reason"], found["kind"]) == (None, None, "manual", "simple")
+
+
+async def test_a_pod_that_is_evicted_and_asks_for_it_goes_on_elsewhere_when_it_has_ended(rig: ApiRig) -> None:
+    old, new = await rig.node("n1", "trainer"), await rig.node("n2")
+    made = await stopped(rig, old)
+    await departures(rig).round()
+    (move,) = rig.server.database.moves("c")
+    assert (move.state, move.message) == ("restoring", "the pod has not ended yet")
+    (uid,) = [pod.uid for pod in old.pods]
+    old.pods = []
+    await departures(rig).round()
+    command = await new.take_restore()
+    assert command.checkpoint_id == made.checkpoint_id
+    await new.complete(command)
+    await rig.until_status(command.action_id, "ready")
+    await departures(rig).round()
+    await departures(rig).round()
+    assert [(move.state, move.pod_id) for move in rig.server.database.moves("c")] == [("done", uid)]
+    assert len((await rig.get("/v2/actions?type=restore")).json()) == 1
+
+
+async def test_what_a_node_has_begun_is_placed_by_what_that_node_has(rig: ApiRig) -> None:
+    on_gpus = GPUS.model_dump()
+    old = await rig.node("n1", "trainer", gpu_inventory=on_gpus)
+    await rig.node("none", load=0.0, gpu_inventory={})
+    same = await rig.node("same", load=4.0, gpu_inventory=on_gpus)
+    made = await stopped(rig, old, profile=PROFILE.model_copy(update={"gpu_ns": 5}))
+    old.pods = []
+    await departures(rig).round()
+    assert (await same.take_restore()).checkpoint_id == made.checkpoint_id
+
+
+async def test_a_pod_that_is_evicted_is_moved_once_by_two_servers_and_never_back(tmp_path: Path, rig: ApiRig) -> None:
+    old = await rig.node("n1", "trainer")
+    await stopped(rig, old)
+    old.pods = []
+    async with ApiRig(tmp_path, rig.bus, f"sqlite:///{tmp_path}/api.sqlite") as other:
+        for _ in range(2):
+            await asyncio.gather(departures(rig).round(), departures(other).round())
+        (move,) = rig.server.database.moves("c")
+        assert move.message.startswith("waits: no_node"), "its own node is no other"
+        new = await rig.node("n2")
+        for _ in range(2):
+            await asyncio.gather(departures(rig).round(), departures(other).round())
+        await new.take_restore()
+        assert len((await rig.get("/v2/actions?type=restore")).json()) == 1
+
+
+async def test_a_pod_that_asks_for_a_checkpoint_alone_is_not_moved(rig: ApiRig) -> None:
+    old, _ = await rig.node("n1", "trainer"), await rig.node("n2")
+    await stopped(rig, old, "checkpoint")
+    old.pods = []
+    await departures(rig).round()
+    assert rig.server.database.moves("c") == []
+
+
+async def test_an_operator_can_forbid_pods_to_move(tmp_path: Path) -> None:
+    async with ApiRig(tmp_path, annotations=False) as rig:
+        old, _ = await rig.node("n1", "trainer"), await rig.node("n2")
+        await stopped(rig, old)
+        old.pods = []
+        await departures(rig).round()
+        assert rig.server.database.moves("c") == []
+
+
+async def test_an_eviction_that_was_long_ago_is_not_made_good(rig: ApiRig) -> None:
+    old, _ = await rig.node("n1", "trainer"), await rig.node("n2")
+    departures(rig)._clock = lambda: time.time() + 3601
+    await stopped(rig, old)
+    await departures(rig).round()
+    assert rig.server.database.moves("c") == []
 
 
 async def test_progress_is_shown_while_an_action_runs(rig: ApiRig) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,11 +24,13 @@ from hibernode.errors import DumpFailed, HibernodeError, NoRoom, NotFound, Refus
 from hibernode.journal import Entry, Journal, Tree
 from hibernode.model import (
     MAX_LISTED,
+    MAX_WISHES,
     ActionCommand,
     CancelCommand,
     CheckpointCommand,
     Command,
     Event,
+    HeartbeatWish,
     Overrides,
     Progress,
     RestoreCommand,
@@ -141,7 +143,7 @@ class Desk:
         await self.control.send("n", verb, new_id(), data)
 
     def events(self, action_id: str) -> list[Event]:
-        return [wire.decode_event(data) for _, action, data in self.bus.events if action == action_id]
+        return [wire.decode_event(data) for _, action, data, _ in self.bus.events if action == action_id]
 
     def statuses(self, action_id: str) -> list[Status]:
         return [event.status for event in self.events(action_id)]
@@ -243,7 +245,9 @@ async def test_progress_is_told_while_it_runs(tmp_path: Path) -> None:
     rig = node(tmp_path, Gate("criu.dump"))
     async with running(rig) as desk:
         action = await desk.send(checkpoint_command())
-        await eventually(lambda: any(wire.decode_progress(data).phase == "dumping" for *_, data in desk.bus.progress), "progress")
+        await eventually(
+            lambda: any(wire.decode_progress(data).phase == "dumping" for _, _, data, _ in desk.bus.progress), "progress"
+        )
         rig.script.open.set()
         await desk.end(action)
 
@@ -878,10 +882,10 @@ async def test_a_command_of_people_that_a_full_disk_does_not_take_is_told_so(tmp
     class Full(Journal):
         full = True
 
-        def begin(self, command: ActionCommand) -> Entry:
+        def begin(self, command: ActionCommand, about: Mapping[str, str] | None = None) -> Entry:
             if self.full:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return super().begin(command)
+            return super().begin(command, about)
 
     rig = node(tmp_path)
     journal = Full(tmp_path / "state" / "journal")
@@ -972,6 +976,31 @@ async def test_a_node_that_cannot_look_at_its_jobs_is_there_all_the_same(tmp_pat
         await eventually(lambda: len(calls) > 1, "another look, and one more")
         desk.bus._records.clear()
         await eventually(lambda: listed(desk), "a record all the same, with what was there when it was last seen")
+
+
+def wished(desk: Desk) -> list[HeartbeatWish]:
+    """What the node's record says that pods ask for."""
+    found = desk.bus._records.get(("c", "n"))
+    return wire.decode_node(found[0]).heartbeats if found else []
+
+
+async def test_a_nodes_record_says_what_pods_ask_for_and_what_is_wrong_is_logged_once(tmp_path: Path) -> None:
+    rig = node(tmp_path, node_interval=0.01)
+    known = {"namespace": "ml", "uid": "u"}
+    well = [HeartbeatWish(name=f"p-{number}", interval=60, keep_last=3, **known) for number in range(MAX_WISHES)]
+    rig.machine.wishes = [HeartbeatWish(name="bad", problem="it is soon", **known), *well[1:]]
+    with capture_logs() as logs:
+        async with running(rig) as desk:
+            await eventually(lambda: wished(desk), "the node's record")
+            assert wished(desk) == [*well[1:], rig.machine.wishes[0]]
+            rig.machine.wishes = [rig.machine.wishes[0], *well]
+            await eventually(lambda: wished(desk) == well, "the one that is wrong to be left out, as there are too many")
+            rig.node.jobs.heartbeats = lambda: 1 / 0  # type: ignore[method-assign]
+            desk.bus._records.clear()
+            await eventually(lambda: wished(desk) == well, "a record all the same, with what was asked for last")
+            (told,) = await desk.answers.nodes()
+            assert told.heartbeats == well
+    assert times_said(logs, "no heartbeat") == 1
 
 
 # --- after a crash ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hibernode import catalog
 from hibernode.errors import Cancelled, HibernodeError, Internal, NoRoom, NotFound, Refused, StoreUnavailable, Stuck
 from hibernode.model import Cancel, Status
 from hibernode.transfer.arena import Arena
+from tests.fakes.gpu import INVENTORY
 from tests.fakes.machine import Run, memory
 from tests.fakes.script import Script
 from tests.flow.rig import Rig, defect, fitting_error, new_id, nothing_outlives
@@ -65,8 +66,15 @@ def rig_of(directory: Path, script: Script | None = None, runs: list[Run] | None
     return Rig(directory, RUNS if runs is None else runs, script)
 
 
-def steps_of_checkpoint(directory: Path, **overrides: object) -> int:
+def on_gpu(rig: Rig, state: str) -> None:
+    rig.machine.gpu = state
+    if state:
+        rig.machine.gpus = INVENTORY
+
+
+def steps_of_checkpoint(directory: Path, gpu: str = "", **overrides: object) -> int:
     rig = rig_of(directory / "count")
+    on_gpu(rig, gpu)
     rig.checkpoint(streams=2, **overrides)
     return len(rig.script.calls)
 
@@ -97,16 +105,18 @@ def raised_by(work: Callable[[], object]) -> BaseException | None:
     return None
 
 
+@pytest.mark.parametrize("gpu", ["", "RUNNING"])
 @pytest.mark.parametrize("kill", [False, True])
 @pytest.mark.parametrize("error", [fitting_error, no_room, defect, disk_full])
-def test_a_checkpoint_fails_at_every_step(tmp_path: Path, error: Error, kill: bool) -> None:
+def test_a_checkpoint_fails_at_every_step(tmp_path: Path, error: Error, kill: bool, gpu: str) -> None:
     overrides = {"criu_opts": KILL} if kill else {}
-    count = steps_of_checkpoint(tmp_path, **overrides)
+    count = steps_of_checkpoint(tmp_path, gpu=gpu, **overrides)
     assert count > 35, "the fakes count too little"
     failures = 0
     for n in range(1, count + 1):
         script, made = Script(n, error), new_id()
         rig = rig_of(tmp_path / str(n), script)
+        on_gpu(rig, gpu)
         raised = caught(lambda: rig.checkpoint(made, streams=2, **overrides))  # noqa: B023
         insist_on_checkpoint(rig, made, raised=raised, kill=kill)
         if raised is not None:
@@ -275,8 +285,9 @@ def test_what_fails_removes_nothing_that_is_not_its_own(tmp_path: Path) -> None:
 # --- restore ----------------------------------------------------------------------------------------------------------------
 
 
-def made_once(directory: Path) -> tuple[Rig, str]:
+def made_once(directory: Path, gpu: str = "") -> tuple[Rig, str]:
     rig = rig_of(directory)
+    on_gpu(rig, gpu)
     made = rig.checkpoint(streams=2)
     rig.end_of_original()
     return rig, made
@@ -285,24 +296,31 @@ def made_once(directory: Path) -> tuple[Rig, str]:
 def insist_on_restore(rig: Rig, raised: BaseException | None) -> None:
     where = f"after a failure at {rig.script.failed}"
     assert rig.machine.restored is (raised is None), f"{where}: half a restore is left"
+    assert not rig.machine.killed_on_gpu, f"{where}: killed before it was parked"
     assert not rig.machine.prepared, where
     assert not rig.node.claims._taken, where
     assert not rig.at_work(), where
     assert rig.statuses == ([] if raised else [Status.READY]), where
 
 
+@pytest.mark.parametrize("gpu", ["", "RUNNING"])
 @pytest.mark.parametrize("error", [fitting_error, no_room, defect, disk_full])
-def test_a_restore_fails_at_every_step(tmp_path: Path, error: Error) -> None:
-    rig, made = made_once(tmp_path)
+def test_a_restore_fails_at_every_step(tmp_path: Path, error: Error, gpu: str) -> None:
+    rig, made = made_once(tmp_path, gpu)
+    in_the_image = "CHECKPOINTED" if gpu else ""
+    rig.machine.gpu = in_the_image
     rig.rescript(Script())
     rig.restore(made)
+    assert rig.machine.gpu == gpu
     count = len(rig.script.calls)
     assert count > 25, "the fakes count too little"
     failures = 0
     for n in range(1, count + 1):
         rig.machine.restored = rig.machine.adopted = False
+        rig.machine.gpu = in_the_image
         rig.rescript(Script(n, error))
         raised = caught(lambda: rig.restore(made))
+        assert raised is not None or rig.machine.gpu == gpu
         if rig.script.failed == "report ready":
             assert rig.machine.restored, "it runs; that nobody could be told does not end it"
             continue
@@ -315,13 +333,16 @@ def test_a_restore_fails_at_every_step(tmp_path: Path, error: Error) -> None:
     assert failures > count - 5
 
 
-def test_a_restore_is_cancelled_at_every_step(tmp_path: Path) -> None:
-    rig, made = made_once(tmp_path)
+@pytest.mark.parametrize("gpu", ["", "RUNNING"])
+def test_a_restore_is_cancelled_at_every_step(tmp_path: Path, gpu: str) -> None:
+    rig, made = made_once(tmp_path, gpu)
+    in_the_image = rig.machine.gpu = "CHECKPOINTED" if gpu else ""
     rig.rescript(Script())
     rig.restore(made)
     cancelled = 0
     for n in range(1, len(rig.script.calls) + 1):
         rig.machine.restored = rig.machine.adopted = False
+        rig.machine.gpu = in_the_image
         rig.rescript(Cancels(n, lambda: rig.cancel))
         raised = caught(lambda: rig.restore(made))
         assert raised is None or isinstance(raised, Cancelled)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hibernode.errors import Corrupt, RestoreFailed
+from hibernode.errors import Corrupt, Refused, RestoreFailed
 from hibernode.model import Status
 from tests.envelope import opened, seal
 from tests.fakes.machine import CHILD, ROOT, memory
@@ -91,6 +91,32 @@ def test_a_manifest_that_names_other_tasks_is_corrupt(tmp_path: Path, change: Ca
 def test_a_manifest_of_before_zombies_were_known_is_read(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     rig, checkpoint_id = made(tmp_path, frozenset({CHILD}))
     doctored(rig, checkpoint_id, change)
+    rig.restore(checkpoint_id)
+    assert rig.statuses == [Status.READY]
+
+
+def test_a_cpu_that_lacks_something_is_refused_before_the_fetch(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    rig.machine.cpu_flags = ["sse2", "avx2"]
+    rig.rescript(Script())
+    with pytest.raises(Refused) as refused:
+        rig.restore(checkpoint_id)
+    assert (refused.value.code, refused.value.details["missing"]) == ("cpu_features", ["avx512f"])
+    assert [step for step in rig.script.calls if step.startswith(("store.", "workloads.", "criu.restore"))] == [
+        "store.get manifest.json"
+    ]
+    rig.machine.cpu_flags = ["sse2", "avx2", "avx512f", "amx_tile"]
+    rig.restore(checkpoint_id)
+    assert rig.statuses == [Status.READY]
+
+
+def test_a_manifest_of_before_cpu_flags_were_written_is_restored_anywhere(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    key = f"{checkpoint_id}/manifest.json"
+    manifest = opened(rig.store.objects[key])
+    del manifest["host"]["cpu_flags"]
+    rig.store.objects[key] = seal(manifest)
+    rig.machine.cpu_flags = []
     rig.restore(checkpoint_id)
     assert rig.statuses == [Status.READY]
 

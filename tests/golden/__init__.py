@@ -13,7 +13,7 @@ from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.notary import Notary
 from hibernode.flow import Threads
 from hibernode.model import Cancel, Meter
-from hibernode.transfer.receive import Receiver
+from hibernode.transfer.receive import LayerReceiver, Receiver
 from tests import keys
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ def keyring(place: Path, directory: Path) -> Keyring:
 
 
 def restored(place: Path, checkpoint_id: str, directory: Path) -> dict[str, str]:
-    """What a restore hands to CRIU: SHA-256 of every file, by `<image>/<name>`."""
+    """What a restore hands to CRIU, and the tars of layers: SHA-256 of every file, by `<image>/<name>`."""
     store, files = LocalDir(place), directory / "files"
     manifest = catalog.read(store, checkpoint_id, reader(place, directory))
     seal = catalog.seal_of(manifest, keyring(place, directory))
@@ -50,5 +50,11 @@ def restored(place: Path, checkpoint_id: str, directory: Path) -> dict[str, str]
         receiver.fetch_files(directory / "packed", files / image.name)
         with Threads(Cancel()) as threads:
             receiver.fetch_pages(receiver.fetch_index(), files / image.name, threads)
+    for layer in manifest.layers:
+        (files / layer.name).mkdir(parents=True, exist_ok=True)
+        source = LayerReceiver(store, seal, layer, 2, Meter())
+        with Threads(Cancel()) as threads, open(files / layer.name / "layer.tar", "wb") as tar:
+            tar.writelines(source.pieces(source.fetch_index(), threads))
+            tar.truncate(layer.bytes)
     found = sorted(path for path in files.rglob("*") if path.is_file())
     return {path.relative_to(files).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

@@ -1,16 +1,18 @@
-"""Writes `tests/golden/v<n>` and `v<n>-encrypted`: one checkpoint each of the format version this tree writes, and the digests of what
-has to come out of it.
+"""Writes `tests/golden/v<n>`, `v<n>-encrypted` and `v<n>-layer`: one checkpoint each of the format version this tree writes, and the
+digests of what has to come out of it.
 
-    python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH
+    python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH; as root
 
 Run once when a format version is released; never again for that version. The memory is scripted (tests/fakes), the format is real:
 two address spaces and a shared memory, segments that lie in two frames, zero pages inside a frame and in a frame's place, raw frames
-and compressed ones, two streams. The manifest is signed, by a key that nobody has any more: its public half lies beside it.
+and compressed ones, two streams. The layer has entries of each kind. The manifest is signed, by a key that nobody has any more: its
+public half lies beside it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import secrets
 import shutil
@@ -18,13 +20,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hibernode import catalog
+from hibernode.config import Signing
 from hibernode.drivers.localdir import LocalDir
-from hibernode.model import FORMAT_VERSION, PAGE
+from hibernode.drivers.notary import Notary
+from hibernode.model import FORMAT_VERSION, PAGE, Cancel, HostFacts, Manifest, WorkloadFacts
 from hibernode.transfer.pageproto import SHMEM, TASK
+from hibernode.transfer.seal import Seal
 from tests import keys
 from tests.fakes.machine import CHILD, ROOT, Run
-from tests.flow.rig import Rig
+from tests.flow.rig import Rig, new_id
 from tests.golden import HERE, SIGNER, WRAPPER, restored
+from tests.layers import sent
 
 
 def scripted() -> list[Run]:
@@ -41,9 +48,12 @@ def scripted() -> list[Run]:
 
 
 def main() -> None:
-    for place in (HERE / f"v{FORMAT_VERSION}", HERE / f"v{FORMAT_VERSION}-encrypted"):
+    for kind in ("", "-encrypted", "-layer"):
+        place = HERE / f"v{FORMAT_VERSION}{kind}"
         if place.exists():
             sys.stderr.write(f"{place} is there: a released version never changes\n")
+        elif kind == "-layer":
+            make_layer(place)
         else:
             make(place, encrypted=place.name.endswith("-encrypted"))
 
@@ -61,10 +71,59 @@ def make(place: Path, *, encrypted: bool) -> None:
         rig = Rig(Path(directory), scripted(), signing={"key": key}, encryption=encryption)
         store = LocalDir(place)
         rig.store = store  # type: ignore[assignment]
-        checkpoint_id = rig.checkpoint(streams=2)
-        (place / "golden.json").write_text(
-            json.dumps({"checkpoint_id": checkpoint_id, "files": restored(place, checkpoint_id, Path(directory))}, indent=1)
-        )
+        _complete(place, rig.checkpoint(streams=2), Path(directory))
+
+
+def make_layer(place: Path) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        key, public = keys.pair(Path(directory))
+        place.mkdir()
+        shutil.copy(public, place / SIGNER)
+        store, checkpoint_id = LocalDir(place), new_id()
+        layer = sent(_upper(Path(directory) / "upper"), store, streams=2, seal=Seal(checkpoint_id))
+        manifest = Manifest(
+            format_version=FORMAT_VERSION, checkpoint_id=checkpoint_id, action_id=new_id(), created_at=1764000000.0, node="golden",
+            kind="rootfsonly", reason="manual", workload=WorkloadFacts(kind="job", name="golden"),
+            host=HostFacts(arch="x86_64", kernel="6", page_size=PAGE, criu_version=0),
+            compression="zstd", pause_ns=0, raw_bytes=layer.pages * PAGE, zero_bytes=layer.zero_pages * PAGE,
+            stored_bytes=sum(stream.size for stream in layer.streams), images=[], layers=[layer],
+        )  # fmt: skip
+        catalog.commit(store, manifest, Notary(Signing(key=key)), Cancel())
+        _complete(place, checkpoint_id, Path(directory))
+
+
+def _upper(root: Path) -> Path:
+    """An upper directory: files of several frames, holes, names, attributes, what is deleted and what is hidden."""
+    (root / "d/opaque").mkdir(parents=True)
+    os.setxattr(root / "d/opaque", "trusted.overlay.opaque", b"y")
+    (root / "d/opaque/text").write_bytes(b"".join(b"line %d\n" % n for n in range(1000)))
+    (root / "d/noise").write_bytes(random.Random(7).randbytes(9 * PAGE + 5))
+    (root / "d/zeros").write_bytes(bytes(1100 * PAGE))
+    (root / "d/numbers").write_bytes(
+        b"".join(n.to_bytes(4, "little") * (PAGE // 4) if n % 40 == 7 else bytes(PAGE) for n in range(1500))
+    )
+    with open(root / "sparse", "wb") as file:
+        os.pwrite(file.fileno(), b"data", 5 << 20)
+        file.truncate(7 << 30)
+    os.link(root / "d/noise", root / "e-link")
+    (root / ("n" * 200)).symlink_to("t" * 150)
+    (root / os.fsdecode(b"\xff\n")).write_bytes(b"")
+    os.setxattr(root / "d/noise", "user.a=%", b"\0\n")
+    os.chown(root / "d/noise", 1000, 4_000_000_000)
+    (root / "d/noise").chmod(0o6755)
+    os.mkfifo(root / "fifo")
+    os.mknod(root / "null", 0o20666, os.makedev(1, 3))
+    os.mknod(root / "socket", 0o140700)
+    os.mknod(root / "whiteout", 0o20000, 0)
+    for path in (*root.rglob("*"), root):
+        os.utime(path, ns=(0, 1764000000123456789), follow_symlinks=False)
+    os.utime(root / "fifo", ns=(0, -1))
+    return root
+
+
+def _complete(place: Path, checkpoint_id: str, directory: Path) -> None:
+    told = {"checkpoint_id": checkpoint_id, "files": restored(place, checkpoint_id, directory)}
+    (place / "golden.json").write_text(json.dumps(told, indent=1))
     shutil.rmtree(place / ".uploads", ignore_errors=True)
 
 

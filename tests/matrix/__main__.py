@@ -35,6 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
         seed=arguments.seed,
         benches=arguments.benches or default_benches(),
         criu=arguments.criu or _criu(),
+        design=arguments.gpu_design,
         choose=functools.partial(_choose, arguments),
         output=arguments.output,
         say=say,
@@ -68,9 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--case", action="append", default=[], metavar="ID", help="only this one, as a failure prints it; may be repeated"
     )
-    parser.add_argument("--match", default="", help="only cases with this in their id")
+    parser.add_argument("--match", default="", help="only cases with this in their id: /gpu/ are those with a GPU")
     parser.add_argument("--count", type=int, default=0, help="at most so many")
     parser.add_argument("--seed", type=int, default=1, help="decides order and random moments (default 1)")
+    parser.add_argument("--gpu-design", choices=("lock", "stop"), default="lock", help="`gpu.design` of the nodes (default lock)")
     parser.add_argument("--benches", type=int, default=0, help="nodes side by side (default: cores and one)")
     parser.add_argument("--criu", default="", help="the binary to use")
     parser.add_argument("--output", type=Path, help="write the JSON there, with all rows; also while the run goes on")

@@ -9,13 +9,14 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -23,6 +24,7 @@ from hibernode._pb import hibernode_pb2 as pb
 from hibernode.errors import Internal
 from hibernode.model import CancelCommand, CheckpointCommand, Event, Overrides, RestoreCommand, Status, Target
 from tests import keeper as processes
+from tests.fakes.cuda import Call
 from tests.matrix import checks
 from tests.matrix.bench import ASK, GRACE, LIMIT, SUBJECTS, Bench, Daemon, Subject, is_pid_collision
 from tests.matrix.cases import DIRECTIONS, Case
@@ -41,6 +43,7 @@ KILLS_CRIU = (
     "watch_criu_stopped_daemon_dies",
     "watch_criu_stopped",
 )
+_IN_DRIVER = re.compile(r"driver\.(?P<call>\w+)")
 LEFT_ALONE = 3.0  # seconds more than promised, on a loaded machine
 LIVES = 6  # of the daemon in one case
 RETIRED = 4  # checkpoints that stay in the store after their case
@@ -235,13 +238,13 @@ class Player:
             try:
                 self._bench.bus.send(command)
                 fault.given()
-                action.settle(fault.fire, fault.next_plan, fault.dead)
+                action.settle(fault.fire, fault.next_plan, fault.dead, fault.look)
                 fault.settled()
-                action.settle(fault.fire, fault.next_plan, fault.dead)
+                action.settle(fault.fire, fault.next_plan, fault.dead, fault.look)
             finally:
                 fault.over()
         row.findings += fault.findings
-        row.fired = row.fired or case.fault in ("none", "die_at_random") or fault.done
+        row.fired = fault.done or (fault.call is None and (row.fired or case.fault in ("none", "die_at_random")))
         if fault.asked is not None:
             action.wait_for_end(fault.asked)
         action.linger(0 if fault.done or case.fault == "none" else LATE, fault.fire)
@@ -271,7 +274,7 @@ class Player:
             self._judge_checkpoint(case, subject, command, row)
         row.findings += checks.nothing_left(self._bench, self.baseline)
         if any(
-            found.counter in ("left_frozen", "lost_workloads", "half_restores", "not_killed", "no_terminal")
+            found.counter in ("left_frozen", "left_suspended", "lost_workloads", "half_restores", "not_killed", "no_terminal")
             for found in row.findings
         ):
             self._start_over(subject)
@@ -294,6 +297,8 @@ class Player:
         subject.end()
 
     def _judge_checkpoint(self, case: Case, subject: Subject, command: CheckpointCommand, row: Row) -> None:
+        if case.fault == "driver_hangs":  # its call has returned now, and the helper gives back what it was at
+            row.findings += checks.on_gpu(subject, checks.GIVEN_BACK)
         ready, kill, dies = row.status == Status.READY, case.direction == "kill", "dies" in case.fault
         if not ready:
             row.findings += checks.no_checkpoint(self._bench, command.checkpoint_id, unknown=row.code == "outcome_unknown")
@@ -323,6 +328,8 @@ class Player:
 
     def _none_held(self, subject: Subject) -> Findings:
         """Of a workload that has died, in part or as a whole: what lives is of it, and not held."""
+        if found := checks.on_gpu(subject):
+            return found
         alive = {pid: subject.beats.slot(pid) for pid in subject.living()}
         for pid, before in alive.items():
             after = subject.beats.slot(pid, later_than=before)
@@ -369,8 +376,10 @@ class _Action:
         fire: Callable[[dict[str, Any]], None] = lambda _: None,
         plan: Callable[[], Plan] = Plan,
         dead: Callable[[], None] = lambda: None,
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         while not self._ended():
+            look()
             daemon = self._bench.daemon
             if daemon is None or daemon.ended:
                 self._next_life(plan(), dead)
@@ -449,6 +458,9 @@ class _Fault:
         self.left_alone = False  # the daemon stands still, and nobody lets it go on
         self._seen = False
         self._lives = 0
+        in_driver = _IN_DRIVER.fullmatch(case.point)
+        self.call = cast(Call, in_driver["call"]) if in_driver else None
+        self._armed = False
 
     @property
     def _daemon(self) -> Daemon:
@@ -457,6 +469,9 @@ class _Fault:
 
     def _plan(self) -> Plan:
         case = self._case
+        if self.call is not None:
+            undone = case.direction == "kill" and self.call in ("restore", "unlock")
+            return Plan("criu.dump.after", 1, "raise", "dump_failed") if undone else Plan()
         match case.fault:
             case "die" | "die_twice" | "die_redelivered" | "criu_fault_and_die":
                 return Plan(case.point, case.nth, "die")
@@ -479,6 +494,47 @@ class _Fault:
         if self._case.fault.startswith("criu_fault"):
             self._bench.criu_fault(int(self._case.argument))
         self._daemon.plan(self._plan())
+        if self.call is not None:
+            self._arm()
+
+    def _arm(self) -> None:
+        """From now on the driver does what it is meant to; what it answers it answers once, or as long as the case lasts."""
+        case = self._case
+        what = {"driver_says": case.argument.replace(".", " "), "driver_slow": f"{int(STALL * 1000)}ms"}.get(case.fault, "hang")
+        for who in self._victims:
+            self._bench.gpus.arm(who, self.call, what if case.times > 1 else f"{what} once")
+        self._armed = True
+
+    @property
+    def _victims(self) -> list[int]:
+        """On whom the driver is at work in that moment."""
+        both = [beat.pid for beat in self._subject.born]
+        return both if self._case.nth == 1 else [both[self._case.nth - 2]]
+
+    def look(self) -> None:
+        """Has the driver begun what is armed? It stands still, or takes its time, until this returns."""
+        if not self._armed or self.done:
+            return
+        if self._case.fault in ("driver_says", "driver_slow"):
+            self.done = self._case.times > 1 or not any(map(self._is_armed, self._victims))
+            return
+        steps = self._bench.gpu_steps(self._command.action_id)
+        if all(steps.get(pid) == f"{self.call.removesuffix('e')}ing" for pid in self._victims):
+            time.sleep(self._rng.uniform(0, 0.05))
+            if self._case.fault == "driver_hangs":
+                self.done = True
+            else:
+                self._strike()
+                self._disarm()
+
+    def _is_armed(self, who: int) -> bool:
+        return (self._bench.gpus.root / "faults" / str(who) / str(self.call)).exists()
+
+    def _disarm(self) -> None:
+        if self.call is not None:
+            for who in self._victims:
+                self._bench.gpus.disarm(who, self.call)
+        self._armed = False
 
     def given(self) -> None:
         """The command is given."""
@@ -491,6 +547,10 @@ class _Fault:
 
     def fire(self, _: dict[str, Any]) -> None:
         """The point is reached; a thread of the daemon may wait there."""
+        if self.call is None:
+            self._strike()
+
+    def _strike(self) -> None:
         if not self.done:
             self.done = True
             getattr(self, f"_{self._case.fault}", lambda: None)()
@@ -517,7 +577,7 @@ class _Fault:
                 self.findings.append(Finding("half_restores", f"left alone: {lives}"))
             return
         time.sleep(GRACE)
-        found = checks.goes_on(self._subject, self._subject.born)
+        found = checks.on_gpu(self._subject, checks.GIVEN_BACK) or checks.goes_on(self._subject, self._subject.born)
         if self._case.direction == "kill" and not self._subject.living():
             return  # it was ready: whether it was, is looked at in the end
         if self._case.fault in KILLS_CRIU and {each.counter for each in found} == {"lost_workloads"}:
@@ -543,6 +603,8 @@ class _Fault:
 
     def over(self) -> None:
         """Nothing more goes wrong."""
+        self.look()
+        self._disarm()
         self._bench.criu_fault(None)
 
     # --- what outsiders do: one method for each fault of that name -----------------------------------------------------------
@@ -640,6 +702,38 @@ class _Fault:
         daemon.signal(signal.SIGKILL)
         while not daemon.ended and time.monotonic() < deadline:
             daemon.hear(0.01)
+
+    # --- the GPU's helper ------------------------------------------------------------------------------------------------------
+
+    def _helper_killed(self) -> None:
+        """Where one is: it comes when it is first asked."""
+        with contextlib.suppress(ProcessLookupError):
+            if pid := self._bench.helper():
+                os.kill(pid, signal.SIGKILL)
+
+    def _helper_and_daemon_killed(self) -> None:
+        self._helper_killed()
+        self._kill_daemon()
+
+    def _helper_killed_at_random(self) -> None:
+        time.sleep(self._rng.uniform(0, 0.2))
+        self._helper_killed()
+
+    def _helper_and_daemon_killed_at_random(self) -> None:
+        time.sleep(self._rng.uniform(0, 0.2))
+        self._helper_and_daemon_killed()
+
+    _daemon_killed = _watch_daemon_killed = _kill_daemon
+    _watch_helper_and_daemon_killed = _helper_and_daemon_killed
+
+    def _pause_helper(self) -> None:
+        """The driver goes on meanwhile, and nobody hears of it."""
+        with contextlib.suppress(ProcessLookupError):
+            if pid := self._bench.helper():
+                os.kill(pid, signal.SIGSTOP)
+                self._disarm()
+                time.sleep(self._rng.uniform(0.2, 1.0))
+                os.kill(pid, signal.SIGCONT)
 
     def _watch_stop(self) -> None:
         """For ever: until the watchdog has ended it. Where it holds nobody, that is not the watchdog's business, but systemd's."""

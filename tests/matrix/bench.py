@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import json
 import os
 import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,10 +20,12 @@ from typing import Any, Self
 
 import grpc
 
+from hibernode import locks
 from hibernode._pb import hibernode_pb2 as pb
 from hibernode._pb import hibernode_pb2_grpc as pb_grpc
 from hibernode.drivers.localdir import LocalDir
 from tests import keeper as processes
+from tests.fakes.cuda import FakeGpus
 from tests.keeper import wait_until
 from tests.matrix import programs
 from tests.matrix.bus import CLUSTER, Bus
@@ -28,9 +33,12 @@ from tests.matrix.keeper import Keeper
 from tests.matrix.programs import BeatFile, Beats
 from tests.matrix.script import MESSAGE, Plan, encode_plan
 
-SUBJECTS = ("process", "job")
+SUBJECTS = ("process", "job", "gpu")
 LIMIT = 6.0  # seconds a phase may take
+DRIVER = 2.0  # seconds a call of the GPU driver may take, beside 1 s for each 128 MiB
+STATE = 1.0  # seconds the driver may take to say how a process is
 GRACE = 1.0  # seconds the watchdog waits for a daemon that may come back, or come to its end
+ROOT = Path(__file__).resolve().parents[2]
 START = 20.0  # seconds until a daemon takes calls
 ASK = 20.0  # seconds for an answer of the script, or of gRPC
 SETTINGS = """
@@ -44,6 +52,7 @@ store = {{ url = "file://{home}/store", allowed = [{allowed}] }}
 arena = {{ size = "16MiB" }}
 transfer = {{ streams = 2 }}
 criu = {{ path = "{home}/bin/criu" }}
+gpu = {{ libcuda = "{libcuda}", nvml = "{libnvml}", lock_timeout = 1.0, design = "{design}" }}
 metrics = {{ listen = "" }}
 log = {{ format = "json" }}
 watchdog = {{ interval = 0.1, grace = {grace} }}
@@ -59,6 +68,7 @@ pause = {limit}
 transfer = {limit}
 commit = {limit}
 restore = {limit}
+gpu = {driver}
 """
 # Where it has keys: what one node writes is signed and encrypted, what another reads may be.
 WRITES = """
@@ -80,7 +90,7 @@ exec {real} "$@"
 
 
 class Subject:
-    """One workload: a process, or a managed job. `beats` is what it says."""
+    """One workload: a process, a managed job, or a process with state on a GPU, and a child of each. `beats` is what it says."""
 
     def __init__(self, bench: Bench, kind: str) -> None:
         self.kind, self._bench = kind, bench
@@ -90,16 +100,20 @@ class Subject:
 
     @property
     def target(self) -> dict[str, Any]:
-        return {"pid": self.born[0].pid} if self.kind == "process" else {"namespace": "default", "pod_name": "job"}
+        return {"namespace": "default", "pod_name": "job"} if self.kind == "job" else {"pid": self.born[0].pid}
+
+    @property
+    def argv(self) -> list[str]:
+        return programs.command_line(self.kind, self._bench.binary, self.beats)
 
     def start(self) -> None:
         """A new one, in place of what may be left of the old."""
         self.end()
-        argv = programs.command_line(self._bench.binary, self.beats)
-        if self.kind == "process":
-            self._bench.keeper.start_program(argv, self._bench.home)
+        if self.kind == "job":
+            self._bench.stub.RunJob(pb.RunRequest(name="job", argv=self.argv, cwd=str(self._bench.home)), timeout=ASK)
         else:
-            self._bench.stub.RunJob(pb.RunRequest(name="job", argv=argv, cwd=str(self._bench.home)), timeout=ASK)
+            env = self._bench.gpu_env() if self.kind == "gpu" else {}
+            self._bench.keeper.start_program(self.argv, self._bench.home, env=env)
         self.born = self.beats.wait()
         self.base = ""
         if not self.born:
@@ -113,7 +127,38 @@ class Subject:
         self.beats.blank()
 
     def living(self) -> list[int]:
-        return programs.living(self._bench.binary, self.beats)
+        return programs.living(self.argv)
+
+    def suspended(self) -> list[str]:
+        """Whose GPU state is not where it was, as the driver itself says; who has none is not asked."""
+        if self.kind != "gpu":
+            return []
+        states = {pid: self._bench.driver.state(pid) for pid in self.living()}
+        return [f"{pid} is {state}" for pid, state in states.items() if state != "RUNNING" and pid in self.living()]
+
+
+class Driver:
+    """Asks the GPU driver how a process is, past everything of ours."""
+
+    def __init__(self, library: Path) -> None:
+        self._path = library
+
+    @functools.cached_property
+    def _library(self) -> ctypes.CDLL:
+        return ctypes.CDLL(str(self._path))
+
+    def state(self, pid: int) -> str:
+        """Whoever stands still gives no answer: the thread that waits for it ends with that."""
+        said: list[str] = []
+        threading.Thread(target=lambda: said.append(self._ask(pid)), daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: said, STATE, "the driver")
+        return said[0] if said else "silent"
+
+    def _ask(self, pid: int) -> str:
+        state = ctypes.c_int()
+        code = self._library.cuCheckpointProcessGetState(pid, ctypes.byref(state))
+        return f"error {code}" if code else ("RUNNING", "LOCKED", "CHECKPOINTED", "FAILED")[state.value]
 
 
 class Daemon:
@@ -193,13 +238,18 @@ class Bench:
 
     def __init__(
         self, home: Path, work: Path, binary: Path, criu: str, *, stores: Sequence[Path] = (), bus: bool = True, keys: str = "",
-        limit: float = LIMIT,
+        limit: float = LIMIT, design: str = "lock",
     ) -> None:  # fmt: skip
         """`stores`: others that it may restore from. Without `bus` it is asked over gRPC only. `keys`: further tables of settings.
-        `limit`: seconds that a phase may take."""
+        `limit`: seconds that a phase may take. `design`: of saving what is on GPUs."""
         self.home, self.work, self.binary = home, work, binary
         self.home.mkdir(parents=True)
         self.node = home.name
+        self.gpus = FakeGpus(home / "gpus")
+        self.driver = Driver(self.gpus.libcuda)
+        os.environ["FAKE_CUDA_ROOT"] = str(
+            self.gpus.root
+        )  # of the daemon's helper, and of the watchdog's; and for our own questions
         self.keeper = Keeper()  # first: it must not be forked from a process with threads
         self._bus = Bus(home / "nats", self.node) if bus else None
         self.store = LocalDir(home / "store")
@@ -211,8 +261,9 @@ class Bench:
         allowed = ", ".join(f'"file://{store}"' for store in stores)
         url = self._bus.url if self._bus else ""
         text = SETTINGS.format(
-            node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed, limit=limit, grace=GRACE, keys=keys
-        )
+            node=self.node, cluster=CLUSTER, home=home, work=work, bus=url, allowed=allowed, limit=limit, grace=GRACE, keys=keys,
+            driver=DRIVER, design=design, libcuda=self.gpus.libcuda, libnvml=self.gpus.libnvml,
+        )  # fmt: skip
         self.settings.write_text(text)
         self.subjects = {kind: Subject(self, kind) for kind in SUBJECTS}
         self._channel: grpc.Channel | None = None
@@ -317,6 +368,39 @@ class Bench:
             fault.unlink(missing_ok=True)
         else:
             fault.write_text(str(number))
+
+    def gpu_env(self) -> dict[str, str]:
+        """Of the program that uses a GPU."""
+        return {**self.gpus.env("0", device=str(self.gpus.node())), "PYTHONPATH": str(ROOT)}
+
+    def helper(self) -> int:
+        """The pid of the GPU helper; 0: there is none."""
+        return locks.holder(self.home / "state" / "gpu" / "lock")
+
+    def helpers(self) -> list[int]:
+        """All of them below the keeper."""
+        return [pid for pid in processes.descendants(self.keeper.pid) if " gpu-helper " in processes.describe(pid)]
+
+    def gpu_steps(self, action_id: str) -> dict[int, str]:
+        """What the helper has begun for that action last, by process."""
+        journal = self.home / "state" / "gpu" / "journal"
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        said = [json.loads(line) for line in lines if line.endswith("}")]
+        return {line["pid"]: line["step"] for line in said if line["action"] == action_id}
+
+    def suspends(self) -> list[str]:
+        """What the helper has not given back. Where none is left, because a restore killed it and nobody asked for another, the next one
+        finds that those it was about have ended."""
+        if not self.helper():
+            return []
+        journal = self.home / "state" / "gpu" / "journal"
+        return journal.read_text().splitlines() if journal.exists() else []
+
+    def end_helper(self) -> None:
+        """SIGTERM; it gives back what it holds first."""
+        with contextlib.suppress(ProcessLookupError):
+            if pid := self.helper():
+                os.kill(pid, signal.SIGTERM)
 
     def stray_criu(self) -> list[int]:
         """CRIU's processes anywhere below the keeper."""

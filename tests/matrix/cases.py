@@ -4,6 +4,9 @@
 
 `keep` and `kill` are checkpoints after which the workload runs on or is killed, `restore` brings it back. The points are not listed here:
 one run of each direction without a fault says which there are (`Survey`), so that a new step of the product is in the matrix by itself.
+
+The workload `gpu` is not played through everything that has nothing to do with it. It has points of its own beside the daemon's: at
+`driver.<call>` the GPU driver is in the middle of that call, on both processes (#1), on the root (#2), or on the child (#3).
 """
 
 from __future__ import annotations
@@ -49,7 +52,39 @@ _WEIGHTS = {
     "die_at_random": 2,
 }  # in a quick run; of the others there is one
 _NOT_COUNTED = ("criu.facts", "journal.published")  # as often as it happens to be
-_BREAKING = ("workload.thaw", "workload.kill", "place.adopt", "workloads.prepare", "workload.processes", "criu.tasks")
+_BREAKING = ("workload.thaw", "workload.kill", "criu.restore", "workloads.prepare", "workload.processes", "criu.tasks")
+_CALLS = {  # of the driver, in an action that comes to its end
+    "keep": ("lock", "checkpoint", "restore", "unlock"),
+    "kill": ("lock", "checkpoint"),
+    "restore": ("restore", "unlock"),
+}
+_UNDOING = ("restore", "unlock")  # in the undo of a checkpoint: `act` has its dump fail
+_VICTIMS = (1, 2, 3)  # both, root, child
+_NEAR_GPU = (  # points between two of the driver's calls, and where the daemon writes down how far it is
+    "gpu.restored",
+    "tree.suspend",
+    "tree.resume",
+    "tree.close.before",
+    "criu.dump",
+    "criu.restore",
+    "journal.suspending",
+    "journal.dumping.after",
+    "journal.resuming",
+    "journal.shipping.after",
+    "journal.killing",
+    "journal.probing",
+)
+_GPU_MOMENTS = {  # of what does not come from the GPU's side, too
+    "keep": ("tree.suspend.after", "tree.resume.before"),
+    "kill": ("tree.suspend.after", "journal.shipping.after"),
+    "restore": ("criu.restore.after", "tree.resume.after"),
+}
+_ANSWERS = {  # CUresult: not ready, not supported, out of memory, operating system; after `done` it is done all the same
+    "lock": ("600", "999"),
+    "checkpoint": ("801", "2", "304.done"),
+    "restore": ("2", "304", "999.done"),
+    "unlock": ("304", "999.done"),
+}
 _FATAL = (1, 2, 3, 5, 6)  # of these, the ones that nothing survives
 _TRIES = 12  # of what comes at random
 _Fault = tuple[Any, ...]  # (fault, point[, argument[, times[, nth]]])
@@ -120,6 +155,10 @@ def _freshest(group: list[Case], chosen: list[Case]) -> Case:
 
 def _of(direction: str, subject: str, points: Mapping[str, int]) -> Iterator[Case]:
     """Of one direction and workload."""
+    if subject == "gpu":
+        for fault, point, *more in (*_in_driver(direction), *_near_gpu(direction, points), *_around_gpu(direction)):
+            yield Case(direction, subject, fault, point, *more)
+        return
     for fault, point, *more in (
         *_inside(points),
         *_outside(direction),
@@ -189,6 +228,60 @@ def _left_alone(direction: str, points: Mapping[str, int]) -> Iterator[_Fault]:
     for point in _STALLING:
         if point in points:
             yield "stall_long", point
+
+
+def _in_driver(direction: str) -> Iterator[_Fault]:
+    """Somebody dies, or stands still, while the driver is at work; nobody comes to help; the driver fails, hangs, or takes its time."""
+    for call in _CALLS[direction]:
+        point = f"driver.{call}"
+        yield from (("helper_killed", point, "", 1, nth) for nth in _VICTIMS)
+        for fault in ("daemon_killed", "helper_and_daemon_killed"):
+            yield from ((fault, point, "", 1, nth) for nth in _VICTIMS[:2])
+        for fault in ("pause_helper", "watch_daemon_killed", "watch_helper_and_daemon_killed", "driver_hangs", "driver_slow"):
+            yield fault, point
+        yield "child_dies", point, "", 1, 3
+        for answer in _ANSWERS[call]:
+            yield "driver_says", point, answer, 1, 2 if answer == _ANSWERS[call][0] else 3
+    if direction != "restore":
+        yield "driver_says", "driver.lock", "600", _FOREVER
+        yield "driver_says", "driver.checkpoint", "801", _FOREVER
+    if direction == "kill":
+        for call, fault in itertools.product(_UNDOING, ("helper_killed", "daemon_killed", "helper_and_daemon_killed")):
+            yield fault, f"driver.{call}", "", 1, 2
+
+
+def _near_gpu(direction: str, points: Mapping[str, int]) -> Iterator[_Fault]:
+    """The daemon, its helper, or both, end between two calls; and the port fails."""
+    for point in points:
+        if point.startswith(_NEAR_GPU):
+            yield "die", point
+            if point.startswith(("tree.", "criu.")):
+                yield "helper_killed", point
+            if point.startswith(("tree.suspend", "tree.resume", "criu.")):
+                yield "helper_and_daemon_killed", point
+        if point.startswith(("gpu.check", "gpu.find.before", "gpu.restored.before", "tree.suspend", "tree.resume")):
+            yield "raise", point, "gpu_failed", 1
+    for nth in range(1, _TRIES // 6 + 1):
+        for fault in ("helper_killed_at_random", "helper_and_daemon_killed_at_random"):
+            yield fault, f"{_CRIU[direction]}.before", "", 1, nth
+            yield fault, "tree.resume.before" if direction == "restore" else "tree.suspend.before", "", 1, nth
+
+
+def _around_gpu(direction: str) -> Iterator[_Fault]:
+    """What comes from elsewhere, while GPU state is on its way."""
+    faults = ["sigterm_twice", "pause_daemon", "cancel", "die_redelivered"]
+    faults += ["child_dies", "workload_dies"] if direction != "restore" else []
+    for point, fault in itertools.product(_GPU_MOMENTS[direction], faults):
+        yield fault, point
+    point = f"{_CRIU[direction]}.before"
+    for nth, fault in itertools.product(range(1, 3), ("criu_killed", "criu_and_daemon_killed", "cancel_at_random")):
+        yield fault, point, "", 1, nth
+    yield from (("die_at_random", "", "", 1, nth) for nth in _VICTIMS)
+    for number in _CRIU_FAULTS[direction]:
+        if number in _FATAL:
+            yield "criu_fault", point, str(number)
+    yield "watch_die", _HELD[direction][0]
+    yield "watch_stop", _HELD[direction][0]
 
 
 def _raised(point: str) -> Iterator[tuple[str, str, str, int]]:

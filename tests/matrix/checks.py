@@ -22,6 +22,7 @@ from tests.matrix.programs import Beats, held
 # What the issue counts, and what else may be wrong. All of them must be 0.
 COUNTERS = ("left_frozen", "half_checkpoints", "wrong_ready", "duplicate_terminals", "leaks")
 MORE = (
+    "left_suspended",
     "lost_workloads",
     "half_restores",
     "illegal_statuses",
@@ -34,6 +35,9 @@ MORE = (
 )
 _UNNAMED = re.compile(r"^Thread-\d+ \(")  # numbered as they come
 PATIENCE = 3.0  # seconds something may take to go away by itself
+GIVEN_BACK = (
+    15.0  # seconds until GPU state is back that no daemon gives back: its helper waits 5 s for one, and may have to be started
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def statuses(events: Sequence[Event]) -> Findings:
 
 def goes_on(subject: Subject, before: Beats) -> Findings:
     """The same processes, with their memory, and they run."""
+    if found := on_gpu(subject):
+        return found
     start = subject.beats.read()
     now = subject.beats.a_pass_after(start) if start else subject.beats.wait()
     if not now:
@@ -69,6 +75,12 @@ def goes_on(subject: Subject, before: Beats) -> Findings:
             return [Finding("left_frozen", f"no beats: {states}")]
         return [Finding("lost_workloads", f"of {[beat.pid for beat in before]} there are only {states}")]
     return [*same(before, now), *(Finding("left_frozen", f"{beat.pid}: {why}") for beat in now if (why := held(beat.pid)))]
+
+
+def on_gpu(subject: Subject, patience: float = PATIENCE) -> Findings:
+    """What it has on a GPU is there, and nobody keeps it from its next call. An action that has ended has given it back itself: less time
+    than the helper gives to a daemon that may come back."""
+    return _gone(subject.suspended, "left_suspended", "not on its GPU", patience)
 
 
 def same(before: Beats, now: Beats) -> Findings:
@@ -121,15 +133,23 @@ def nothing_left(bench: Bench, baseline: Census | None) -> Findings:
         *_gone(lambda: [upload.key for upload in bench.store.open_uploads()], "leaks", "open uploads"),
         *_gone(bench.at_work, "leaks", "in the work directory"),
         *_gone(lambda: [processes.describe(pid) for pid in bench.stray_criu()], "leaks", "CRIU's processes"),
+        *_gone(lambda: [processes.describe(pid) for pid in bench.helpers()[1:]], "leaks", "more than one GPU helper"),
     ]
     if baseline is not None:
         found += _gone(lambda: census(bench).beyond(baseline), "leaks", "in the daemon")
     return found
 
 
-def _gone(look: Callable[[], Sequence[str]], counter: str, what: str) -> Findings:
+def no_helper(bench: Bench) -> Findings:
+    """At the end: it has given back everything, and ends when it is told to."""
+    found = _gone(bench.suspends, "left_suspended", "in the GPU helper's journal", GIVEN_BACK)
+    bench.end_helper()
+    return found + _gone(lambda: [processes.describe(pid) for pid in bench.helpers()], "leaks", "a GPU helper")
+
+
+def _gone(look: Callable[[], Sequence[str]], counter: str, what: str, patience: float = PATIENCE) -> Findings:
     """Until nothing is seen, or patience ends."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while seen := look():
         if time.monotonic() > deadline:
             return [Finding(counter, f"{what}: {list(seen)[:8]}")]

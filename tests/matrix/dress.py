@@ -23,11 +23,16 @@ def dress(script: Script) -> Callable[[Node], Node]:
             node,
             open_store=lambda url: _Port(node.open_store(url), "store", script),  # type: ignore[arg-type]
             criu=_Port(node.criu, "criu", script),  # type: ignore[arg-type]
+            gpu=_Port(node.gpu, "gpu", script),  # type: ignore[arg-type]
             workloads=_Port(node.workloads, "workloads", script),  # type: ignore[arg-type]
             journal=_Book(node.journal, script),  # type: ignore[arg-type]
         )
 
     return dressed
+
+
+# Of a process it is CRIU that does these, and nobody else stands before it.
+_CRIUS = {("workload", "dump"): "criu.dump", ("place", "restore"): "criu.restore"}
 
 
 class _Port:
@@ -51,6 +56,8 @@ class _Port:
         return call
 
     def _point(self, attribute: str, arguments: tuple[Any, ...]) -> str:
+        if (self._name, attribute) in _CRIUS:
+            return _CRIUS[self._name, attribute]
         what = _kind(arguments[0]) if self._name == "store" and arguments else ""
         return ".".join(filter(None, (self._name, attribute, what)))
 
@@ -58,11 +65,13 @@ class _Port:
         match self._name, attribute:
             case "store", "upload":
                 return _Upload(result, _kind(arguments[0]), self._script)
+            case "gpu", "find" | "restored":
+                return _Port(result, "tree", self._script)
             case "workloads", "find":
                 return _Port(result, "workload", self._script)
             case "workloads", "prepare":
                 return _Port(result, "place", self._script)
-            case "place", "adopt":
+            case "place", "restore":
                 return _Port(result, "workload", self._script)
         return result
 
@@ -92,9 +101,9 @@ class _Book:
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._inner, attribute)
 
-    def begin(self, command: Any) -> Any:
+    def begin(self, command: Any, about: Any = None) -> Any:
         self._script.pass_by("journal.begin.before")
-        entry = self._inner.begin(command)
+        entry = self._inner.begin(command, about)
         self._script.pass_by("journal.begin.after")
         return _Page(entry, self._script)
 

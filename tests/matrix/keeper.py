@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,9 +50,10 @@ class Keeper:
         with theirs:
             return self._ask({"start": "daemon", "config": str(settings), "log": str(log), "plan": plan}, [theirs.fileno()]), ours
 
-    def start_program(self, argv: list[str], directory: Path, log: str = os.devnull) -> int:
-        """In a session of its own, without input; what it says goes to the end of `log`."""
-        return self._ask({"start": "program", "argv": argv, "cwd": str(directory), "log": log}, [])
+    def start_program(self, argv: list[str], directory: Path, log: str = os.devnull, env: Mapping[str, str] | None = None) -> int:
+        """In a session of its own, without input; what it says goes to the end of `log`. `env`: beside the bench's."""
+        request = {"start": "program", "argv": argv, "cwd": str(directory), "log": log, "env": dict(env or {})}
+        return self._ask(request, [])
 
     def _ask(self, request: dict[str, object], descriptors: list[int]) -> int:
         socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
@@ -182,7 +184,7 @@ def _program(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["cwd"])
     _redirect(request["log"])
     os.closerange(3, 1024)
-    os.execv(request["argv"][0], request["argv"])
+    os.execve(request["argv"][0], request["argv"], os.environ | request["env"])
     raise AssertionError("not reached")
 
 

@@ -1,12 +1,13 @@
-"""The workload, as the bench sees it: a small C program with a child, which says in a file who it is, how far it has counted and whether
-its memory is what it was."""
+"""The workloads, as the bench sees them: a small C program, or one that uses a GPU, with a child, which says in a file who it is, how far
+it has counted and whether its memory is what it was."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,19 +98,21 @@ def build(directory: Path) -> Path:
     return binary
 
 
-def command_line(binary: Path, beats: BeatFile) -> list[str]:
+def command_line(kind: str, binary: Path, beats: BeatFile) -> list[str]:
+    if kind == "gpu":
+        return [sys.executable, "-m", "tests.matrix.cuda_workload", str(beats.path)]
     return [str(binary), str(beats.path), str(MEMORY), str(INTERVAL)]
 
 
-def living(binary: Path, beats: BeatFile) -> list[int]:
+def living(argv: Sequence[str]) -> list[int]:
     """Every process of it that has not ended, by what it executes and where it says it: pids and parents do not matter."""
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _executes(int(name), binary, beats)]
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _executes(int(name), argv)]
 
 
-def _executes(pid: int, binary: Path, beats: BeatFile) -> bool:
+def _executes(pid: int, argv: Sequence[str]) -> bool:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return words[:2] == [str(binary).encode(), str(beats.path).encode()] and keeper.alive(pid)
+        return words[:-1] == [word.encode() for word in argv] and keeper.alive(pid)
     except OSError:
         return False
 

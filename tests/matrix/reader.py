@@ -25,6 +25,9 @@ from tests.matrix.bench import SUBJECTS, Bench, is_pid_collision
 from tests.matrix.programs import BeatFile
 
 RESTORE = 60.0  # seconds one may take: nobody stands in its way, but the machine is busy with the matrix, and whatever else
+# Whoever lives in its room, threads of its daemon too, has pids above those of the workloads that it restores there: these come from
+# rooms that count from 1.
+LAST_PID, ABOVE = Path("/proc/sys/kernel/ns_last_pid"), 20_000
 PAUSE = 0.02  # seconds between two looks into the stores
 
 
@@ -42,6 +45,7 @@ def read(runner: Connection, home: Path, work: Path, benches: Iterable[Path], bi
     """Until the runner says that it is over; the report is what it gets. A process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     room.enter(f"{home.parent.name}-{home.name}", [runner.fileno()])
+    LAST_PID.write_text(str(ABOVE))
     report = Report()
     try:
         with Bench(
@@ -84,7 +88,7 @@ class _Reader:
         self._own_files(place)
         wrong = self._restore(place, checkpoint_id) or self._look(place)
         for kind in SUBJECTS:
-            processes.kill_all(programs.living(self._bench.binary, self._beats[place, kind]))
+            processes.kill_all(self._living(place, kind))
         if not wrong:
             self._report.restored += 1
         elif checkpoint_id not in self._list(place):
@@ -93,8 +97,14 @@ class _Reader:
             self._report.bad += 1
             self._report.why.append(f"{place.name} {checkpoint_id}: {wrong}")
 
+    def _living(self, place: Path, kind: str) -> list[int]:
+        return programs.living(programs.command_line(kind, self._bench.binary, self._beats[place, kind]))
+
     def _own_files(self, place: Path) -> None:
-        """What its workloads say in here is not written over what they say outside."""
+        """What its workloads say in here is not written over what they say outside, and their GPUs are this node's."""
+        if (place, SUBJECTS[0]) not in self._beats:
+            self._bench.gpus.node()
+            room.bind(self._bench.gpus.root, place / "gpus")
         for kind in SUBJECTS:
             if (place, kind) not in self._beats:
                 own = BeatFile(self._bench.home / f"{place.name}-{kind}.beats")
@@ -120,12 +130,7 @@ class _Reader:
 
     def _look(self, place: Path) -> str:
         """Empty if what was restored runs, with its memory."""
-        alive = {
-            pid: file
-            for kind in SUBJECTS
-            for file in [self._beats[place, kind]]
-            for pid in programs.living(self._bench.binary, file)
-        }
+        alive = {pid: self._beats[place, kind] for kind in SUBJECTS for pid in self._living(place, kind)}
         if not alive:
             return "it is ready, and nobody is there"
         for pid, file in alive.items():

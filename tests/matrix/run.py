@@ -39,6 +39,7 @@ class Settings:
     benches: int
     criu: str
     choose: Callable[[Survey], list[Case]]
+    design: str = "lock"  # `gpu.design` of the nodes
     output: Path | None = None  # the JSON, partial while the run goes on
     say: Callable[[str], None] = print
 
@@ -89,7 +90,17 @@ class _Run:
             ours, theirs = _fork.Pipe()
             name = f"bench{number}"
             keyed = WRITES.format(**self._keys) if number % 2 else ""
-            arguments = (theirs, self._home / name, self._work / name, binary, self._settings.criu, self._settings.seed, keyed)
+            settings = self._settings
+            arguments = (
+                theirs,
+                self._home / name,
+                self._work / name,
+                binary,
+                settings.criu,
+                settings.seed,
+                keyed,
+                settings.design,
+            )
             process = _fork.Process(target=_bench, args=arguments, name=name)
             process.start()
             theirs.close()
@@ -195,12 +206,12 @@ def _blocks(cases: Sequence[Case]) -> list[list[Case]]:
 # --- in the process of a bench ------------------------------------------------------------------------------------------------
 
 
-def _bench(runner: Connection, home: Path, work: Path, binary: Path, criu: str, seed: int, keyed: str) -> None:
+def _bench(runner: Connection, home: Path, work: Path, binary: Path, criu: str, seed: int, keyed: str, design: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     room.enter(f"{home.parent.name}-{home.name}", [runner.fileno()])
     ended: Findings = []
     try:
-        with Bench(home, work, binary, criu, keys=keyed) as bench:
+        with Bench(home, work, binary, criu, keys=keyed, design=design) as bench:
             player = Player(bench, seed)
             runner.send(("surveyed", player.survey()))
             while block := runner.recv():
@@ -241,6 +252,7 @@ def afterwards(bench: Bench) -> Findings:
     code = bench.stop()
     if code != 0:
         found.append(Finding("daemon_failed", f"its exit code after SIGTERM was {code}"))
+    found += checks.no_helper(bench)
     found += checks.nothing_left(bench, None)
     return found
 

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hibernode.errors import Corrupt, DumpFailed, NoRoom, RestoreFailed, StoreUnavailable
+from hibernode.errors import Corrupt, DumpFailed, GpuFailed, NoRoom, RestoreFailed, StoreUnavailable
 
 MESSAGE = 1 << 20  # bytes, more than any has
 WAIT = 60.0  # seconds a held point waits for the bench at most
@@ -122,6 +122,8 @@ def _error(name: str) -> Exception:
             return Corrupt("the matrix says that this is damaged")
         case "dump_failed":
             return DumpFailed("the matrix says that CRIU could not dump")
+        case "gpu_failed":
+            return GpuFailed("the matrix says that the driver could not")
         case "restore_failed":
             return RestoreFailed("the matrix says that CRIU could not restore")
     number = {"enospc": errno.ENOSPC, "eio": errno.EIO}[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,6 +31,11 @@ class MemoryGroup(AbstractContextManager["MemoryGroup"]):
     @property
     def procs(self) -> Path:
         return self._place / "cgroup.procs"
+
+    def leave(self, pid: int) -> None:
+        """That process goes to where the group is; harmless where it has ended."""
+        with suppress(ProcessLookupError):
+            (self._place.parent / "cgroup.procs").write_text(str(pid))
 
     @property
     def peak(self) -> int:

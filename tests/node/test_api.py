@@ -73,7 +73,8 @@ def test_checkpoint_through_one_server_restore_through_the_other_on_the_other_no
     first = world.beat(0, "trainer")
     made = one.post("/v2/checkpoint/pod", {"namespace": "default", "pod_name": "trainer", "kind": "simple", "reason": "manual"})
     ready = other.until(made, "ready")
-    assert [event["status"] for event in ready["events"]] == ["processing", "checkpoint_created", "ready"]
+    told = ["processing", "checkpoint_created", "ready"]  # each by the one server or the other, and so in any order
+    wait_until(lambda: [event["status"] for event in one.get(f"/v2/actions/{made}")["events"]] == told, LIMIT, "all its events")
     assert (ready["node_name"], ready["reason"], ready["pod_name"]) == ("n1", "manual", "trainer")
     assert ready["pause_ns"] > 0
     assert ready["total_io"] > 0

@@ -7,47 +7,55 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from hibernode.model import Event
 from tests.daemon import ROOT
 from tests.matrix import cases, checks, table
+from tests.matrix.bench import Subject
 from tests.matrix.cases import Case, parse
 from tests.matrix.checks import Census
 from tests.matrix.programs import Beat
 
 pytestmark = pytest.mark.node
 
-PLAYED = (
-    "keep/process/die@journal.dumping.after#1",
-    "kill/job/die@journal.killing.before#1",
-    "kill/process/raise:store_unavailable@store.put.manifest.before#1",
-    "restore/process/die@criu.restore.after#1",
-    "restore/job/cancel@journal.restoring.before#1",
-    "keep/process/raise:enospc@journal.preflight.before#1",
-    "kill/process/raise:enospc*4@event.ready.before#1",
-    "kill/job/raise:enospc@journal.killing.before#1",
-)
+PLAYED = {
+    "keep/process/die@journal.dumping.after#1": "interrupted",
+    "kill/job/die@journal.killing.before#1": "ok",
+    "kill/process/raise:store_unavailable@store.put.manifest.before#1": "store_unavailable",
+    "restore/process/die@criu.restore.after#1": "interrupted",
+    "restore/job/cancel@journal.restoring.before#1": "cancelled",
+    "keep/process/raise:enospc@journal.preflight.before#1": "no_room",
+    "kill/process/raise:enospc*4@event.ready.before#1": "ok",
+    "kill/job/raise:enospc@journal.killing.before#1": "ok",
+}
+ON_A_GPU = {
+    "keep/gpu/helper_killed@driver.unlock#2": "ok",
+    "keep/gpu/helper_and_daemon_killed@driver.checkpoint#1": "interrupted",
+    "kill/gpu/driver_says:2@driver.checkpoint#3": "gpu_failed",
+    "keep/gpu/child_dies@tree.suspend.after#1": "ok",
+    "restore/gpu/daemon_killed@driver.restore#1": "interrupted",
+}
 SURVEY = {
     (direction, subject): {"journal.dumping.before": 1, "store.write.stream.before": 9, "criu.dump.after": 1}
     for direction in cases.DIRECTIONS
-    for subject in ("process", "job")
+    for subject in ("process", "job", "gpu")
 }
 
 
-def test_a_few_cases_leave_nothing_frozen_half_done_or_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("played", [PLAYED, ON_A_GPU], ids=["memory", "gpu"])
+def test_a_few_cases_leave_nothing_frozen_half_done_or_behind(tmp_path: Path, played: dict[str, str]) -> None:
     """As anybody runs it: a process of its own, in rooms of its own."""
-    words = [word for case in PLAYED for word in ("--case", case)]
+    words = [word for case in played for word in ("--case", case)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "daemon"), str(ROOT)])}
     argv = [sys.executable, "-m", "tests.matrix", "--benches", "1", "--output", str(tmp_path / "result.json"), *words]
     ran = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=55, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     result = table.read(tmp_path / "result.json")
     assert [row["case"] for row in result["rows"] if not row["fired"]] == []
-    assert {row["case"]: row["code"] for row in result["rows"]} == dict(
-        zip(PLAYED, ("interrupted", "ok", "store_unavailable", "interrupted", "cancelled", "no_room", "ok", "ok"), strict=True)
-    )
+    assert {row["case"]: row["code"] for row in result["rows"]} == played
     assert result["reader"]["bad"] == 0
 
 
@@ -107,6 +115,15 @@ def test_a_workload_that_is_not_the_old_one_is_found(now: Beat) -> None:
     before = Beat("token", 10, 0, 10, 7)
     assert checks.same((before,), (Beat("token", 20, 0, 20, 7),)) == []
     assert [finding.counter for finding in checks.same((before,), (now,))] == ["lost_workloads"]
+
+
+@pytest.mark.parametrize("seen", [[], ["7 is LOCKED"]])
+def test_gpu_state_that_nobody_gives_back_is_found(seen: list[str]) -> None:
+    class Suspended:
+        def suspended(self) -> list[str]:
+            return seen
+
+    assert [finding.counter for finding in checks.on_gpu(cast(Subject, Suspended()), 0.0)] == ["left_suspended"] * len(seen)
 
 
 def test_what_a_daemon_has_more_than_before_is_found() -> None:

@@ -41,6 +41,7 @@ def test_a_family_of_five_with_all_they_share(daemon: Daemon, tmp_path: Path) ->
         os.kill(program.pid, signal.SIGUSR1)
         in_pipe, in_socket, *sent = program.said("flight")
         assert [in_pipe, in_socket] == sent
+        assert program.said("untouched") == [f"{3 << 20}:0", f"{5 << 20}:0"]
 
 
 def test_twenty_thousand_mappings(daemon: Daemon, tmp_path: Path) -> None:

@@ -387,6 +387,18 @@ def test_the_daemon_is_killed_while_it_holds_a_tree(pair: tuple[Daemon, Watch], 
         goes_on(program, program.beat(), LIMIT)
 
 
+def test_a_pod_that_its_kubelet_would_start_anew_is_left_for_the_next_daemon(pair: tuple[Daemon, Watch], tmp_path: Path) -> None:
+    """Only the API server can end it for good, and the watchdog has no way to that."""
+    daemon, watch = pair
+    with Program(tmp_path, python(*SMALL)) as program:
+        with left_stopped(daemon, program, phase="killing", status="ready", place="pod/default/trainer/uid/u-1") as action:
+            watch.looks()
+            assert (keeper.state(program.pid), watch.acts) == ("T", [])
+        daemon.start()
+        assert outcome(daemon, action)[0] == "ready"
+        wait_until(lambda: not keeper.alive(program.pid), LIMIT, "its end: this daemon knows no API server")
+
+
 def test_the_daemon_is_killed_while_it_kills(pair: tuple[Daemon, Watch], tmp_path: Path) -> None:
     """`ready` was told: the kill is brought to its end."""
     daemon, watch = pair

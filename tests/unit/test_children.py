@@ -16,6 +16,12 @@ from hibernode.children import Children, _children
 pytestmark = pytest.mark.timeout(30)
 
 
+@pytest.fixture(autouse=True)
+def _nobody_elses() -> None:
+    """What other tests have left to this process, as the subreaper that some of them make it, has ended before."""
+    Children().reap()
+
+
 def until(condition: Callable[[], object]) -> None:
     deadline = time.monotonic() + 15
     while not condition():

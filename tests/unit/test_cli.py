@@ -42,8 +42,9 @@ from hibernode.errors import (
     StoreUnavailable,
     Stuck,
 )
-from hibernode.model import CheckpointCommand, GarbageRequest, Verdict
+from hibernode.model import CheckpointCommand, GarbageRequest, Gpu, GpuInventory, HeartbeatWish, Verdict
 from tests.fakes.desk import ACTION, CHECKPOINT, GIB, MIB, FakeDesk, Served, failing, holding, serving, succeeding
+from tests.fakes.machine import GPUS
 
 DEADLINE = 20.0
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -173,8 +174,8 @@ def test_run_refuses_what_cannot_be_passed(served: Served, desk: FakeDesk) -> No
 
 def test_jobs(served: Served) -> None:
     out = hibernode(served.path, "jobs").out
-    assert re.search(r"^trainer +running +4242 +3\.00 GiB +5 +2h ago +python train\.py --epochs 90$", out, re.MULTILINE)
-    assert re.search(r"^preprocess-imagenet +exited +2h ago", out, re.MULTILINE)
+    assert re.search(r"^trainer +job +running +4242 +3\.00 GiB +5 +2h ago +python train\.py --epochs 90$", out, re.MULTILINE)
+    assert re.search(r"^preprocess-imagenet +job +exited +2h ago", out, re.MULTILINE)
     workloads = hibernode(served.path, "jobs", "--json").document["workloads"]
     assert workloads[0]["rss"] == 3 * GIB  # a number: int64 in protobuf's own JSON is a string
 
@@ -230,7 +231,15 @@ def test_checkpoint_hands_over_all_it_was_told(served: Served, desk: FakeDesk) -
     assert json.loads(chosen.criu_opts) == {"tcp": "close", "leave_running": False}
 
 
-@pytest.mark.parametrize(("args", "target"), [(["--pid", "7"], {"pid": 7}), (["--pod", ACTION], {"pod_id": ACTION})])
+@pytest.mark.parametrize(
+    ("args", "target"),
+    [
+        (["--pid", "7"], {"pid": 7}),
+        (["--pod", ACTION], {"pod_id": ACTION}),
+        (["--container", "3f0c"], {"container": "3f0c"}),
+        (["team-a/web-0"], {"namespace": "team-a", "pod_name": "web-0"}),
+    ],
+)
 def test_checkpoint_of_something_else(served: Served, desk: FakeDesk, args: list[str], target: dict[str, object]) -> None:
     assert hibernode(served.path, "checkpoint", *args).code == 0
     command = desk.commands[0]
@@ -450,7 +459,7 @@ def test_doctor_says_what_to_mend(served: Served, desk: FakeDesk) -> None:
     assert "✓ criu   4.2.1\n" in sick.out
     assert "✗ store  no room on the device\n" in sick.out
     assert "mend: free some space under /var/lib/hibernode/store\n" in sick.out
-    assert "! gpu    no NVIDIA driver  (not required)\n" in sick.out
+    assert "! GPUs   none  (not required)\n" in sick.out
     assert sick.err == "error: a required check fails: store [unfit]\n"
     as_json = hibernode(served.path, "doctor", "--json")
     assert (as_json.code, as_json.error["code"]) == (1, "unfit")
@@ -461,8 +470,42 @@ def test_doctor_says_what_to_mend(served: Served, desk: FakeDesk) -> None:
 
 def test_nodes(served: Served) -> None:
     out = hibernode(served.path, "nodes").out
-    assert re.search(r"^node-a +1 +12\.5 +64 +400 of 512 GiB .*s3://checkpoints/prod$", out, re.MULTILINE)
+    gpus = r"2 × NVIDIA H100 +1\.00 of 160 GiB"
+    assert re.search(rf"^node-a +1 +12\.5 +64 +400 of 512 GiB +{gpus} .*s3://checkpoints/prod$", out, re.MULTILINE)
     assert [n["node"] for n in hibernode(served.path, "nodes", "--json").document["nodes"]] == ["node-a", "node-b"]
+
+
+def test_nodes_say_which_pods_ask_for_nonsense(served: Served, desk: FakeDesk) -> None:
+    known = {"namespace": "ml", "uid": "u-1"}
+    wishes = [
+        HeartbeatWish(name="well", interval=600, keep_last=3, **known),
+        HeartbeatWish(name="bad", problem="it is soon", **known),
+    ]
+    desk.node = desk.node.model_copy(update={"heartbeats": wishes})
+    out = hibernode(served.path, "nodes").out
+    assert "! pod ml/bad has no heartbeats: it is soon\n" in out
+    assert "ml/well" not in out
+    told = hibernode(served.path, "nodes", "--json").document["nodes"][0]["heartbeats"]
+    assert [each["interval"] for each in told] == [600, 0]
+
+
+def test_nodes_say_why_their_gpus_are_not_known(served: Served, desk: FakeDesk) -> None:
+    one = GPUS.gpus[0]
+    for inventory, shown in (
+        (GpuInventory(), r"\? the node does not say {2,}\S"),
+        (GpuInventory(state="absent", reason="no NVIDIA driver"), r"512 GiB {3,}\d"),
+        (GpuInventory(state="ok", reason=""), r"512 GiB {3,}\d"),
+        (
+            GPUS.model_copy(update={"state": "silent", "reason": "NVML does not answer"}),
+            "2 × NVIDIA H100, NVML does not answer +1.00 of 160 GiB",
+        ),
+        (GPUS.model_copy(update={"gpus": [one, Gpu(index=1)]}), "1 × NVIDIA H100, 1 × unknown GPU +0.00 of 80.0 GiB"),
+    ):
+        desk.node = desk.node.model_copy(update={"gpu_inventory": inventory})
+        first = next(line for line in hibernode(served.path, "nodes").out.splitlines() if line.startswith("node-a"))
+        assert re.search(shown, first), first
+    told = hibernode(served.path, "nodes", "--json").document["nodes"][0]["gpu_inventory"]
+    assert (told["gpus"][0]["memory_used"], "memory_used" in told["gpus"][1]) == (0, False)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -531,9 +574,9 @@ def test_what_comes_from_elsewhere_cannot_steer_the_terminal(served: Served, des
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["checkpoint"], "give one of: NAME of a job, --pod UID, --pid PID"),
-        (["checkpoint", "a", "--pid", "7"], "give one of: NAME of a job, --pod UID, --pid PID"),
-        (["checkpoint", "--pid", "7", "-n", "x"], "--namespace goes with the NAME of a job"),
+        (["checkpoint"], "give one of: NAME of a job or pod, --pod UID, --container ID, --pid PID"),
+        (["checkpoint", "a", "--pid", "7"], "give one of: NAME of a job or pod, --pod UID, --container ID, --pid PID"),
+        (["checkpoint", "--pid", "7", "-n", "x"], "--namespace goes with a NAME"),
         (["checkpoint", "a/b", "-n", "x"], "a/b and --namespace x name two namespaces"),
         (["checkpoint", "a", "--criu-opts", "{"], "--criu-opts is not JSON"),
         (["checkpoint", "a", "--criu-opts", "[]"], "--criu-opts is not a JSON object"),

@@ -235,3 +235,13 @@ def test_what_the_daemon_would_refuse_check_config_refuses(tmp_path: Path, table
     ran = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 78
     assert f"{table}.key" in ran.stderr
+
+
+def test_a_node_of_kubernetes_is_named_after_it_unless_it_has_a_name(tmp_path: Path) -> None:
+    """There the host name is the pod's, and a subject of the stream has no dots."""
+    environ = {"HIBERNODE_KUBERNETES__NODE_NAME": "gpu-1.example.com"}
+    found = load(None, environ)
+    assert (found.node, found.kubernetes.node_name) == ("gpu-1-example-com", "gpu-1.example.com")
+    assert load(None, {**environ, "HIBERNODE_NODE": "mine"}).node == "mine"
+    with pytest.raises(Refused, match="kubernetes"):
+        load(None, {"HIBERNODE_KUBERNETES": "x"})

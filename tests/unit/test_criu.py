@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -15,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pycriu.images import core_pb2, magic, pstree_pb2
+from pycriu.images import core_pb2, fdinfo_pb2, ghost_file_pb2, magic, mnt_pb2, pstree_pb2, regfile_pb2
 
 from hibernode.children import Children
 from hibernode.drivers.criu import Criu
 from hibernode.errors import Corrupt, DumpFailed, RestoreFailed
 from hibernode.model import Cancel, TaskFacts
-from hibernode.ports import CriuOptions, Prepared
+from hibernode.ports import CriuOptions, MountFacts, Prepared
 from tests import keeper
 
 ALIVE, DEAD, STOPPED = 1, 2, 3
@@ -132,6 +133,68 @@ def dump(criu: Criu, directory: Path, cancel: Cancel) -> None:
 
 def restore(criu: Criu, directory: Path, cancel: Cancel) -> None:
     criu.restore(directory, CriuOptions(), Prepared(), cancel)
+
+
+def demanding(directory: Path) -> None:
+    """A tree with a thread that may more than its process, two mounts, a device that is open and one that was deleted."""
+    entry = pstree_pb2.pstree_entry(pid=7, ppid=0, pgid=7, sid=7, threads=[7, 9])
+    (directory / "pstree.img").write_bytes(image("PSTREE", entry.SerializeToString()))
+    for pid, uid, bits in ((7, 0, [3, 0]), (9, 1000, [1, 256])):
+        core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
+        creds = core.thread_core.creds
+        for name in ("uid", "euid", "suid", "fsuid", "gid", "egid", "sgid", "fsgid"):
+            setattr(creds, name, uid)
+        creds.groups.append(5)
+        creds.cap_prm.extend(bits)
+        creds.cap_bnd.extend([7, 0])
+        creds.no_new_privs = 1
+        if pid == 7:
+            core.thread_core.seccomp_mode = core_pb2.filter
+        (directory / f"core-{pid}.img").write_bytes(image("CORE", core.SerializePartialToString()))
+    mounts = [
+        mnt_pb2.mnt_entry(fstype=mnt_pb2.PROC, mountpoint="/proc", flags=6, sb_flags=1),
+        mnt_pb2.mnt_entry(mountpoint="/data", ext_key="/data", flags=1),
+    ]
+    (directory / "mountpoints-13.img").write_bytes(image("MNTS", *(mount.SerializePartialToString() for mount in mounts)))
+    files = [
+        fdinfo_pb2.file_entry(type=fdinfo_pb2.REG, id=n, reg=regfile_pb2.reg_file_entry(name=name, mode=mode))
+        for n, (name, mode) in enumerate((("/bin/train", 0o100755), ("/dev/sda", stat.S_IFBLK | 0o600)))
+    ]
+    (directory / "files.img").write_bytes(image("FILES", *(file.SerializePartialToString() for file in files)))
+    ghost = ghost_file_pb2.ghost_file_entry(mode=stat.S_IFCHR | 0o666).SerializePartialToString()
+    (directory / "ghost-file-1.img").write_bytes(image("GHOST_FILE", ghost) + b"what was in it")
+
+
+def test_what_an_image_would_have_of_the_machine(criu: Criu, tmp_path: Path) -> None:
+    demanding(tmp_path)
+    found = criu.demands(tmp_path)
+    main, thread = found.tasks
+    assert (main.pid, main.uids, main.gids) == (7, {0}, {0, 5})
+    assert (main.permitted, main.bounding, main.filtered, main.no_new_privs) == (3, 7, True, True)
+    assert (thread.pid, thread.uids, thread.permitted, thread.filtered) == (9, {1000}, 1 | 1 << 40, False)
+    assert found.mounts == [MountFacts("/proc", "proc", "", 7), MountFacts("/data", "unsupported", "/data", 1)]
+    assert found.devices == ["/dev/sda", "deleted"]
+
+
+@pytest.mark.parametrize("name", ["pstree.img", "core-9.img", "mountpoints-13.img", "files.img", "ghost-file-1.img"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:10], lambda data: b"\0" * len(data), lambda data: data[:12] + b"\xff" * 30]
+)
+def test_images_that_do_not_say_what_they_would_have_are_corrupt(
+    criu: Criu, tmp_path: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    demanding(tmp_path)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(Corrupt):
+        criu.demands(tmp_path)
+
+
+def test_a_thread_that_does_not_say_whose_it_is_is_corrupt(criu: Criu, tmp_path: Path) -> None:
+    demanding(tmp_path)
+    core = core_pb2.core_entry(mtype=core_pb2.core_entry.X86_64)
+    (tmp_path / "core-9.img").write_bytes(image("CORE", core.SerializePartialToString()))
+    with pytest.raises(Corrupt):
+        criu.demands(tmp_path)
 
 
 def test_what_a_worker_has_forked_is_killed_with_it(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from hibernode.model import (
     PAGE,
     HostFacts,
     ImageRef,
+    LayerRef,
     Manifest,
     ObjectRef,
     StreamRef,
@@ -48,7 +49,8 @@ def images(draw: st.DrawFn) -> tuple[Index, ImageRef]:
     """An index as a sender makes it: frames in page order, taken by streams in any order, some runs all zero."""
     flags = st.sampled_from([PRESENT, PRESENT | LAZY, 0])
     rows = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 1 << 30), st.integers(1, 3000), flags), max_size=8))
-    segments = np.array([(d << 8 | 1, v * PAGE, p, f) for d, v, p, f in rows], SEGMENT)
+    empty = draw(st.lists(st.integers(1, 9), max_size=3))
+    segments = np.array([(d << 8 | 1, v * PAGE, p, f) for d, v, p, f in rows] + [(d << 8 | 2, 0, 0, 0) for d in empty], SEGMENT)
     total = sum(p for _, _, p, f in rows if f & PRESENT)
     streams = draw(st.integers(1, 4))
     frames, keeps, offsets, first = [], {}, [0] * streams, 0
@@ -153,6 +155,19 @@ def test_every_flipped_byte_of_an_index_is_corrupt_or_changes_nothing_that_count
     data, image = a_small_one()
     for at in range(len(data)):
         decode_or_corrupt(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :], image)
+
+
+@pytest.mark.parametrize("segment", [(7 << 8 | 2, PAGE, 0, 0), (7 << 8 | 2, 0, 0, PRESENT), (7 << 8 | 2, 0, 0, LAZY)])
+def test_a_segment_of_no_pages_says_nothing_else(segment: tuple[int, ...]) -> None:
+    frames = np.zeros(0, FRAME)
+    for each, good in (((7 << 8 | 2, 0, 0, 0), True), (segment, False)):
+        index = Index(np.array([each], SEGMENT), frames, {})
+        data, image = format.encode_index(index), image_of(index, frames, 1, 0)
+        if good:
+            assert format.decode_index(data, image).segments.tolist() == [each]
+        else:
+            with pytest.raises(Corrupt, match="impossible address or length"):
+                format.decode_index(data, image)
 
 
 @given(st.data())
@@ -292,10 +307,18 @@ def test_a_seek_table_is_what_the_seekable_format_says(sizes: list[tuple[int, in
 def manifest() -> Manifest:
     _, image = a_small_one()
     return Manifest(
-        format_version=1, checkpoint_id=ID, action_id=ID, created_at=1.5, node="n", kind="simple", reason="manual",
+        format_version=1, checkpoint_id=ID, action_id=ID, created_at=1.5, node="n", kind="rootfs", reason="manual",
         workload=WorkloadFacts(kind="job", name="trainer", argv=["a"], logs={"/x": "log"}),
         host=HostFacts(arch="x86_64", kernel="6", page_size=PAGE, criu_version=40201), compression="zstd",
-        pause_ns=1, raw_bytes=1, zero_bytes=0, stored_bytes=1, images=[image],
+        pause_ns=1, raw_bytes=1, zero_bytes=0, stored_bytes=1, images=[image], layers=[a_layer()],
+    )  # fmt: skip
+
+
+def a_layer() -> LayerRef:
+    return LayerRef(
+        name="main", pages=2, zero_pages=1, bytes=2 * PAGE - 512, entries=3,
+        streams=[StreamRef(key="main/layer-0.zst", size=100, digest="0" * 64, frames=1)],
+        index=NOWHERE.model_copy(update={"key": "main/layer-index.zst"}),
     )  # fmt: skip
 
 
@@ -335,8 +358,8 @@ def changed(path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> bytes:
     return seal(value)
 
 
-OPTIONAL = {"encryption",
-    "criu_opts", "uid", "logs", "argv", "cwd", "namespace", "cpu_model", "hibernode", "ppid", "comm", "threads", "tcp",
+OPTIONAL = {"encryption", "layers", "containers", "kubelet",
+    "gpu", "criu_opts", "uid", "logs", "argv", "cwd", "namespace", "cpu_model", "cpu_flags", "hibernode", "ppid", "comm", "threads", "tcp",
     "leave_running", "shell_job", "ext_unix_sk", "file_locks", "link_remap", "ghost_limit", "timeout", "dead", "files_bytes",
 }  # fmt: skip
 
@@ -582,10 +605,60 @@ def test_a_manifest_that_cannot_be_is_corrupt(change: dict[str, object]) -> None
         decoded(seal(value))
 
 
-def test_two_images_of_one_name_are_corrupt() -> None:
+@pytest.mark.parametrize("what", ["images", "layers"])
+def test_two_of_one_name_are_corrupt(what: str) -> None:
     value = plain()
-    value["images"] *= 2
+    value[what] *= 2
     with pytest.raises(Corrupt):
+        decoded(seal(value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pages": 3}, {"pages": 1}, {"pages": 0}, {"zero_pages": 3},
+        {"bytes": 2 * PAGE + 512}, {"bytes": PAGE}, {"bytes": 0}, {"bytes": -512}, {"bytes": 1 << 53},
+        {"pages": 1, "zero_pages": 0, "bytes": format.MIN_LAYER - 1, "entries": 1},
+        {"entries": 0}, {"entries": 6}, {"entries": (1 << 53)},
+        {"pages": 1 << 52, "bytes": 1 << 53, "entries": 2_000_001},
+        {"index": {"key": "main/index.zst", "size": 1, "digest": "0" * 64}},
+        {"index": {"key": "layer-index.zst", "size": 1, "digest": "0" * 64}},
+        {"streams": [{"key": "main/pages-0.zst", "size": 100, "digest": "0" * 64, "frames": 1}]},
+        {"name": "other"}, {"name": ""}, {"tasks": []}, {"files_bytes": 1},
+    ],
+)  # fmt: skip
+def test_a_layer_that_cannot_be_is_corrupt(change: dict[str, object]) -> None:
+    value = plain()
+    value["layers"][0].update(change)
+    with pytest.raises(Corrupt):
+        decoded(seal(value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "images", "layers", "good"),
+    [
+        ("simple", 1, 0, True), ("simple", 1, 1, False), ("simple", 0, 0, False), ("simple", 0, 1, False),
+        ("rootfs", 1, 1, True), ("rootfs", 1, 0, True), ("rootfs", 0, 1, False), ("rootfs", 0, 0, False),
+        ("rootfsonly", 0, 1, True), ("rootfsonly", 1, 1, False), ("rootfsonly", 0, 0, False), ("rootfsonly", 1, 0, False),
+    ],
+)  # fmt: skip
+def test_a_manifest_has_what_its_kind_says(kind: str, images: int, layers: int, good: bool) -> None:
+    value = plain()
+    value.update(kind=kind, images=value["images"][:images], layers=value["layers"][:layers])
+    if good:
+        assert decoded(seal(value)).kind == kind
+        return
+    with pytest.raises(Corrupt, match=r"manifest: .*(rootfsonly|simple)"):
+        decoded(seal(value))
+
+
+def test_a_second_layer_must_be_of_another_container() -> None:
+    value = plain()
+    second = copy.deepcopy(value["layers"][0])
+    for ref in (*second["streams"], second["index"]):
+        ref["key"] = ref["key"].replace("layer-", "layer2-")
+    value["layers"].append(second)
+    with pytest.raises(Corrupt, match="one container"):
         decoded(seal(value))
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from hibernode import catalog
-from hibernode.config import Signing
+from hibernode import catalog, gc
+from hibernode.config import Retention, Signing
 from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.notary import Notary
-from hibernode.errors import Refused
+from hibernode.errors import Corrupt, Refused
 from hibernode.model import FORMAT_VERSION, Cancel, Verdict
+from hibernode.transfer import tar
 from tests import keys
 from tests.golden import HERE, keyring, reader, restored
 
@@ -21,7 +24,7 @@ VERSIONS = sorted(path.parent for path in HERE.glob("v*/golden.json"))
 
 def test_every_version_so_far_has_one() -> None:
     assert [path.name for path in VERSIONS] == [
-        f"v{n}{kind}" for n in range(1, FORMAT_VERSION + 1) for kind in ("", "-encrypted")
+        f"v{n}{kind}" for n in range(1, FORMAT_VERSION + 1) for kind in ("", "-encrypted", "-layer")
     ]
 
 
@@ -47,7 +50,48 @@ def test_its_signature_is_asked_for(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
 def test_it_holds_what_a_reader_can_get_wrong(place: Path, tmp_path: Path) -> None:
     golden = json.loads((place / "golden.json").read_text())
-    (image,) = catalog.read(LocalDir(place), golden["checkpoint_id"], reader(place, tmp_path)).images
-    assert len(image.streams) == 2
-    assert 0 < image.zero_pages < image.pages
-    assert len([name for name in golden["files"] if "/pages-" in name]) >= 2
+    manifest = catalog.read(LocalDir(place), golden["checkpoint_id"], reader(place, tmp_path))
+    (part,) = manifest.parts
+    assert len(part.streams) == 2
+    assert 0 < part.zero_pages < part.pages
+    assert len([name for name in golden["files"] if "/pages-" in name]) >= 2 or list(golden["files"]) == ["main/layer.tar"]
+    assert sum(stream.frames for stream in part.streams) > 1
+
+
+def test_the_layer_has_one_entry_of_each_kind(tmp_path: Path) -> None:
+    place = HERE / "v1-layer"
+    golden = json.loads((place / "golden.json").read_text())
+    restored(place, golden["checkpoint_id"], tmp_path)
+    kinds = set()
+    with open(tmp_path / "files/main/layer.tar", "rb") as file:
+        while (entry := tar.decode(file.read)) is not None:
+            kinds.add(entry.kind)
+            size = sum(length for _, length in entry.data)
+            file.seek(size + len(tar.padding(size)), 1)
+    assert kinds == set(tar.Kind)
+
+
+def test_verify_compares_layers_and_delete_removes_them(tmp_path: Path) -> None:
+    """Of kind rootfsonly: there is nothing else. gc can tell whose it is."""
+    place = tmp_path / "v1-layer"
+    shutil.copytree(HERE / "v1-layer", place)
+    checkpoint_id = json.loads((place / "golden.json").read_text())["checkpoint_id"]
+    store, notary, keyring_of = LocalDir(place), reader(place, tmp_path), keyring(place, tmp_path)
+    manifest = catalog.read(store, checkpoint_id, notary)
+    names = [ref.key for part in manifest.parts for ref in part.objects]
+    assert sorted(names) == ["main/layer-0.zst", "main/layer-1.zst", "main/layer-index.zst"]
+    for name in names:
+        path = place / checkpoint_id / name
+        whole = path.read_bytes()
+        for damaged in (whole[:-1], whole[:5] + bytes([whole[5] ^ 1]) + whole[6:], None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(Corrupt):
+                catalog.verify(store, checkpoint_id, notary, keyring_of, 2, Cancel(), list[Verdict]().append)
+            path.write_bytes(whole)
+    assert catalog.verify(store, checkpoint_id, notary, keyring_of, 2, Cancel(), list[Verdict]().append).frames > 2
+    (found,) = gc.look(store, notary)
+    assert not gc.plan([found], time.time(), Retention(keep_last=1, keep_days=1), set()), "the last of its workload"
+    catalog.delete(store, checkpoint_id)
+    assert not list(store.list(f"{checkpoint_id}/"))

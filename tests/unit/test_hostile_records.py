@@ -19,7 +19,7 @@ async def test_one_bad_record_hides_no_other_node(tmp_path: Path, nonsense: byte
     rig, bus = Rig(tmp_path, node="n", cluster="c"), MemoryBus()
     dispatcher = Dispatcher(rig.node)
     courier = Courier(dispatcher, rig.node, Outbox(rig.node.journal), end := bus.node("c", "n"))
-    good, stranger = dispatcher.record(), bus.node("c", "stranger")
+    good, stranger = await dispatcher.record(), bus.node("c", "stranger")
     await end.start()
     await stranger.start()
     await end.put_node(wire.encode_node(good))

@@ -11,7 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hibernode.errors import Refused
 from hibernode.metrics import Metrics, Readings
-from hibernode.model import Event, PhaseCost, Profile, Progress, Status
+from hibernode.model import Event, GpuInventory, PhaseCost, Profile, Progress, Status
+from tests.fakes.machine import GPUS
 
 A1 = "11111111-1111-4111-8111-111111111111"
 A2 = "22222222-2222-4222-8222-222222222222"
@@ -30,6 +31,7 @@ PROFILE = Profile(
     phases={"dumping": PhaseCost(seconds=0.4, bytes=10), "shipping": PhaseCost(seconds=2.0)},
     unaccounted=0.1,
     pause_ns=412_000_000,
+    gpu_ns=300_000_000,
     total_duration=2_500_000_000,
     raw_bytes=1000,
     zero_bytes=300,
@@ -54,6 +56,7 @@ def test_a_terminal_event_is_counted_with_its_profile(metrics: Metrics) -> None:
     metrics.observe_event(event(status=Status.READY, profile=PROFILE))
     assert value(metrics, "hibernode_actions_total", type="checkpoint", status="ready", code="ok") == 1
     assert value(metrics, "hibernode_pause_seconds_sum") == pytest.approx(0.412)
+    assert value(metrics, "hibernode_gpu_pause_seconds_sum", type="checkpoint") == pytest.approx(0.3)
     assert value(metrics, "hibernode_pause_seconds_bucket", le="0.25") == 0
     assert value(metrics, "hibernode_pause_seconds_bucket", le="0.5") == 1
     assert value(metrics, "hibernode_phase_seconds_sum", type="checkpoint", phase="shipping") == 2.0
@@ -158,3 +161,39 @@ def test_a_port_in_use_is_refused_with_a_hint(metrics: Metrics) -> None:
 def test_an_address_that_is_none_is_refused(metrics: Metrics, listen: str) -> None:
     with pytest.raises(Refused, match="not an address"):
         metrics.serve(listen)
+
+
+def sample(metrics: Metrics, name: str, labels: dict[str, str] | None = None) -> float | None:
+    """As `value`, for labels that include `name`."""
+    return metrics.registry.get_sample_value(name, labels)
+
+
+def test_gpus_are_read_when_somebody_looks(metrics: Metrics) -> None:
+    machine: list[GpuInventory] = []
+    readings = Readings(*[lambda: 0.0] * 4, bus_connected=lambda: True, gpus=lambda: machine[-1])
+    metrics.read_from(readings)  # asks no driver
+    machine.append(GPUS)
+    one, other = ({"gpu": str(gpu.index), "uuid": gpu.uuid, "name": gpu.name} for gpu in GPUS.gpus)
+    assert sample(metrics, "hibernode_gpu_inventory", {"state": "ok"}) == 1
+    assert sample(metrics, "hibernode_gpus") == 2
+    assert sample(metrics, "hibernode_gpu_memory_bytes", one) == 80 << 30
+    assert [sample(metrics, "hibernode_gpu_memory_used_bytes", labels) for labels in (one, other)] == [0, 1 << 30]
+    assert [sample(metrics, "hibernode_gpu_processes", labels) for labels in (one, other)] == [0, 1]
+    assert sample(metrics, "hibernode_gpu_rows_pending", one) == 0
+    assert sample(metrics, "hibernode_gpu_ecc_uncorrected_errors", one) == 0
+
+
+def test_what_is_unknown_of_gpus_has_no_sample(metrics: Metrics) -> None:
+    one, other = GPUS.gpus
+    machine = [GPUS.model_copy(update={"gpus": [one.model_copy(update={"processes": None}), other]})]
+    metrics.read_from(Readings(*[lambda: 0.0] * 4, bus_connected=lambda: True, gpus=lambda: machine[-1]))
+    labels = {"gpu": "0", "uuid": one.uuid, "name": one.name}
+    assert sample(metrics, "hibernode_gpu_processes", labels) is None
+    assert sample(metrics, "hibernode_gpu_memory_bytes", labels) == 80 << 30
+    for state in ("silent", "mismatch", "of a state that is no word"):
+        machine.append(GPUS.model_copy(update={"state": state, "reason": "why"}))
+        assert sample(metrics, "hibernode_gpu_inventory", {"state": state if " " not in state else "other"}) == 1
+        assert sample(metrics, "hibernode_gpus") is None
+        assert sample(metrics, "hibernode_gpu_memory_bytes", labels) is None
+    machine.append(GpuInventory(state="absent", reason="no NVIDIA driver"))
+    assert (sample(metrics, "hibernode_gpus"), sample(metrics, "hibernode_gpu_inventory", {"state": "absent"})) == (0, 1)

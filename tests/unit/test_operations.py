@@ -17,6 +17,7 @@ from hibernode import config, errors
 from hibernode.drivers import criu
 from hibernode.metrics import Metrics, Readings
 from hibernode.transfer.send import memory_bound
+from tests.fakes.machine import GPUS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "daemon" / "hibernode"
@@ -86,7 +87,7 @@ def test_an_example_that_differs_would_be_seen(tmp_path: Path) -> None:
 
 def test_the_metrics_table_is_the_registry() -> None:
     metrics = Metrics("1")
-    metrics.read_from(Readings(*[lambda: 0.0] * 4, bus_connected=lambda: True, queues={"chunks": lambda: 0.0}))
+    metrics.read_from(Readings(*[lambda: 0.0] * 4, bus_connected=lambda: True, queues={"chunks": lambda: 0.0}, gpus=lambda: GPUS))
 
     def shown(family: Metric) -> str:
         return f"{family.name}_total" if family.type == "counter" else family.name

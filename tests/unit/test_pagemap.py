@@ -66,6 +66,12 @@ def test_interleaved_address_spaces(tmp_path: Path) -> None:
     }
 
 
+def test_a_space_without_a_segment_has_a_pagemap_without_an_entry(tmp_path: Path) -> None:
+    with PageFiles(tmp_path, table((S, 0, 0, 0), (A, 0x1000, 1, PRESENT), (B, 0, 0, 0))) as files:
+        write(files, [0])
+    assert read_memory(tmp_path) == {NAMES[S]: [], NAMES[A]: [(0x1000, 1, PRESENT, page(0))], NAMES[B]: []}
+
+
 def test_pages_that_nobody_writes_are_holes(tmp_path: Path) -> None:
     with PageFiles(tmp_path, table((A, 0x1000, 10_000, PRESENT))) as files:
         write(files, [17, 9_000])

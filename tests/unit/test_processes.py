@@ -18,8 +18,12 @@ from hibernode.children import Children
 from hibernode.drivers.workloads import proc, trees
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
-from hibernode.model import JobSpec, Target, TaskFacts, WorkloadFacts
+from hibernode.model import Cancel, JobSpec, Target, TaskFacts, WorkloadFacts
+from hibernode.ports import CriuOptions, Fetched, Prepared
 from tests import keeper
+from tests.fakes.criu import FakeCriu
+from tests.fakes.machine import Machine
+from tests.fakes.script import Script
 from tests.keeper import wait_until
 
 pytestmark = pytest.mark.timeout(30)
@@ -32,13 +36,25 @@ def spec(name: str) -> JobSpec:
     return JobSpec(name=name, argv=SLEEP)
 
 
+class Restored(FakeCriu):
+    """Its restores end at once, with a process that somebody else has started."""
+
+    def __init__(self) -> None:
+        super().__init__(Machine(), Script())
+        self.pid = 0
+
+    def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
+        return self.pid
+
+
 class Node:
     """The driver, as a daemon holds it, on a directory of its own; and processes that descend from it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.children = directory, Children()
         self.jobs = Jobs(directory, self.children)
-        self.workloads = ProcessWorkloads(self.jobs, self.children)
+        self.criu = Restored()
+        self.workloads = ProcessWorkloads(self.jobs, self.criu, self.children)
         self._started: list[tuple[int, int]] = []
 
     def child(self) -> int:
@@ -113,7 +129,8 @@ def test_a_restore_that_fails_leaves_the_log_of_the_job_that_was(node: Node) -> 
 def test_a_restored_job_keeps_its_log_and_its_name(node: Node) -> None:
     facts = WorkloadFacts(kind="job", name="trainer", logs={"/old/place.log": "log"})
     prepared = node.workloads.prepare(facts, "")
-    job = prepared.adopt(node.child()).facts
+    node.criu.pid = node.child()
+    job = prepared.restore(Fetched({"main": node.directory}), CriuOptions(), Cancel(), lambda _: None).facts
     prepared.discard()
     assert [Path(path).exists() for path in job.logs] == [True]
     with pytest.raises(Refused):

@@ -49,8 +49,8 @@ def test_an_index_that_says_that_it_is_huge_is_not_inflated(pages: int, inflated
 
 def test_an_index_object_larger_than_any_index_is_not_read() -> None:
     receiver = received(b"x" * 100, pages=1 << 40, zero_pages=1 << 40)
-    huge = receiver._image.index.model_copy(update={"size": format.MAX_INDEX + 1})
-    receiver._image = receiver._image.model_copy(update={"index": huge})
+    huge = receiver._ref.index.model_copy(update={"size": format.MAX_INDEX + 1})
+    receiver._ref = receiver._ref.model_copy(update={"index": huge})
     with pytest.raises(Corrupt, match="larger"):
         receiver.fetch_index()
 
@@ -61,7 +61,7 @@ def without_a_page(size: int, digest: str, stored: bytes) -> Receiver:
     receiver = received(index, pages=0, zero_pages=0)
     receiver._store.put("id/main/pages-0.zst", stored)
     stream = StreamRef(key="main/pages-0.zst", size=size, digest=digest, frames=0)
-    receiver._image = receiver._image.model_copy(update={"streams": [stream]})
+    receiver._ref = receiver._ref.model_copy(update={"streams": [stream]})
     return receiver
 
 

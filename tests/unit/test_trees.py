@@ -18,6 +18,9 @@ from hibernode.drivers.workloads.process import ProcessWorkload
 from hibernode.model import WorkloadFacts
 from hibernode.ports import Identity
 from tests import keeper
+from tests.fakes.criu import FakeCriu
+from tests.fakes.machine import Machine
+from tests.fakes.script import Script
 from tests.keeper import Kept, wait_until
 
 pytestmark = pytest.mark.timeout(50)
@@ -79,7 +82,7 @@ def identity(pid: int) -> Identity:
 
 
 def workload(pid: int) -> ProcessWorkload:
-    return ProcessWorkload(WorkloadFacts(kind="process", name="x"), pid, Children())
+    return ProcessWorkload(WorkloadFacts(kind="process", name="x"), pid, FakeCriu(Machine(), Script()), Children())
 
 
 def states(pids: list[int]) -> set[str]:

@@ -273,6 +273,16 @@ def test_nothing_is_done_for_a_page_that_has_nothing_to_do(tmp_path: Path, page:
         assert runs(process), "else the page would show nothing"
 
 
+@pytest.mark.parametrize(("phase", "holds"), [("suspending", True), ("dumping", True), ("shipping", False)])
+def test_a_daemon_holds_who_stands_still_while_it_does_something_to_him(tmp_path: Path, phase: str, holds: bool) -> None:
+    with stopped_process() as process:
+        tree = Tree(pid=process[0], start_time=process[1])
+        assert watchdog._holds(record(phase=phase, trees=(tree,)), []) == holds
+        os.kill(process[0], signal.SIGCONT)
+        wait_until(lambda: runs(process), LIMIT, "it to go on")
+        assert not watchdog._holds(record(phase=phase, trees=(tree,)), [])
+
+
 @pytest.mark.parametrize(
     ("page", "killed"),
     [

@@ -11,12 +11,15 @@ import pytest
 from google.protobuf import json_format
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from hibernode import wire
+from hibernode import wire, wishes
 from hibernode._pb import hibernode_pb2 as pb
 from hibernode.errors import BadCommand
 from hibernode.model import (
+    MAX_GPUS,
     MAX_LISTED,
+    MAX_WISHES,
     ActionView,
     CancelCommand,
     Check,
@@ -26,6 +29,9 @@ from hibernode.model import (
     Event,
     Garbage,
     GarbageRequest,
+    Gpu,
+    GpuInventory,
+    HeartbeatWish,
     JobSpec,
     NodeRecord,
     Overrides,
@@ -128,6 +134,31 @@ workloads = st.builds(
     log=texts,
     started_at=seconds,
 )
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+counts = st.none() | st.integers(0, 1 << 53)
+numbers = st.none() | st.integers(0, (1 << 31) - 1)
+answers = st.none() | st.booleans()
+gpus = st.builds(
+    Gpu,
+    index=st.integers(0, 63),
+    uuid=words,
+    name=words,
+    bus_id=words,
+    minor=numbers,
+    compute_capability=words,
+    memory_total=counts,
+    memory_used=counts,
+    memory_free=counts,
+    mig=answers,
+    persistence=answers,
+    compute_mode=words,
+    processes=numbers,
+    mps_processes=numbers,
+    ecc_uncorrected=counts,
+    rows_pending=answers,
+    rows_failed=answers,
+    unknown=st.dictionaries(words, words, max_size=3),
+)
 records = st.builds(
     NodeRecord,
     node=texts,
@@ -145,6 +176,14 @@ records = st.builds(
     time=seconds,
     arena_bytes=longs,
     workloads=st.lists(workloads, max_size=3),
+    gpu_inventory=st.builds(GpuInventory, state=words, reason=words, driver=words, cuda=words, gpus=st.lists(gpus, max_size=3)),
+    cpu_flags=st.lists(texts, max_size=3),
+    heartbeats=st.lists(
+        st.builds(
+            HeartbeatWish, namespace=texts, name=texts, uid=texts, since=seconds, interval=seconds, keep_last=ints, problem=texts
+        ),
+        max_size=3,
+    ),
 )
 
 
@@ -258,6 +297,28 @@ def test_what_is_absent_in_a_listed_workload_has_its_default() -> None:
         wire.decode_node(json.dumps(table | {"workloads": [{"name": "x"}] * 50_000}).encode())
 
 
+_LONGEST_GPU = Gpu(index=63, name="n" * 200, unknown=dict.fromkeys(Gpu.model_fields, "w" * 60))
+
+
+def test_a_record_of_an_older_node_is_read_and_says_nothing_of_gpus() -> None:
+    record = NodeRecord(
+        node="n", cluster="c", version="", arch="", kernel="", criu="", store="", cpus=1, memory_total=1, memory_available=1, load=0.0,
+        actions=0, time=1.0, arena_bytes=0, gpu_inventory=GpuInventory(state="ok", reason="", gpus=[Gpu(index=0)]),
+    )  # fmt: skip
+    table = json.loads(wire.encode_node(record))
+    del table["gpu_inventory"]
+    read = wire.decode_node(as_json(table)).gpu_inventory
+    assert (read.state, read.reason, read.known, read.mps, read.gpus) == ("untold", "the node does not say", False, None, [])
+    message = wire.node_to_pb(record)
+    message.ClearField("gpu_inventory")
+    assert wire.node_from_pb(message).gpu_inventory == read
+
+
+def test_more_gpus_than_there_can_be_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        GpuInventory(gpus=[Gpu(index=0)] * (MAX_GPUS + 1))
+
+
 def test_the_longest_record_of_a_node_fits_into_a_message() -> None:
     longest = WorkloadView(
         kind="process", namespace="n" * 253, name="n" * 253, uid="u" * 64, pid=(1 << 31) - 1, state="running", rss=1 << 62,
@@ -266,9 +327,13 @@ def test_the_longest_record_of_a_node_fits_into_a_message() -> None:
     record = NodeRecord(
         node="n" * 128, cluster="c" * 128, version="v" * 20, arch="x86_64", kernel="k" * 64, criu="4.2.1", store="s" * 4096, cpus=1 << 10,
         memory_total=1 << 62, memory_available=1 << 62, load=1e6 / 3, actions=99, time=1764000000.123456, arena_bytes=1 << 62,
-        workloads=[longest] * MAX_LISTED,
+        workloads=[longest] * MAX_LISTED, gpu_inventory=GpuInventory(gpus=[_LONGEST_GPU] * MAX_GPUS),
     )  # fmt: skip
     assert len(wire.encode_node(record)) < wire.MESSAGE_LIMIT / 2
+    wish = wishes.heartbeat("n" * 253, "n" * 253, "u" * 64, 1764000000.123456, {wishes.HEARTBEAT: "\x1b" * 30})
+    assert wish is not None
+    with_wishes = record.model_copy(update={"heartbeats": [wish] * MAX_WISHES})
+    assert len(wire.encode_node(with_wishes)) < wire.MESSAGE_LIMIT * 3 / 4
 
 
 def test_ids_in_upper_case_are_the_same_ids() -> None:
@@ -346,7 +411,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, str, str]] = {
     "a list": (b"[]", "message", "message is not an object"),
     "nested without end": (b"[" * 60_000, "message", "the message is not JSON"),
     "digits without end": (b'{"pid":' + b"1" * 5000 + b"}", "message", "the message is not JSON"),
-    "too long": (b" " * (wire.COMMAND_LIMIT + 1), "size", "the message is too long: 65537 bytes"),
+    "too long": (b" " * (wire.COMMAND_LIMIT + 1), "size", "the message is too long: 524289 bytes"),
     "unknown": ({"colour": "red"}, "colour", "there is no property colour"),
     "unknown inside": ({"overrides": {"stream": 3}}, "overrides.stream", "there is no property overrides.stream"),
     "twice": (b'{"kind":"simple","kind":"rootfs"}', "kind", "kind is there twice"),
@@ -392,6 +457,43 @@ def test_a_bad_command_is_told_why(case: str) -> None:
     assert caught.value.details["property"] == prop
     assert {"property", "found", "wanted"} == set(caught.value.details)
     assert caught.value.message[0].islower() or caught.value.message.startswith("NaN")
+
+
+def test_what_a_newer_node_tells_besides_is_passed_over() -> None:
+    """It is upgraded before the control plane, or after its neighbours; a command is another matter (`BAD`)."""
+    event = event_with({"location": "here"})
+    told = json.loads(wire.encode_event(event)) | {"mood": "good", "profile": {"pause_ns": "7", "watts": 3}}
+    assert wire.decode_event(as_json(told)) == event.model_copy(update={"profile": Profile(pause_ns=7)})
+    record = NodeRecord(
+        node="n", cluster="c", version="", arch="", kernel="", criu="", store="", cpus=1, memory_total=1, memory_available=1, load=0.0,
+        actions=0, time=1.0, arena_bytes=0,
+    )  # fmt: skip
+    newer = json.loads(wire.encode_node(record)) | {"moods": [1]}
+    newer["gpu_inventory"] |= {"gpus": [{"index": 1, "processes": 0, "colour": "green"}], "watts": 7}
+    read = wire.decode_node(as_json(newer))
+    assert read.model_copy(update={"gpu_inventory": record.gpu_inventory}) == record
+    assert read.gpu_inventory.gpus == [Gpu(index=1, processes=0)]  # zero is a number: only what is absent is unknown
+    progress = Progress(action_id=ID, phase="dumping", bytes_done=1, bytes_total=2, stored_bytes=1, seconds=0.5)
+    assert wire.decode_progress(as_json(json.loads(wire.encode_progress(progress)) | {"mood": "good"})) == progress
+    answer = json.loads(wire.encode_found("n", [])) | {"mood": "good"}
+    assert wire.decode_found(as_json(answer)) == ("n", [])
+
+
+@given(events, st.data())
+def test_the_short_way_reads_as_the_gate_does(event: Event, data: st.DataObject) -> None:
+    """Whatever in an event is put in the place of something else: both say the same, or the short way says nothing."""
+    table = json.loads(wire.encode_event(event))
+    name = data.draw(st.sampled_from([*sorted(table), "checkpointId", "colour", "seq", "retry", "details"]))
+    table[name] = data.draw(
+        st.none() | texts | st.floats() | st.integers() | st.lists(st.integers(), max_size=2) | st.just(ID.upper())
+    )
+    message = as_json(table)
+    short = wire._plainly(message)
+    if short is not None:
+        assert short == wire._build(Event, wire._read(pb.Event, message, wire.MESSAGE_LIMIT, newer=True))
+    assert wire._plainly(wire.encode_event(event)) in (event, None)
+    usual = event_with({"location": "s3://bucket/x"})
+    assert wire._plainly(wire.encode_event(usual)) == usual
 
 
 def test_a_verb_nobody_knows_is_a_bad_command() -> None:
@@ -454,6 +556,10 @@ def expect_value_or_bad_command(data: bytes, verb: str) -> None:
 
 def decode(changes: dict[str, Any]) -> Command:
     return wire.decode_command("checkpoint", encode(changes))
+
+
+def as_json(table: dict[str, Any]) -> bytes:
+    return json.dumps(table).encode()
 
 
 def encode(changes: dict[str, Any]) -> bytes:

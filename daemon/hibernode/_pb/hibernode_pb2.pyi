@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Target(_message.Message):
-    __slots__ = ("pod_id", "namespace", "pod_name", "pid")
+    __slots__ = ("pod_id", "namespace", "pod_name", "pid", "container")
     POD_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     POD_NAME_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    CONTAINER_FIELD_NUMBER: _ClassVar[int]
     pod_id: str
     namespace: str
     pod_name: str
     pid: int
-    def __init__(self, pod_id: _Optional[str] = ..., namespace: _Optional[str] = ..., pod_name: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+    container: str
+    def __init__(self, pod_id: _Optional[str] = ..., namespace: _Optional[str] = ..., pod_name: _Optional[str] = ..., pid: _Optional[int] = ..., container: _Optional[str] = ...) -> None: ...
 
 class Overrides(_message.Message):
     __slots__ = ("asynchronous", "compression", "criu_opts", "directory", "streams", "pod_name")
@@ -54,18 +56,22 @@ class CheckpointCommand(_message.Message):
     def __init__(self, action_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., target: _Optional[_Union[Target, _Mapping[str, object]]] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ..., overrides: _Optional[_Union[Overrides, _Mapping[str, object]]] = ..., expires_at: _Optional[float] = ...) -> None: ...
 
 class RestoreCommand(_message.Message):
-    __slots__ = ("action_id", "checkpoint_id", "reason", "overrides", "expires_at")
+    __slots__ = ("action_id", "checkpoint_id", "reason", "overrides", "expires_at", "pod_id", "pod_spec")
     ACTION_ID_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     OVERRIDES_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    POD_ID_FIELD_NUMBER: _ClassVar[int]
+    POD_SPEC_FIELD_NUMBER: _ClassVar[int]
     action_id: str
     checkpoint_id: str
     reason: str
     overrides: Overrides
     expires_at: float
-    def __init__(self, action_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., reason: _Optional[str] = ..., overrides: _Optional[_Union[Overrides, _Mapping[str, object]]] = ..., expires_at: _Optional[float] = ...) -> None: ...
+    pod_id: str
+    pod_spec: str
+    def __init__(self, action_id: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., reason: _Optional[str] = ..., overrides: _Optional[_Union[Overrides, _Mapping[str, object]]] = ..., expires_at: _Optional[float] = ..., pod_id: _Optional[str] = ..., pod_spec: _Optional[str] = ...) -> None: ...
 
 class CancelCommand(_message.Message):
     __slots__ = ("action_id",)
@@ -92,7 +98,7 @@ class PhaseCost(_message.Message):
     def __init__(self, seconds: _Optional[float] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("phases", "unaccounted", "pause_ns", "total_duration", "total_io", "raw_bytes", "zero_bytes", "stored_bytes", "streams")
+    __slots__ = ("phases", "unaccounted", "pause_ns", "gpu_ns", "total_duration", "total_io", "raw_bytes", "zero_bytes", "stored_bytes", "streams")
     class PhasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +109,7 @@ class Profile(_message.Message):
     PHASES_FIELD_NUMBER: _ClassVar[int]
     UNACCOUNTED_FIELD_NUMBER: _ClassVar[int]
     PAUSE_NS_FIELD_NUMBER: _ClassVar[int]
+    GPU_NS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_DURATION_FIELD_NUMBER: _ClassVar[int]
     TOTAL_IO_FIELD_NUMBER: _ClassVar[int]
     RAW_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -112,16 +119,17 @@ class Profile(_message.Message):
     phases: _containers.MessageMap[str, PhaseCost]
     unaccounted: float
     pause_ns: int
+    gpu_ns: int
     total_duration: int
     total_io: int
     raw_bytes: int
     zero_bytes: int
     stored_bytes: int
     streams: int
-    def __init__(self, phases: _Optional[_Mapping[str, PhaseCost]] = ..., unaccounted: _Optional[float] = ..., pause_ns: _Optional[int] = ..., total_duration: _Optional[int] = ..., total_io: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., zero_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...
+    def __init__(self, phases: _Optional[_Mapping[str, PhaseCost]] = ..., unaccounted: _Optional[float] = ..., pause_ns: _Optional[int] = ..., gpu_ns: _Optional[int] = ..., total_duration: _Optional[int] = ..., total_io: _Optional[int] = ..., raw_bytes: _Optional[int] = ..., zero_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("action_id", "seq", "type", "status", "checkpoint_id", "node", "time", "code", "message", "hint", "details", "retry", "profile")
+    __slots__ = ("action_id", "seq", "type", "status", "checkpoint_id", "node", "time", "code", "message", "hint", "details", "retry", "profile", "pod_spec")
     ACTION_ID_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +143,7 @@ class Event(_message.Message):
     DETAILS_FIELD_NUMBER: _ClassVar[int]
     RETRY_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    POD_SPEC_FIELD_NUMBER: _ClassVar[int]
     action_id: str
     seq: int
     type: str
@@ -148,7 +157,8 @@ class Event(_message.Message):
     details: _struct_pb2.Struct
     retry: bool
     profile: Profile
-    def __init__(self, action_id: _Optional[str] = ..., seq: _Optional[int] = ..., type: _Optional[str] = ..., status: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., node: _Optional[str] = ..., time: _Optional[float] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., details: _Optional[_Union[_struct_pb2.Struct, _Mapping[str, object]]] = ..., retry: _Optional[bool] = ..., profile: _Optional[_Union[Profile, _Mapping[str, object]]] = ...) -> None: ...
+    pod_spec: str
+    def __init__(self, action_id: _Optional[str] = ..., seq: _Optional[int] = ..., type: _Optional[str] = ..., status: _Optional[str] = ..., checkpoint_id: _Optional[str] = ..., node: _Optional[str] = ..., time: _Optional[float] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., details: _Optional[_Union[_struct_pb2.Struct, _Mapping[str, object]]] = ..., retry: _Optional[bool] = ..., profile: _Optional[_Union[Profile, _Mapping[str, object]]] = ..., pod_spec: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("action_id", "phase", "bytes_done", "bytes_total", "stored_bytes", "seconds")
@@ -181,7 +191,7 @@ class FindReply(_message.Message):
     def __init__(self, node: _Optional[str] = ..., workloads: _Optional[_Iterable[_Union[Workload, _Mapping[str, object]]]] = ...) -> None: ...
 
 class Workload(_message.Message):
-    __slots__ = ("kind", "namespace", "name", "uid", "pid", "state", "command", "rss", "processes", "log", "started_at")
+    __slots__ = ("kind", "namespace", "name", "uid", "pid", "state", "command", "rss", "processes", "log", "started_at", "moves")
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +203,7 @@ class Workload(_message.Message):
     PROCESSES_FIELD_NUMBER: _ClassVar[int]
     LOG_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
     kind: str
     namespace: str
     name: str
@@ -204,10 +215,90 @@ class Workload(_message.Message):
     processes: int
     log: str
     started_at: float
-    def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., command: _Optional[str] = ..., rss: _Optional[int] = ..., processes: _Optional[int] = ..., log: _Optional[str] = ..., started_at: _Optional[float] = ...) -> None: ...
+    moves: bool
+    def __init__(self, kind: _Optional[str] = ..., namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., command: _Optional[str] = ..., rss: _Optional[int] = ..., processes: _Optional[int] = ..., log: _Optional[str] = ..., started_at: _Optional[float] = ..., moves: _Optional[bool] = ...) -> None: ...
+
+class Gpu(_message.Message):
+    __slots__ = ("index", "uuid", "name", "bus_id", "minor", "compute_capability", "memory_total", "memory_used", "memory_free", "mig", "persistence", "compute_mode", "processes", "mps_processes", "ecc_uncorrected", "rows_pending", "rows_failed", "unknown")
+    class UnknownEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BUS_ID_FIELD_NUMBER: _ClassVar[int]
+    MINOR_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_USED_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FREE_FIELD_NUMBER: _ClassVar[int]
+    MIG_FIELD_NUMBER: _ClassVar[int]
+    PERSISTENCE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_MODE_FIELD_NUMBER: _ClassVar[int]
+    PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    MPS_PROCESSES_FIELD_NUMBER: _ClassVar[int]
+    ECC_UNCORRECTED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PENDING_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    uuid: str
+    name: str
+    bus_id: str
+    minor: int
+    compute_capability: str
+    memory_total: int
+    memory_used: int
+    memory_free: int
+    mig: bool
+    persistence: bool
+    compute_mode: str
+    processes: int
+    mps_processes: int
+    ecc_uncorrected: int
+    rows_pending: bool
+    rows_failed: bool
+    unknown: _containers.ScalarMap[str, str]
+    def __init__(self, index: _Optional[int] = ..., uuid: _Optional[str] = ..., name: _Optional[str] = ..., bus_id: _Optional[str] = ..., minor: _Optional[int] = ..., compute_capability: _Optional[str] = ..., memory_total: _Optional[int] = ..., memory_used: _Optional[int] = ..., memory_free: _Optional[int] = ..., mig: _Optional[bool] = ..., persistence: _Optional[bool] = ..., compute_mode: _Optional[str] = ..., processes: _Optional[int] = ..., mps_processes: _Optional[int] = ..., ecc_uncorrected: _Optional[int] = ..., rows_pending: _Optional[bool] = ..., rows_failed: _Optional[bool] = ..., unknown: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GpuInventory(_message.Message):
+    __slots__ = ("state", "reason", "driver", "cuda", "gpus")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DRIVER_FIELD_NUMBER: _ClassVar[int]
+    CUDA_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    reason: str
+    driver: str
+    cuda: str
+    gpus: _containers.RepeatedCompositeFieldContainer[Gpu]
+    def __init__(self, state: _Optional[str] = ..., reason: _Optional[str] = ..., driver: _Optional[str] = ..., cuda: _Optional[str] = ..., gpus: _Optional[_Iterable[_Union[Gpu, _Mapping[str, object]]]] = ...) -> None: ...
+
+class HeartbeatWish(_message.Message):
+    __slots__ = ("namespace", "name", "uid", "since", "interval", "keep_last", "problem")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    KEEP_LAST_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    namespace: str
+    name: str
+    uid: str
+    since: float
+    interval: float
+    keep_last: int
+    problem: str
+    def __init__(self, namespace: _Optional[str] = ..., name: _Optional[str] = ..., uid: _Optional[str] = ..., since: _Optional[float] = ..., interval: _Optional[float] = ..., keep_last: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class NodeRecord(_message.Message):
-    __slots__ = ("node", "cluster", "version", "arch", "kernel", "criu", "store", "cpus", "memory_total", "memory_available", "load", "actions", "time", "arena_bytes", "workloads")
+    __slots__ = ("node", "cluster", "version", "arch", "kernel", "criu", "store", "cpus", "memory_total", "memory_available", "load", "actions", "time", "arena_bytes", "workloads", "gpu_inventory", "cpu_flags", "heartbeats", "makes_pods")
     NODE_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +314,10 @@ class NodeRecord(_message.Message):
     TIME_FIELD_NUMBER: _ClassVar[int]
     ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
     WORKLOADS_FIELD_NUMBER: _ClassVar[int]
+    GPU_INVENTORY_FIELD_NUMBER: _ClassVar[int]
+    CPU_FLAGS_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEATS_FIELD_NUMBER: _ClassVar[int]
+    MAKES_PODS_FIELD_NUMBER: _ClassVar[int]
     node: str
     cluster: str
     version: str
@@ -238,7 +333,11 @@ class NodeRecord(_message.Message):
     time: float
     arena_bytes: int
     workloads: _containers.RepeatedCompositeFieldContainer[Workload]
-    def __init__(self, node: _Optional[str] = ..., cluster: _Optional[str] = ..., version: _Optional[str] = ..., arch: _Optional[str] = ..., kernel: _Optional[str] = ..., criu: _Optional[str] = ..., store: _Optional[str] = ..., cpus: _Optional[int] = ..., memory_total: _Optional[int] = ..., memory_available: _Optional[int] = ..., load: _Optional[float] = ..., actions: _Optional[int] = ..., time: _Optional[float] = ..., arena_bytes: _Optional[int] = ..., workloads: _Optional[_Iterable[_Union[Workload, _Mapping[str, object]]]] = ...) -> None: ...
+    gpu_inventory: GpuInventory
+    cpu_flags: _containers.RepeatedScalarFieldContainer[str]
+    heartbeats: _containers.RepeatedCompositeFieldContainer[HeartbeatWish]
+    makes_pods: bool
+    def __init__(self, node: _Optional[str] = ..., cluster: _Optional[str] = ..., version: _Optional[str] = ..., arch: _Optional[str] = ..., kernel: _Optional[str] = ..., criu: _Optional[str] = ..., store: _Optional[str] = ..., cpus: _Optional[int] = ..., memory_total: _Optional[int] = ..., memory_available: _Optional[int] = ..., load: _Optional[float] = ..., actions: _Optional[int] = ..., time: _Optional[float] = ..., arena_bytes: _Optional[int] = ..., workloads: _Optional[_Iterable[_Union[Workload, _Mapping[str, object]]]] = ..., gpu_inventory: _Optional[_Union[GpuInventory, _Mapping[str, object]]] = ..., cpu_flags: _Optional[_Iterable[str]] = ..., heartbeats: _Optional[_Iterable[_Union[HeartbeatWish, _Mapping[str, object]]]] = ..., makes_pods: _Optional[bool] = ...) -> None: ...
 
 class Update(_message.Message):
     __slots__ = ("event", "progress")

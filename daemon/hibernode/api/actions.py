@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 from hibernode.errors import BusUnavailable
-from hibernode.model import ActionType, Event, Status
+from hibernode.model import ActionType, Event, Kind, Status
+from hibernode.wire import NAME
 
 NODE_SILENT = "node_silent"
 NEVER_BEGUN = "never_begun"
+NEVER_TOLD = "never_told"
+_OF_NODES = ("nodeTermination", "nodeUnschedulable")  # reasons; by `heartbeat` a node could have others' checkpoints removed
 LATE = 60.0  # seconds after a command has expired until nobody begins it any more: clocks differ, an event needs its time
 
 
@@ -73,15 +76,10 @@ class Standing(Protocol):
     def provisional(self) -> bool: ...
 
 
-def after(action: Action, events: Sequence[Event], now: float) -> Action:
-    """The action when these have happened."""
-    return replace(action, **changes(action, events, now))
-
-
 def changes(action: Standing, events: Sequence[Event], now: float) -> dict[str, Any]:
-    """What these change in it, by the fields of `Action`; no node's clock is believed to be ahead of `now`. An event that came before, or
-    comes late, or from another node than the action was given to, changes nothing; so the order in which several servers take them does
-    not matter."""
+    """What these change in it, by the fields of `Action` (a profile as it came); no node's clock is believed to be ahead of `now`. An event
+    that came before, or comes late, or from another node than the action was given to, changes nothing; so the order in which several
+    servers take them does not matter."""
     found: dict[str, Any] = {}
     status, seq, node, provisional = action.status, action.seq, action.node, action.provisional
     for event in sorted(events, key=lambda event: event.seq):
@@ -91,6 +89,9 @@ def changes(action: Standing, events: Sequence[Event], now: float) -> dict[str, 
         if provisional or event.status.rank > status.rank:
             found |= _said(event, action.type, now)
             status, node, provisional = event.status, event.node, False
+    same = [name for name in ("node", "provisional") if name in found and found[name] == getattr(action, name)]
+    for name in same:  # a database would write its indexes anew
+        del found[name]
     return found
 
 
@@ -110,7 +111,7 @@ def _said(event: Event, type_: str, now: float) -> dict[str, Any]:
     if event.status == Status.READY and type_ == "checkpoint":
         found["completed_at"] = then
     if event.profile is not None:
-        found["profile"] = event.profile.model_dump()
+        found["profile"] = event.profile
     if location := str(event.details.get("location", "")):
         found["location"] = location
     return found
@@ -128,10 +129,28 @@ def begun_elsewhere(events: Sequence[Event], cluster: str, now: float) -> dict[s
         "node": first.node,
         "created_at": then,
         "updated_at": then,
-        "reason": "manual",
-        "kind": "simple",
+        **_about(first),
     }
     return {**_UNSAID, **known, **state, **changes(filed, events, now)}
+
+
+def _about(event: Event) -> dict[str, str]:
+    """What its node says of an action that it has begun by itself, with each of its events. Where that is no name it is not known."""
+    found = event.details.get("about")
+    about = found if isinstance(found, dict) else {}
+    said = {name: str(about.get(name, "")) for name in ("namespace", "pod_name", "pod_id")}
+    reason, kind = str(about.get("reason", "")), str(about.get("kind", ""))
+    return {
+        **{name: value if NAME.fullmatch(value) else "" for name, value in said.items()},
+        "reason": reason if reason in _OF_NODES else "manual",
+        "kind": kind if kind in get_args(Kind) else "simple",
+    }
+
+
+def wants_to_go_on(made: Action) -> bool:
+    """Its node has made this checkpoint because the pod was being evicted, and the pod asks to go on elsewhere."""
+    about = made.details.get("about")
+    return made.status == Status.READY and isinstance(about, dict) and about.get("on_stop") == "migrate"
 
 
 class _Filed(NamedTuple):
@@ -168,9 +187,9 @@ def failed(action: Action, code: str, message: str, hint: str, now: float) -> Ac
     )
 
 
-def overdue(action: Action, node_seen_at: float, now: float, silent_after: float) -> Action:
-    """`failed` where nobody is to be waited for any more: the command has expired and was never begun, or the node is silent. For a
-    node that was never seen, `node_seen_at` is 0."""
+def overdue(action: Action, node_seen_at: float, now: float, silent_after: float, idle_for: float = 0.0) -> Action:
+    """`failed` where nobody is to be waited for any more: the command has expired and was never begun, or the node is silent, or it has
+    been seen without any action for `idle_for` seconds and this one has not ended. For a node that was never seen, `node_seen_at` is 0."""
     if action.status.terminal:
         return action
     if action.status == Status.INITIALIZED and not action.seq and action.expires_at and now > action.expires_at + LATE:
@@ -183,6 +202,11 @@ def overdue(action: Action, node_seen_at: float, now: float, silent_after: float
         return failed(
             action, NODE_SILENT, f"node {action.node} has said nothing for {silent:.0f} s",
             "if it comes back it says how the action ended, and this status is corrected", now,
+        )  # fmt: skip
+    if action.seq and idle_for > silent_after:
+        return failed(
+            action, NEVER_TOLD, f"node {action.node} has run nothing for {idle_for:.0f} s, and has not said how this action ended",
+            f"`hibernode status {action.action_id}` on that node knows; if it says so here, this status is corrected", now,
         )  # fmt: skip
     return action
 

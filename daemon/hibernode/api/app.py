@@ -25,7 +25,7 @@ from hibernode.api.follow import Progresses
 from hibernode.api.guard import Rates, Tokens, hashed
 from hibernode.api.leave import Departures
 from hibernode.api.metrics import Metrics
-from hibernode.errors import BadCommand, NotFound
+from hibernode.errors import BadCommand, NotFound, Refused
 from hibernode.loop import in_thread
 from hibernode.model import NodeRecord, Status
 
@@ -205,7 +205,7 @@ def _add_heartbeats(router: APIRouter, parts: Parts) -> None:
 
     @router.get("/heartbeats", operation_id="list_heartbeats", summary="List periodic checkpoints")
     async def list_heartbeats() -> list[schema.Heartbeat]:
-        """Those of the configuration, and those made here."""
+        """Those of the configuration, those made here, and those that pods ask for by their annotations."""
         return [schema.heartbeat(each) for each in await in_thread(database.heartbeats, control.cluster)]
 
     @router.post(
@@ -220,7 +220,14 @@ def _add_heartbeats(router: APIRouter, parts: Parts) -> None:
     @router.delete("/heartbeats/{heartbeat_id:uuid}", operation_id="remove_heartbeat", response_class=PlainTextResponse,
                    summary="End periodic checkpoints of a pod")  # fmt: skip
     async def remove(heartbeat_id: UUID) -> str:
-        """Its checkpoints stay."""
+        """Its checkpoints stay. What a pod's annotations ask for cannot be ended here."""
+        found = await in_thread(database.heartbeat, str(heartbeat_id))
+        if found is not None and found.annotated:
+            raise Refused(
+                "annotated", f"pod {found.namespace}/{found.pod_name} asks for it by its annotations", prop="heartbeat_id",
+                found="by annotation", wanted="one of the table",
+                hint="make the pod without hibernode.io/heartbeat, make a heartbeat of your own for it, or set api.annotations = false",
+            )  # fmt: skip
         if not await in_thread(database.remove_heartbeat, str(heartbeat_id)):
             raise NotFound(f"there is no heartbeat {heartbeat_id}", hint="`GET /v2/heartbeats` lists them")
         return str(heartbeat_id)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
+from pydantic_core import to_json
 from sqlalchemy.dialects import postgresql, sqlite
 
 Row = Mapping[str, Any]
@@ -76,7 +77,7 @@ class Bulk:
 
     def _as_one(self, table: sa.Table, names: Sequence[str], *, change: bool) -> _Run:
         columns = [table.c[name] for name in names]
-        document = sa.func.json_to_recordset(sa.bindparam("rows", type_=sa.JSON()))
+        document = sa.func.json_to_recordset(sa.cast(sa.bindparam("rows", type_=sa.Text()), sa.JSON()))
         plain = [sa.column(column.name, sa.Text() if isinstance(column.type, sa.JSON) else column.type) for column in columns]
         given = document.table_valued(*plain).render_derived("given", with_types=True)
         values = {column.name: sa.cast(given.c[column.name], column.type) for column in columns}
@@ -89,6 +90,7 @@ class Bulk:
             statement = postgresql.insert(table).from_select(names, sa.select(*values.values())).on_conflict_do_nothing()
 
         def run(connection: sa.Connection, rows: Sequence[Row]) -> int:
-            return connection.execute(statement, {"rows": rows}, execution_options={"preserve_rowcount": True}).rowcount
+            text = to_json(rows).decode()  # in a quarter of the time that Python's own takes
+            return connection.execute(statement, {"rows": text}, execution_options={"preserve_rowcount": True}).rowcount
 
         return run

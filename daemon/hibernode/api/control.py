@@ -98,11 +98,13 @@ class Control:
         `checkpoint_pod`, BadCommand for an action that made none."""
         self._insist_cluster(wanted.cluster_id)
         made = await self._made(wanted.action_id)
+        if not made.host:  # its node has begun it by itself
+            made = replace(made, host=await self._host(made.node))
         given = wanted.overrides
         overrides = _checked(given.model_dump(exclude_none=True) if given else {})
         command = RestoreCommand(
             action_id=_new_id("restore", key), checkpoint_id=made.checkpoint_id, reason=wanted.reason, overrides=overrides,
-            expires_at=self._expiry(),
+            expires_at=self._expiry(), pod_spec=await in_thread(self._database.pod_spec, made.action_id),
         )  # fmt: skip
         if not command.overrides.directory and (directory := made.overrides.get("directory")):
             command = command.model_copy(update={"overrides": overrides.model_copy(update={"directory": directory})})
@@ -118,7 +120,8 @@ class Control:
         except BusUnavailable as e:
             raise await self._lost(action, e, new=True) from e
         await self._insist_gone(action, nodes.values(), avoid)
-        node = placing.choose(made, list(nodes.values()), shared=self._settings.api.shared_file_stores, avoid=avoid)
+        rules = {"shared": self._settings.api.shared_file_stores, "pod": bool(command.pod_spec)}
+        node = placing.choose(made, list(nodes.values()), avoid=avoid, **rules)
         return await self._file(replace(action, node=node.node, host=_host_of(node)), command)
 
     async def _insist_gone(self, action: Action, nodes: Iterable[NodeRecord], leaving: str) -> None:
@@ -143,7 +146,7 @@ class Control:
             )  # fmt: skip
 
     async def _made(self, action_id: str) -> Action:
-        made = await in_thread(self._database.find, action_id) if wire.UUID.fullmatch(action_id) else None
+        made = await self._known(action_id)
         if made is None:
             raise BadCommand(
                 f"there is no action {action_id[:100]!r}", hint="`GET /v2/checkpoints` lists what can be restored",
@@ -217,12 +220,16 @@ class Control:
     # --- looking ------------------------------------------------------------------------------------------------------------
 
     async def action(self, action_id: str) -> Action:
-        found = await in_thread(self._database.find, action_id) if wire.UUID.fullmatch(action_id) else None
+        found = await self._known(action_id)
         if found is None:
             raise NotFound(
                 f"there is no action {action_id[:100]!r}", hint="`GET /v2/actions` lists them", action_id=action_id[:100]
             )
         return found
+
+    async def _known(self, action_id: str) -> Action | None:
+        known_as = action_id.lower()  # UUIDs have one spelling here, and more elsewhere
+        return await in_thread(self._database.find, known_as) if wire.UUID.fullmatch(known_as) else None
 
     async def nodes(self) -> dict[str, NodeRecord]:
         """Every node that is alive, by name, as it said of itself within the last seconds."""
@@ -239,19 +246,15 @@ class Control:
 
     async def upload(self, given: CheckpointStatusWithPodSpec) -> str:
         """Keep what came with it; NotFound if the action is unknown, or what is said of it makes no sense."""
-        await self.action(given.action_id)
+        action = await self.action(given.action_id)
         status = _known_status(given.status)
         if given.pod_id and not wire.NAME.fullmatch(given.pod_id):
             raise NotFound("no pod has such a UID", property="pod_id", found=given.pod_id[:100], wanted=wire.NAME.pattern)
-        upload = Upload(
-            given.action_id, given.pod_id or "",
-            *(dumps(value) if value is not None else None for value in (
-                given.pod_spec, given.pod_metadata_spec, given.persistent_volume_claim,
-            )),
-        )  # fmt: skip
+        kept = {name: _kept(name, getattr(given, name)) for name in ("pod_spec", "pod_metadata_spec", "persistent_volume_claim")}
+        upload = Upload(action.action_id, given.pod_id or "", **kept)
         if not await in_thread(self._database.upload, upload, status, self._clock()):
             raise NotFound(f"there is no action {given.action_id!r}", action_id=given.action_id)
-        return given.action_id
+        return action.action_id
 
     async def delete(self, made: Action) -> None:
         """Take a checkpoint out of its store. It is not listed any more from now on; a node that reaches the store does the rest, and
@@ -280,7 +283,8 @@ class Control:
             action_id, action_id, "checkpoint", Status.READY, now, now, self.cluster, node=node, host=_host_of(record),
             profile={"raw_bytes": workload.rss}, location=f"{record.store.rstrip('/')}/{action_id}",
         )  # fmt: skip
-        placing.choose(made, list(nodes.values()), shared=self._settings.api.shared_file_stores, avoid=node)
+        rules = {"shared": self._settings.api.shared_file_stores, "pod": workload.kind == "pod"}
+        placing.choose(made, list(nodes.values()), avoid=node, **rules)
 
     async def running_on(self, node: str, namespace: str, name: str, uid: str) -> WorkloadView | None:
         """What it is on that node, if the node says that it has it."""
@@ -342,7 +346,13 @@ class Control:
 
 
 def _host_of(record: NodeRecord) -> dict[str, Any]:
-    return {"arch": record.arch, "kernel": record.kernel, "criu": record.criu, "store": record.store}
+    facts: dict[str, Any] = {"arch": record.arch, "kernel": record.kernel, "criu": record.criu, "store": record.store}
+    facts["cpu_flags"] = record.cpu_flags
+    found = record.gpu_inventory
+    # Where it is not known what there is the key is absent: an action may not say "none" then.
+    if not found.known:
+        return facts
+    return {**facts, "gpus": [gpu.name or "unknown" for gpu in found.gpus], "gpu_driver": found.driver}
 
 
 def _placed(action: Action, node: str, host: dict[str, Any], workload: WorkloadView) -> Action:
@@ -417,6 +427,15 @@ def _parsed(prop: str, shape: type[CriuOpts], text: str) -> None:
 def _insist_encodable(command: ActionCommand) -> None:
     """A node reads it as strictly: what it would not take is refused here, with the same words."""
     wire.decode_command(wire.verb_of(command), wire.encode_command(command))
+
+
+def _kept(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    try:
+        return dumps(value)
+    except ValueError as e:  # Python reads NaN where JSON has none
+        raise NotFound(f"{name} is no JSON: {e}", property=name, found="NaN or a number without end", wanted="JSON") from e
 
 
 def _known_status(text: str) -> Status:

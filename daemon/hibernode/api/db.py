@@ -7,6 +7,8 @@ committed, all of it; each may be called again. Two servers may do the same at t
 from __future__ import annotations
 
 import json
+import sqlite3
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,9 +25,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from hibernode.api import actions, bulk
 from hibernode.api.actions import Action
 from hibernode.errors import DatabaseUnavailable, Refused
-from hibernode.model import Event, Status
+from hibernode.model import Event, Status, Value
 
 PATIENCE = 10.0  # seconds for a lock, a connection, a statement
+_AGAIN = 0.02  # seconds between two tries, where a database does not wait by itself
 POOL = 10  # connections of one server; PostgreSQL allows 100 in all by default
 _COUNTED = {"preserve_rowcount": True}  # of an INSERT, too
 _PLANS = "-c plan_cache_mode=force_custom_plan"  # one that is kept may be of a day when the table was small, and reads all of it
@@ -107,6 +110,7 @@ _events = sa.Table(
     _text("message"),
     _text("hint"),
     _json("details"),
+    sqlite_with_rowid=False,  # the key is all that is asked for: one tree to write, and not two
 )
 
 _uploads = sa.Table(
@@ -118,6 +122,15 @@ _uploads = sa.Table(
     sa.Column("pod_spec", sa.Text),  # JSON as it came; null: none came
     sa.Column("pod_metadata_spec", sa.Text),
     sa.Column("persistent_volume_claim", sa.Text),
+)
+
+# What a node has told of a pod whose checkpoint it made. Of this a pod is made again, and not of an upload: who may upload may not make
+# pods of any kind for it.
+_pod_specs = sa.Table(
+    "pod_specs",
+    tables,
+    sa.Column("action_id", sa.Text, primary_key=True),
+    sa.Column("pod_spec", sa.Text, nullable=False),  # JSON with `metadata` and `spec`
 )
 
 _nodes = sa.Table(
@@ -153,6 +166,7 @@ _heartbeats = sa.Table(
     _time("next_at"),
     _text("last_action_id"),
     _text("message"),
+    sa.Column("annotated", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 
 _moves = sa.Table(
@@ -216,7 +230,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A pod that is checkpointed every `interval` seconds, next at `next_at`."""
+    """A pod that is checkpointed every `interval` seconds, next at `next_at`. One that the pod's annotations ask for (`annotated`) is of
+    its name, under which a restored pod goes on; `pod_id` is then who has that name now."""
 
     heartbeat_id: str
     cluster: str
@@ -229,6 +244,12 @@ class Heartbeat:
     next_at: float = 0.0
     last_action_id: str = ""
     message: str = ""  # of the last time: why there was none
+    annotated: bool = False
+
+    @property
+    def whose(self) -> tuple[str, str, str]:
+        """Namespace, name and UID by which its actions are found."""
+        return self.namespace, self.pod_name, "" if self.annotated else self.pod_id
 
 
 @dataclass(frozen=True)
@@ -278,6 +299,11 @@ class Database:
         self._engine = _engine(url)
         self._insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
         self._many = bulk.Bulk(self._engine.dialect)
+
+    @property
+    def writers(self) -> int:
+        """How many may write at the same time and be faster for it."""
+        return 1 if self._engine.dialect.name == "sqlite" else 2
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -347,13 +373,19 @@ class Database:
             by_action[event.action_id].append(event)
         while by_action:
             with suppress(_MadeMeanwhile), self.writing() as connection:
-                self._apply(connection, by_action, cluster, now)
-                return self._many.insert(connection, _events, [_event_row(event) for event in _once(events)])
+                nodes = self._apply(connection, by_action, cluster, now)
+                told = [event for event in events if nodes[event.action_id] in ("", event.node)]
+                for event in told:
+                    if event.pod_spec and event.type == "checkpoint":
+                        self._is_new(connection, _pod_specs, {"action_id": event.action_id, "pod_spec": event.pod_spec})
+                return self._many.insert(connection, _events, [_event_row(event) for event in _once(told)])
         return 0
 
-    def _apply(self, connection: sa.Connection, by_action: Mapping[str, Sequence[Event]], cluster: str, now: float) -> None:
-        """Rows that are there are locked before any is made, both in the order of their keys: so nobody who does the same waits for
-        us while we wait for him."""
+    def _apply(
+        self, connection: sa.Connection, by_action: Mapping[str, Sequence[Event]], cluster: str, now: float
+    ) -> dict[str, str]:
+        """Of each action the node whose it is, which alone can tell of it. Rows that are there are locked before any is made, both in the
+        order of their keys: so nobody who does the same waits for us while we wait for him."""
         known = self._standing(connection, by_action)
         strange = sorted(by_action.keys() - known.keys())
         made = [_plain(actions.begun_elsewhere(by_action[action_id], cluster, now)) for action_id in strange]
@@ -365,6 +397,7 @@ class Database:
                 moves[tuple(changes)].append({"action_id": action_id, **changes})
         for rows in moves.values():
             self._many.update(connection, _actions, rows)
+        return {action_id: known[action_id].node if action_id in known else told[0].node for action_id, told in by_action.items()}
 
     def _standing(self, connection: sa.Connection, ids: Iterable[str]) -> dict[str, _Standing]:
         """Those that are there, from now on ours."""
@@ -443,6 +476,12 @@ class Database:
             query = sa.select(_events).where(_events.c.action_id == action_id).order_by(_events.c.seq)
             return [dict(row._mapping) for row in connection.execute(query)]
 
+    def pod_spec(self, action_id: str) -> str:
+        """What its node has told of the pod that this action made a checkpoint of; "" if nothing."""
+        with self._reading() as connection:
+            query = sa.select(_pod_specs.c.pod_spec).where(_pod_specs.c.action_id == action_id)
+            return connection.execute(query).scalar_one_or_none() or ""
+
     # --- uploads ------------------------------------------------------------------------------------------------------------
 
     def upload(self, upload: Upload, status: Status, now: float) -> bool:
@@ -495,10 +534,15 @@ class Database:
         statement = self._insert(_heartbeats).values(asdict(heartbeat))
         soon = sa.case((statement.excluded.next_at + statement.excluded.interval < _heartbeats.c.next_at,
                         statement.excluded.next_at + statement.excluded.interval), else_=_heartbeats.c.next_at)  # fmt: skip
-        settings: dict[str, Any] = {name: statement.excluded[name] for name in ("interval", "keep_last", "configured")}
+        settings: dict[str, Any] = {name: statement.excluded[name] for name in ("interval", "keep_last", "configured", "pod_id")}
         settings["next_at"] = soon
         with self.writing() as connection:
             connection.execute(statement.on_conflict_do_update(index_elements=["heartbeat_id"], set_=settings))
+
+    def heartbeat(self, heartbeat_id: str) -> Heartbeat | None:
+        with self._reading() as connection:
+            row = connection.execute(sa.select(_heartbeats).where(_heartbeats.c.heartbeat_id == heartbeat_id)).one_or_none()
+            return Heartbeat(**row._mapping) if row is not None else None
 
     def remove_heartbeat(self, heartbeat_id: str) -> bool:
         with self.writing() as connection:
@@ -539,6 +583,16 @@ class Database:
         with self._reading() as connection:
             return [_action(row) for row in connection.execute(query)]
 
+    def stopped(self, cluster: str, since: float) -> list[Action]:
+        """Ready checkpoints of pods that were ending, begun since then."""
+        where = [
+            *_restorable(),
+            _actions.c.created_at > since,
+            _actions.c.reason == "nodeTermination",
+            _actions.c.cluster == cluster,
+        ]
+        return self._listed(where, _MANY_OPEN, None)
+
     def mark_deleted(self, action_id: str, now: float) -> bool:
         """From now on nobody is told of this checkpoint. False if it was before, or a restore of it has not ended, or may not have."""
         with self.writing() as connection:
@@ -556,6 +610,7 @@ class Database:
         """Its delete is in the stream."""
         with self.writing() as connection:
             connection.execute(_actions.update().where(_actions.c.action_id == action_id).values(purged_at=now))
+            connection.execute(_pod_specs.delete().where(_pod_specs.c.action_id == action_id))
 
     def unpurged(self) -> list[Action]:
         """Marked as deleted, and nobody has filed it."""
@@ -683,7 +738,7 @@ def _sqlite(url: sa.URL) -> sa.Engine:
 
     def prepare(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # the driver's own transactions begin too late
-        connection.execute("PRAGMA journal_mode = WAL")
+        _to_wal(connection)
         connection.execute("PRAGMA synchronous = FULL")  # what was acknowledged to the broker does not come again
         # In pages, 16 MiB: with 1000, the default, every large commit had to wait for a checkpoint of the log.
         connection.execute("PRAGMA wal_autocheckpoint = 4000")
@@ -698,15 +753,31 @@ def _sqlite(url: sa.URL) -> sa.Engine:
     return engine
 
 
-_JSON = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """For all who come after, too. SQLite waits for no lock here (seen with 3.40), and servers may start together."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_AGAIN)
+        else:
+            return
+
+
+_JSON = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def dumps(value: object) -> str:
-    """In ASCII: a database need not hold what JSON can (NUL, half characters)."""
+    """In ASCII: a database need not hold what JSON can (NUL, half characters). ValueError if there is a number that JSON has not."""
     return _JSON.encode(value)
 
 
 def _text_of(value: object) -> str:
+    if isinstance(value, Value):
+        return value.model_dump_json()
     return dumps(value) if value else "{}"
 
 

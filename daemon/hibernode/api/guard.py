@@ -172,15 +172,14 @@ class Guard:
         async def noted(message: Message) -> None:
             nonlocal started
             if too_large and not started:
-                raise TooLarge
+                return  # what the application makes of it: a body that cannot be read
             started = True
             await send(message)
 
-        try:
+        with contextlib.suppress(TooLarge):
             await self._app(scope, counted, noted)
-        except TooLarge:
-            if not started:
-                await self._too_large(send)
+        if too_large and not started:
+            await self._too_large(send)
 
     async def _too_large(self, send: Send) -> None:
         await _refuse(send, 413, "too_large", f"the body has more than {self._limit} bytes")

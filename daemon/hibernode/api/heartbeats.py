@@ -1,4 +1,5 @@
-"""Periodic checkpoints of chosen pods: from the configuration, and from the table that the API writes.
+"""Periodic checkpoints of chosen pods: from the configuration, from the table that the API writes, and by the pods' own annotations,
+which their nodes tell of. What an operator says of a pod stands before what it asks for itself.
 
 A turn belongs to one server, whoever takes it first. While an action of the pod is at work its turn is left out. Of those that a heartbeat
 has made, the newest `keep_last` stay; none goes that a restore reads.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -42,6 +45,25 @@ def of_policy(policy: HeartbeatPolicy, cluster: str, now: float, *, configured: 
         str(uuid.uuid5(_SPACE, key)), cluster, namespace, policy.pod_name, policy.pod_id, policy.interval, policy.keep_last,
         configured=configured, next_at=now,
     )  # fmt: skip
+
+
+def of_wish(wish: Mapping[str, Any], cluster: str, now: float) -> Heartbeat | None:
+    """What a pod asks for, as its node tells it; None for what is wrong, and for what no policy may say: a node is believed as little as
+    anybody. It is of the pod's name, so that a restored pod goes on with it. Its turns are counted from the pod's start, so that they are
+    the same for every server, also when it was forgotten and comes again."""
+    if wish.get("problem") or not wish.get("uid"):
+        return None
+    try:
+        policy = HeartbeatPolicy(
+            namespace=wish["namespace"], pod_name=wish["name"], interval=wish["interval"], keep_last=wish["keep_last"]
+        )
+        of_name = of_policy(policy, cluster, now)
+    except (BadCommand, ValueError, KeyError):  # a ValidationError is a ValueError
+        return None
+    since = min(float(wish.get("since", 0.0)), now)
+    next_at = since + ((now - since) // policy.interval + 1) * policy.interval
+    heartbeat_id = str(uuid.uuid5(_SPACE, f"annotation {cluster} {of_name.namespace}/{of_name.pod_name}"))
+    return replace(of_name, heartbeat_id=heartbeat_id, pod_id=wish["uid"], annotated=True, next_at=next_at)
 
 
 def due(heartbeat: Heartbeat, now: float) -> float:
@@ -89,6 +111,7 @@ class Heartbeats:
             await in_thread(self._database.put_heartbeat, heartbeat)
 
     async def round(self) -> None:
+        await self._ask_pods()
         for heartbeat in await in_thread(self._database.heartbeats, self._settings.cluster):
             if next_at := due(heartbeat, self._clock()):
                 await self._turn(heartbeat, next_at)
@@ -96,8 +119,33 @@ class Heartbeats:
         for action in await in_thread(self._database.unpurged):
             await self._control.purge(action)
 
+    async def _ask_pods(self) -> None:
+        """What pods ask for into the table, and out of it what none asks for any more, or an operator has said otherwise. Each server does
+        the same."""
+        there = await in_thread(self._database.heartbeats, self._settings.cluster)
+        said = {key for each in there if not each.annotated for key in (each.pod_id, (each.namespace, each.pod_name)) if key}
+        wanted = await self._wishes() if self._settings.api.annotations else {}
+        wanted = {key: each for key, each in wanted.items() if not said & {each.pod_id, (each.namespace, each.pod_name)}}
+        known = {each.heartbeat_id: each for each in there if each.annotated}
+        for heartbeat_id in known.keys() - wanted.keys():
+            await in_thread(self._database.remove_heartbeat, heartbeat_id)
+        for heartbeat_id, each in wanted.items():
+            old = known.get(heartbeat_id)
+            if old is None or (old.pod_id, old.interval, old.keep_last) != (each.pod_id, each.interval, each.keep_last):
+                await in_thread(self._database.put_heartbeat, each)
+                _log.info("a pod asks for heartbeats", pod=f"{each.namespace}/{each.pod_name}", interval=each.interval)
+
+    async def _wishes(self) -> dict[str, Heartbeat]:
+        """Of the nodes that have spoken lately. Where two have a pod of one name, the one that was made last has it."""
+        now = self._clock()
+        nodes = (await in_thread(self._database.nodes, self._settings.cluster)).values()
+        told = [record.get("heartbeats") or () for seen_at, record in nodes if now - seen_at <= self._settings.api.silent_after]
+        wishes = sorted((wish for each in told for wish in each), key=lambda wish: (wish["since"], wish["uid"]))
+        found = (of_wish(wish, self._settings.cluster, now) for wish in wishes)
+        return {each.heartbeat_id: each for each in found if each is not None}
+
     async def _turn(self, heartbeat: Heartbeat, next_at: float) -> None:
-        pod = (heartbeat.namespace, heartbeat.pod_name, heartbeat.pod_id)
+        pod = heartbeat.whose
         if not await in_thread(self._database.take_turn, heartbeat, next_at):
             return
         action_id, message = "", ""
@@ -119,9 +167,7 @@ class Heartbeats:
     async def _tidy(self, heartbeat: Heartbeat) -> None:
         if not heartbeat.keep_last:
             return
-        made = await in_thread(
-            self._database.checkpoints_of_pod, heartbeat.namespace, heartbeat.pod_name, heartbeat.pod_id, reason="heartbeat"
-        )
+        made = await in_thread(self._database.checkpoints_of_pod, *heartbeat.whose, reason="heartbeat")
         for action in beyond(made, heartbeat.keep_last):
             try:
                 await self._control.delete(action)

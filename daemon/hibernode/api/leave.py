@@ -4,6 +4,9 @@ A pod is checkpointed, if another node could take it, killed when that is `ready
 falls silent before the checkpoint is ready, the pod's latest ready checkpoint is restored, but only for `nodeTermination`: the caller
 says that the node ends, so that nothing of it runs on beside what is restored. A pod that could not be checkpointed runs on where it is,
 and its move has `failed`.
+
+A pod that is evicted on its own, and whose annotation says `hibernode.io/on-stop: migrate`, goes the second half of the same way: its
+node has made the checkpoint (`prestop.py`), and once the pod has ended it is restored elsewhere.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from hibernode.model import NodeRecord, Status
 Reason = Literal["nodeTermination", "nodeUnschedulable"]
 _KILL = json.dumps({"leave_running": False})
 _SPACE = uuid.UUID("b5a6c1de-2f0f-5a07-8a55-0a6e6f2f9b10")
+_EVICTED = "evicted"  # of a move: it began with a checkpoint that the node made by itself
 _PASSING = ("no_node", "restoring")  # refusals that may pass: a node may come, a restore may end
 _log = structlog.get_logger("hibernode.api")
 
@@ -78,13 +82,16 @@ class Departures:
     async def _pods(
         self, alive: NodeRecord | None, seen_at: float, said: dict[str, object]
     ) -> tuple[float, list[tuple[str, str, str]]]:
-        """When the node last spoke, and which pods it had then: (namespace, name, UID)."""
+        """When the node last spoke, and which pods it had then that go elsewhere: (namespace, name, UID). Of a cluster's pods those that
+        ask for it: the others are their controllers', which make them anew, or belong to the node."""
         if alive is not None:
             spoke, workloads = alive.time, [each.model_dump() for each in alive.workloads]
         else:
             found = said.get("workloads", ())
             spoke, workloads = seen_at, list(found) if isinstance(found, list) else []
-        return spoke, [(each["namespace"], each["name"], each["uid"]) for each in workloads if each["kind"] != "process"]
+        return spoke, [
+            (each["namespace"], each["name"], each["uid"]) for each in workloads if each["kind"] == "job" or each.get("moves")
+        ]
 
     def _id(self, node: str, pod: tuple[str, str, str], before: list[Move]) -> str:
         """The same for two who ask at the same time: it counts the moves of this pod that are over."""
@@ -93,6 +100,7 @@ class Departures:
 
     async def round(self) -> None:
         """Every open move one step on, where there is one."""
+        await self._see_evicted()
         for move in await in_thread(self._database.moves, self._settings.cluster, only_open=True):
             try:
                 new = await self._step(move)
@@ -108,6 +116,23 @@ class Departures:
                 _log.info(
                     "move", pod=f"{new.namespace}/{new.pod_name}", node=new.node, state=new.state, message=new.message or None
                 )
+
+    async def _see_evicted(self) -> None:
+        """A move for each pod that was checkpointed because it was evicted, and wants to go on; once, whoever sees it first. One that
+        nobody has seen for as long as a command waits is not moved any more."""
+        if not self._settings.api.annotations:
+            return
+        now, cluster = self._clock(), self._settings.cluster
+        made = await in_thread(self._database.stopped, cluster, now - self._settings.api.expires_after)
+        moves = [
+            Move(
+                str(uuid.uuid5(_SPACE, f"{_EVICTED} {each.action_id}")), cluster, each.node, _EVICTED, each.namespace, each.pod_name,
+                each.pod_id, "restoring", created_at=now, updated_at=now, checkpoint_action_id=each.action_id,
+            )
+            for each in made
+            if actions.wants_to_go_on(each) and each.pod_name
+        ]  # fmt: skip
+        await in_thread(self._database.add_moves, moves)
 
     async def _step(self, move: Move) -> Move:
         if move.state == "restoring":
@@ -171,6 +196,8 @@ class Departures:
         return replace(move, state="failed", message=f"{restored.code}: {restored.message}; its checkpoint is kept")
 
     async def _restore(self, move: Move) -> Move:
+        if move.reason == _EVICTED and await self._control.running_on(move.node, move.namespace, move.pod_name, move.pod_id):
+            return replace(move, message="the pod has not ended yet")
         source = await self._source(move)
         wanted = RestorePod(action_id=source.action_id, reason=_reason(move))
         try:

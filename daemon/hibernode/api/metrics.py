@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter as Counts
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-
-from hibernode.model import Event
 
 BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 
@@ -33,8 +30,9 @@ class Metrics:
         known = method if method in ("GET", "POST", "DELETE") else "other"
         self._requests.labels(known, operation, str(status)).observe(seconds)
 
-    def events(self, events: Sequence[Event]) -> None:
-        for (type_, status), count in Counts((event.type, event.status.value) for event in events).items():
+    def events(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Kept, by type and status."""
+        for (type_, status), count in counts.items():
             self._events.labels(type_, status).inc(count)
 
     def page(self) -> bytes:

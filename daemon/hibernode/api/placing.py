@@ -12,14 +12,15 @@ from typing import Any
 
 from hibernode.api.actions import Action
 from hibernode.errors import Refused
-from hibernode.model import NodeRecord
+from hibernode.model import NodeRecord, lacking
 
 
-def choose(made: Action, nodes: Sequence[NodeRecord], *, shared: bool, avoid: str = "") -> NodeRecord:
+def choose(made: Action, nodes: Sequence[NodeRecord], *, shared: bool, pod: bool = False, avoid: str = "") -> NodeRecord:
     """The node for this checkpoint: the one it was made on if that will do, else the one with the least to do. Refused("no_node") says
-    of each node why it will not do. `avoid` is a node that is about to leave; `shared`:
-    `file://` is the same place on every node."""
-    whynot = {record.node: _unfit(made, record, avoid, shared=shared) for record in nodes}
+    of each node why it will not do. `avoid` is a node that is about to leave; `shared`: `file://` is the same place on every node; `pod`:
+    it has to make a pod."""
+    unable = "" if not pod else "it makes no pods: it knows no API server"
+    whynot = {record.node: (not record.makes_pods and unable) or _unfit(made, record, avoid, shared=shared) for record in nodes}
     fit = [record for record in nodes if not whynot[record.node]]
     if not fit:
         raise Refused(
@@ -47,12 +48,31 @@ def _unfit(made: Action, record: NodeRecord, avoid: str, *, shared: bool) -> str
         return "it is leaving"
     if host.get("arch") and record.arch != host["arch"]:
         return f"arch is {record.arch}, the checkpoint's {host['arch']}"
+    if record.cpu_flags and (missing := lacking(host.get("cpu_flags", ()), record.cpu_flags)):  # else the node will say
+        return f"its CPU lacks {', '.join(missing)}"
     if _version(record.criu) < _version(str(host.get("criu", ""))):
         return f"criu is {record.criu}, the checkpoint was made with {host['criu']}"
     if record.memory_available < memory:
         return f"memory available is {record.memory_available}, the checkpoint has {memory}"
-    if record.node != made.node and not _reaches(record, made, shared=shared):
+    return "" if record.node == made.node else _unfit_elsewhere(made, record, shared=shared)
+
+
+def _unfit_elsewhere(made: Action, record: NodeRecord, *, shared: bool) -> str:
+    if not _reaches(record, made, shared=shared):
         return f"its store is {record.store}, the checkpoint is at {made.location or 'a place nobody knows'}"
+    return _unlike(made.host, record) if made.profile.get("gpu_ns") else ""
+
+
+def _unlike(host: Mapping[str, Any], record: NodeRecord) -> str:
+    """Why what was on GPUs cannot come onto this node's: the driver is another, or none of its GPUs is of a kind that was there."""
+    here = record.gpu_inventory
+    if here.driver != host.get("gpu_driver", ""):
+        return f"its NVIDIA driver is {here.driver or 'unknown'}, the checkpoint's {host.get('gpu_driver') or 'unknown'}"
+    kinds = {gpu.name for gpu in here.gpus}
+    if not kinds & set(host.get("gpus", ())):
+        return (
+            f"its GPUs are {', '.join(sorted(kinds)) or 'none'}, the checkpoint's {', '.join(sorted(set(host.get('gpus', ()))))}"
+        )
     return ""
 
 

@@ -20,6 +20,7 @@ from hibernode.errors import HibernodeError
 from hibernode.loop import in_thread
 
 INTERVAL = 5.0  # seconds between two rounds; a node's record lives for three of its own intervals, 30 s by default
+FRESH = 3 * INTERVAL  # seconds for which a record is taken for how its node is
 _log = structlog.get_logger("hibernode.api")
 
 
@@ -38,6 +39,9 @@ class Rounds:
         self._settings, self._database, self._control, self._clock = settings, database, control, clock
         self._works = (self._see_nodes, self._end_overdue, *more)
         self._stream_since = 0.0  # since when the event stream has answered; 0: it does not
+        self._idle_since: dict[
+            str, float
+        ] = {}  # of open actions: since when their node has been seen, each time with nothing to do
 
     async def run(self) -> None:
         """For ever."""
@@ -77,9 +81,13 @@ class Rounds:
             return
         now, silent_after = self._clock(), self._settings.api.silent_after
         seen = await in_thread(self._database.nodes, self._settings.cluster)
-        for action in await in_thread(self._database.overdue, now - silent_after, now - actions.LATE):
+        late = await in_thread(self._database.overdue, now - silent_after, now - actions.LATE)
+        idle = {name for name, (at, record) in seen.items() if now - at < FRESH and not record.get("actions", 1)}
+        self._idle_since = {a.action_id: self._idle_since.get(a.action_id, now) for a in late if a.node in idle}
+        for action in late:
             seen_at = max(seen.get(action.node, (0.0, {}))[0], self._stream_since)
-            rule = functools.partial(actions.overdue, node_seen_at=seen_at, now=now, silent_after=silent_after)
+            idle_for = now - self._idle_since.get(action.action_id, now)
+            rule = functools.partial(actions.overdue, node_seen_at=seen_at, now=now, silent_after=silent_after, idle_for=idle_for)
             if rule(action) != action:
                 moved = await in_thread(self._database.move, action.action_id, rule)
                 if moved is not None and moved.provisional:

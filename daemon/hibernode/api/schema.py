@@ -6,6 +6,7 @@ otherwise than somebody thinks. Answers may have more keys in a later version.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -224,6 +225,31 @@ class WorkloadOfNode(Answer):
     started_timestamp: datetime | None
 
 
+class GpuOfNode(Answer):
+    """What is null is not known; `unknown` says why, by field. Sizes are bytes."""
+
+    index: int
+    uuid: str
+    name: str
+    compute_capability: str
+    memory_total: int | None
+    memory_used: int | None
+    mig: bool | None
+    processes: int | None
+    unknown: dict[str, str]
+
+
+class HeartbeatOfNode(Answer):
+    """What a pod asks for by its annotations."""
+
+    namespace: str
+    pod_name: str
+    pod_id: str
+    interval: float
+    keep_last: int
+    problem: str = Field(description="What is wrong with the annotations: then there is no heartbeat; empty: nothing")
+
+
 class NodeView(Answer):
     """What a node last said of itself."""
 
@@ -241,8 +267,11 @@ class NodeView(Answer):
     memory_available: int
     load: float
     actions: int
-    gpus: list[str]
+    gpus: list[GpuOfNode]
+    gpu_driver: str = Field(description="Version of NVIDIA's driver; empty: none, or not known")
+    gpu_reason: str = Field(description="Why there are no GPUs, or why `gpus` may not be all there is; empty: it is")
     workloads: list[WorkloadOfNode]
+    heartbeats: list[HeartbeatOfNode] = Field(description="What its pods ask for by their annotations")
 
 
 class Move(Answer):
@@ -267,6 +296,7 @@ class Heartbeat(Answer):
     interval: float
     keep_last: int
     configured: bool = Field(description="By the server's configuration")
+    annotated: bool = Field(description="By the pod's own annotations")
     next_timestamp: datetime | None
     last_action_id: str | None
     message: str | None = Field(description="Why the last turn was left out")
@@ -295,7 +325,10 @@ def platform_of(row: Row) -> str:
 
 
 def gpu_of(row: Row) -> str:
-    return ", ".join(row.host.get("gpus", ())) or "none"
+    """The GPUs of its node when the action was filed: `2 × NVIDIA H100`."""
+    if "gpus" not in row.host:
+        return "unknown"
+    return ", ".join(f"{count} × {name}" for name, count in Counter(row.host["gpus"]).items()) or "none"
 
 
 def _details(row: Row) -> dict[str, Any] | None:
@@ -371,18 +404,28 @@ def checkpoint(row: Row) -> Checkpoint:
 
 
 def node(record: NodeRecord, seen_at: float, *, alive: bool) -> NodeView:
-    facts = record.model_dump(include=set(NodeView.model_fields) & set(NodeRecord.model_fields) - {"workloads", "gpus"})
+    facts = record.model_dump(include=set(NodeView.model_fields) & set(NodeRecord.model_fields) - {"workloads", "heartbeats"})
+    found = record.gpu_inventory
     return NodeView(
         **facts,
         name=record.node,
         alive=alive,
         seen_timestamp=moment(seen_at),
-        gpus=[],
+        gpus=[GpuOfNode(**gpu.model_dump(include=set(GpuOfNode.model_fields))) for gpu in found.gpus],
+        gpu_driver=found.driver,
+        gpu_reason=found.reason,
         workloads=[
             WorkloadOfNode(**each.model_dump(include=set(WorkloadOfNode.model_fields)), started_timestamp=moment(each.started_at))
             for each in record.workloads
         ],
-    )
+        heartbeats=[
+            HeartbeatOfNode(
+                namespace=wish.namespace, pod_name=wish.name, pod_id=wish.uid, interval=wish.interval, keep_last=wish.keep_last,
+                problem=wish.problem,
+            )
+            for wish in record.heartbeats
+        ],
+    )  # fmt: skip
 
 
 def move(row: MoveRow) -> Move:
@@ -406,6 +449,7 @@ def heartbeat(row: HeartbeatRow) -> Heartbeat:
         interval=row.interval,
         keep_last=row.keep_last,
         configured=row.configured,
+        annotated=row.annotated,
         next_timestamp=moment(row.next_at),
         last_action_id=row.last_action_id or None,
         message=row.message or None,

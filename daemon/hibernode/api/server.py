@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import structlog
@@ -29,11 +30,11 @@ from hibernode.api.leave import Departures
 from hibernode.api.metrics import Metrics
 from hibernode.api.migrate import migrate
 from hibernode.api.rounds import Rounds
+from hibernode.api.writer import Writer, Written
 from hibernode.bus import ControlBus
 from hibernode.config import Api, Config
 from hibernode.errors import DatabaseUnavailable, Refused
 from hibernode.loop import Tasks, in_thread
-from hibernode.model import Event
 
 GRACE = 10  # seconds for requests that are being answered, when the server stops
 TURN = (
@@ -53,6 +54,8 @@ def run(settings: Config, bus: ControlBus) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ended)  # uvicorn stops in order for either, and raises it again when it has: that is no failure
     sys.setswitchinterval(TURN)
+    gc.collect()
+    gc.freeze()  # what is there now stays: without this each full collection looks at all of it, and an answer waits 0.1 s
     uvicorn.run(
         server.asgi, host=host, port=port, log_config=None, access_log=False, server_header=False, lifespan="on",
         timeout_graceful_shutdown=GRACE, ssl_certfile=settings.api.tls_cert or None, ssl_keyfile=settings.api.tls_key or None,
@@ -80,6 +83,7 @@ class Server:
         self._settings, self._bus = settings, bus
         self.database = database_of(settings)
         self.control = Control(settings, self.database, bus)
+        self._writers = [Writer(self.database.url, settings.cluster) for _ in range(self.database.writers)]
         self._progresses = Progresses()
         self._metrics = Metrics(__version__, lambda: bus.connected)
         self._heartbeats = Heartbeats(settings, self.database, self.control)
@@ -138,7 +142,7 @@ class Server:
                 await asyncio.sleep(_BUS_RETRY)
         await self._configure()
         for work in (
-            lambda: follow(self._bus, self.database, self._settings.cluster, self._kept),
+            lambda: follow(self._bus, self._writers, self._kept),
             lambda: self._progresses.follow(self._bus),
             self._rounds.run,
         ):
@@ -152,9 +156,9 @@ class Server:
                 _log.warning("the database is waited for", error=e.message)
                 await asyncio.sleep(_DATABASE_RETRY)
 
-    def _kept(self, events: Sequence[Event]) -> None:
-        self._metrics.events(events)
-        self._progresses.forget(events)
+    def _kept(self, kept: Written) -> None:
+        self._metrics.events(kept.counts)
+        self._progresses.forget(kept.ended)
 
     async def ready(self) -> dict[str, str]:
         """What is wrong, by part."""

@@ -34,7 +34,8 @@ wait_option = click.option("--wait/--no-wait", default=True, help="Wait for the 
 
 @command("checkpoint")
 @click.argument("name", default="", metavar="[NAME]", shell_complete=completing(known_jobs))
-@click.option("--pod", default="", metavar="UID", help="A pod, by its UID, instead of a job.")
+@click.option("--pod", default="", metavar="UID", help="A pod, by its UID, instead.")
+@click.option("--container", default="", metavar="ID", help="A single container, by the id that runc has for it, instead.")
 @click.option("--pid", type=click.IntRange(1), metavar="PID", help="A process and its children, instead.")
 @namespace_option
 @click.option("--kill", is_flag=True, help="End it when its checkpoint is stored and verified.")
@@ -50,6 +51,7 @@ def checkpoint(
     session: Session,
     name: str,
     pod: str,
+    container: str,
     pid: int | None,
     namespace: str,
     kill: bool,
@@ -62,7 +64,9 @@ def checkpoint(
     checkpoint_id: uuid.UUID | None,
     wait: bool,
 ) -> None:
-    """Store a running job, process or pod, and let it go on.
+    """Store a running job, pod, container or process, and let it go on.
+
+    NAME is a job's or, where no job is called so, a pod's; of another namespace than `default` it is NAMESPACE/NAME.
 
     It pauses while its memory is captured, and goes on; then its memory is compressed, stored and checked. The
     command ends when the checkpoint can be restored. Ctrl-C ends the watching only, not the checkpoint.
@@ -71,13 +75,15 @@ def checkpoint(
     Examples:
       hibernode checkpoint trainer
       hibernode checkpoint trainer --kill              make room for something else
+      hibernode checkpoint team-a/web-0                a pod: all its containers at one moment
+      hibernode checkpoint --container 3f0c1c          one container, of a pod or of none
       hibernode checkpoint --pid 4242 --compression zstd:9
       hibernode checkpoint trainer --no-wait --json | jq -r .action_id
     """
     command = pb.CheckpointCommand(
         action_id=str(uuid.uuid4()),
         checkpoint_id=str(checkpoint_id or uuid.uuid4()),
-        target=_target(name, pod, pid, namespace),
+        target=_target(name, pod, container, pid, namespace),
         kind=kind,
         reason="manual",
         overrides=pb.Overrides(
@@ -88,18 +94,18 @@ def checkpoint(
             streams=streams,
         ),
     )
-    _act(session, command, wait=wait, what=f"checkpoint of {name or pod or f'pid {pid}'}")
+    _act(session, command, wait=wait, what=f"checkpoint of {name or pod or container or f'pid {pid}'}")
 
 
-def _target(name: str, pod: str, pid: int | None, namespace: str) -> pb.Target:
-    if sum(map(bool, (name, pod, pid))) != 1:
-        raise click.UsageError("give one of: NAME of a job, --pod UID, --pid PID")
+def _target(name: str, pod: str, container: str, pid: int | None, namespace: str) -> pb.Target:
+    if sum(map(bool, (name, pod, container, pid))) != 1:
+        raise click.UsageError("give one of: NAME of a job or pod, --pod UID, --container ID, --pid PID")
     if name:
         space, job = split_name(name, namespace)
         return pb.Target(namespace=space, pod_name=job)
     if namespace:
-        raise click.UsageError("--namespace goes with the NAME of a job")
-    return pb.Target(pod_id=pod, pid=pid or 0)
+        raise click.UsageError("--namespace goes with a NAME")
+    return pb.Target(pod_id=pod, container=container, pid=pid or 0)
 
 
 @command("restore")
@@ -113,6 +119,8 @@ def restore(session: Session, checkpoint_id: str, name: str, directory: str, cri
 
     It runs on from the moment it was captured. Whatever does not fit (an image that is damaged, pids that are taken,
     too little memory) is refused before anything is touched. The checkpoint stays; it can be restored again.
+
+    A pod comes back by making one: with the runtime class `hibernode` and the annotation `hibernode.io/restore-from`.
 
     \b
     Examples:

@@ -77,9 +77,10 @@ def _utf8(what: str, value: str) -> str:
 
 @command("jobs")
 def jobs(session: Session) -> None:
-    """Show the jobs of this machine.
+    """Show the jobs and pods of this machine.
 
-    All jobs that were started with `run`, or brought back with `restore`: those that run and those that have ended.
+    All jobs that were started with `run`, or brought back with `restore`: those that run and those that have ended. Where the
+    machine has a container runtime, the pods that run, too.
 
     \b
     Examples:
@@ -91,7 +92,8 @@ def jobs(session: Session) -> None:
         session.screen.document(text.plain(answer))
         return
     columns = [
-        Column("JOB"),
+        Column("NAME"),
+        Column("KIND", keep=1),
         Column("STATE"),
         Column("PID", right=True),
         Column("MEMORY", right=True),
@@ -111,12 +113,13 @@ def _job_row(w: pb.Workload) -> list[Cell]:
     alive = w.pid > 0
     return [
         job_name(w),
+        w.kind,
         (w.state, style),
         str(w.pid) if alive else "",
         text.size(w.rss) if alive else "",
         str(w.processes) if alive else "",
         ago(w.started_at),
-        text.shown(w.command),
+        text.shown(w.command or w.uid),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from hibernode._pb import hibernode_pb2 as pb
@@ -71,6 +72,8 @@ def nodes(session: Session) -> None:
         Column("LOAD", right=True),
         Column("CPUS", right=True, keep=6),
         Column("MEMORY FREE", right=True),
+        Column("GPUS", flexible=True, keep=2),
+        Column("GPU MEMORY USED", right=True, keep=2),
         Column("SEEN", keep=7),
         Column("VERSION", keep=5),
         Column("CRIU", keep=4),
@@ -78,6 +81,9 @@ def nodes(session: Session) -> None:
         Column("STORE", flexible=True, keep=3),
     ]
     session.screen.table(columns, [_node_row(n) for n in answer.nodes], empty="no nodes")
+    for wish in (wish for n in answer.nodes for wish in n.heartbeats if wish.problem):
+        who = text.shown(f"{wish.namespace}/{wish.name}")
+        session.screen.say(("!", "bold yellow"), f" pod {who} has no heartbeats: {text.shown(wish.problem)}")
 
 
 def _node_row(n: pb.NodeRecord) -> list[Cell]:
@@ -87,9 +93,26 @@ def _node_row(n: pb.NodeRecord) -> list[Cell]:
         f"{n.load:.1f}",
         str(n.cpus),
         text.sizes(n.memory_available, n.memory_total),
+        _gpus(n.gpu_inventory),
+        _gpu_memory(n.gpu_inventory.gpus),
         ago(n.time),
         n.version,
         n.criu,
         n.kernel,
         text.shown(n.store),
     ]
+
+
+def _gpus(found: pb.GpuInventory) -> str:
+    """`8 × NVIDIA H100`; nothing where there is none; why, where that is not known."""
+    counts = Counter(gpu.name or "unknown GPU" for gpu in found.gpus)
+    listed = ", ".join(f"{count} × {text.shown(name)}" for name, count in counts.items())
+    if found.state in ("ok", "absent"):
+        return listed
+    why = text.shown(found.reason) or "the node does not say"
+    return f"{listed}, {why}" if listed else f"? {why}"
+
+
+def _gpu_memory(gpus: Iterable[pb.Gpu]) -> str:
+    told = [(gpu.memory_used, gpu.memory_total) for gpu in gpus if gpu.HasField("memory_used") and gpu.HasField("memory_total")]
+    return text.sizes(sum(used for used, _ in told), sum(total for _, total in told)) if told else ""

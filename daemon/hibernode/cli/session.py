@@ -107,7 +107,7 @@ def known_jobs(client: Client) -> list[tuple[str, str]]:
 
 
 checkpoint_argument = click.argument("checkpoint_id", shell_complete=completing(known_checkpoints))
-namespace_option = click.option("--namespace", "-n", default="", help="Namespace of the job; `default` if not given.")
+namespace_option = click.option("--namespace", "-n", default="", help="Namespace of the job or pod; `default` if not given.")
 
 
 def job_name(workload: pb.Workload) -> str:

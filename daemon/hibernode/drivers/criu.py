@@ -9,27 +9,39 @@ that does not do even that is killed.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import re
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pycriu
 from google.protobuf.message import DecodeError
-from pycriu.images import core_pb2, magic, pstree_pb2, stats_pb2
+from pycriu.images import (
+    core_pb2,
+    creds_pb2,
+    fdinfo_pb2,
+    ghost_file_pb2,
+    magic,
+    mnt_pb2,
+    pstree_pb2,
+    remap_file_path_pb2,
+    stats_pb2,
+)
 
 from hibernode.children import Children, unprotect
 from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed, Stuck
 from hibernode.model import MAX_TASKS, Cancel, TaskFacts
-from hibernode.ports import CriuFacts, CriuOptions, DumpStats, Prepared, show_version
+from hibernode.ports import CriuFacts, CriuOptions, Demands, DumpStats, Endpoint, MountFacts, Prepared, TaskRights, show_version
 
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
@@ -37,6 +49,7 @@ _ROLLBACK = 15.0  # seconds a dump has to roll back after its page socket closed
 _LEFT = 2.0  # seconds that what a dead daemon's CRIU has left gets to end by itself
 _LAST = 30.0  # seconds a SIGKILLed worker has to end: it may be in the middle of freeing much memory
 _MAX_FILE = 16 << 20  # bytes; 100,000 tasks of ten threads are 7 MiB of pstree.img, and a core is tens of KiB
+_SYS_RESOURCE = 24  # include/uapi/linux/capability.h
 _TASK_DEAD = 2  # criu/include/image.h
 _log = logging.getLogger("hibernode.criu")
 # Logged as an error without CAP_SYS_RESOURCE, and as a warning because the page socket is no TCP one: neither means anything.
@@ -83,8 +96,12 @@ class Criu:
                     wanted=f"{show_version(OLDEST)} or newer",
                     hint="`scripts/setup` provides one",
                 )
-            self._facts = CriuFacts(version, self._path)
+            self._facts = CriuFacts(version, self._path, reads_limits=_holds(_SYS_RESOURCE))
         return self._facts
+
+    def environment(self) -> Mapping[str, str]:
+        places = [str(Path(self.facts().path).parent), self._env.get("PATH", os.defpath)]
+        return {**self._env, "PATH": os.pathsep.join(places)}
 
     def _version(self) -> int:
         _, said = self._children.run([self._path, "--version"], timeout=30)
@@ -122,7 +139,7 @@ class Criu:
             raise self._failed(DumpFailed, f"CRIU could not dump pid {pid}", e, images / "dump.log") from e
         finally:
             pages.close()
-        return read_stats(images)
+        return self.stats(images)
 
     def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
         cancel.check()
@@ -206,6 +223,14 @@ class Criu:
         first = next((line for line in tail if "Error" in line), said)  # later errors are mostly consequences
         return kind(f"{what}: {first}", hint=hint, criu_log=tail, reason=reason, criu=said)
 
+    def stats(self, images: Path) -> DumpStats:
+        return read_stats(images)
+
+    def why(self, what: str, error: Exception, log: Path) -> DumpFailed:
+        found = self._failed(DumpFailed, what, error, log)
+        assert isinstance(found, DumpFailed)
+        return found
+
     def let_go(self, work: Path) -> None:
         limit = time.monotonic() + _LEFT
         while left := [pid for pid in _everybody() if _is_of(pid, work)]:
@@ -226,6 +251,20 @@ class Criu:
             return [_task(images, entry) for entry in parsed]
         except (OSError, struct.error, ValueError, DecodeError) as e:
             raise Corrupt(f"CRIU's images do not say which tasks they hold: {e}") from e
+
+    def demands(self, images: Path) -> Demands:
+        try:
+            entries = map(pstree_pb2.pstree_entry.FromString, _entries(_content(images / "pstree.img"), "PSTREE", MAX_TASKS))
+            threads = {thread for entry in entries for thread in (entry.pid, *entry.threads)}
+            return Demands(
+                tasks=[rights for thread in sorted(threads) for rights in _rights(images, thread)],
+                mounts=[_mount(entry) for file in sorted(images.glob("mountpoints-*.img")) for entry in _all(file, "MNTS")],
+                devices=[*_open_devices(images), *_ghost_devices(images)],
+                deleted=_deleted(images),
+                sockets=list(_sockets(images)),
+            )
+        except (OSError, struct.error, ValueError, DecodeError) as e:
+            raise Corrupt(f"CRIU's images do not say what they need: {e}") from e
 
 
 @contextmanager
@@ -361,6 +400,99 @@ def _task(images: Path, entry: pstree_pb2.pstree_entry) -> TaskFacts:
     # Of a zombie CRIU (4.2.1) writes memory that it never filled; it has no threads.
     threads = [] if dead else [thread for thread in entry.threads if thread != entry.pid]
     return TaskFacts(pid=entry.pid, ppid=entry.ppid, comm=str(core.tc.comm)[:64], threads=threads, dead=dead)
+
+
+def _holds(capability: int) -> bool:
+    """Does this process, whose workers have what it has?"""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        held = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    return bool(held >> capability & 1)
+
+
+def _all(file: Path, kind: str) -> Iterator[bytes]:
+    return _entries(_content(file), kind, MAX_TASKS)
+
+
+def _rights(images: Path, thread: int) -> Iterator[TaskRights]:
+    """None of a helper, which has no core, or of a zombie, which is nobody any more."""
+    path = images / f"core-{thread}.img"
+    if not path.exists():
+        return
+    core = core_pb2.core_entry.FromString(next(_entries(_content(path), "CORE", 1), b""))
+    if core.tc.task_state == _TASK_DEAD:
+        return
+    creds: creds_pb2.creds_entry = core.thread_core.creds
+    if not core.thread_core.HasField("creds"):
+        raise ValueError(f"{path.name} does not say whose it is")
+    filters = (core.tc.old_seccomp_mode, core.thread_core.seccomp_mode)
+    yield TaskRights(
+        pid=thread,
+        uids=frozenset((creds.uid, creds.euid, creds.suid, creds.fsuid)),
+        gids=frozenset((creds.gid, creds.egid, creds.sgid, creds.fsgid, *creds.groups)),
+        permitted=_bits(creds.cap_prm) | _bits(creds.cap_eff) | _bits(creds.cap_inh) | _bits(creds.cap_amb),
+        bounding=_bits(creds.cap_bnd),
+        filtered=core_pb2.filter in filters,
+        no_new_privs=bool(creds.no_new_privs),
+        label=str(creds.lsm_profile)[:1024],
+    )
+
+
+def _bits(words: Sequence[int]) -> int:
+    return sum(word << 32 * n for n, word in enumerate(words))
+
+
+def _mount(data: bytes) -> MountFacts:
+    entry = mnt_pb2.mnt_entry.FromString(data)
+    kind = mnt_pb2.fstype.Name(entry.fstype).lower() if entry.fstype in mnt_pb2.fstype.values() else str(entry.fstype)
+    return MountFacts(place=entry.mountpoint, kind=kind, key=entry.ext_key, flags=entry.flags | entry.sb_flags)
+
+
+def _open_devices(images: Path) -> Iterator[str]:
+    path = images / "files.img"
+    for data in _all(path, "FILES") if path.exists() else ():
+        entry = fdinfo_pb2.file_entry.FromString(data)
+        if entry.type == fdinfo_pb2.EXT:
+            yield "of a plugin"
+        elif stat.S_ISCHR(entry.reg.mode) or stat.S_ISBLK(entry.reg.mode):
+            yield str(entry.reg.name)
+
+
+def _sockets(images: Path) -> Iterator[Endpoint]:
+    """Those that are bound to one address. A connection that was dumped to be closed has kept its addresses."""
+    path = images / "files.img"
+    for data in _all(path, "FILES") if path.exists() else ():
+        entry = fdinfo_pb2.file_entry.FromString(data)
+        if entry.type != fdinfo_pb2.INETSK or not (address := _address(entry.isk.src_addr)):
+            continue
+        of_tcp = entry.isk.proto == socket.IPPROTO_TCP and entry.isk.dst_port
+        yield Endpoint(address, f"{_address(entry.isk.dst_addr)}:{entry.isk.dst_port}" if of_tcp else "")
+
+
+def _address(words: Sequence[int]) -> str:
+    """As CRIU writes it: one word, or four, in the order of the network. Empty for any."""
+    found = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    return "" if found.is_unspecified else str(found)
+
+
+def _deleted(images: Path) -> list[str]:
+    files, remaps = images / "files.img", images / "remap-fpath.img"
+    if not (files.exists() and remaps.exists()):
+        return []
+    gone = {remap_file_path_pb2.remap_file_path_entry.FromString(data).orig_id for data in _all(remaps, "REMAP_FPATH")}
+    entries = map(fdinfo_pb2.file_entry.FromString, _all(files, "FILES"))
+    return [str(entry.reg.name) for entry in entries if entry.type == fdinfo_pb2.REG and entry.id in gone]
+
+
+def _ghost_devices(images: Path) -> Iterator[str]:
+    """A ghost is a deleted file, which CRIU makes anew for a moment: the first entry of its image says what it was."""
+    for path in images.glob("ghost-file-*.img"):
+        with open(path, "rb") as file:
+            first, second, size = struct.unpack("<III", file.read(12))
+            if (first, second) != (magic.by_name["IMG_COMMON"], magic.by_name["GHOST_FILE"]):
+                raise ValueError(f"{path.name}: wrong magic number")
+            mode = ghost_file_pb2.ghost_file_entry.FromString(file.read(min(size, _MAX_FILE))).mode
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            yield "deleted"
 
 
 def log_tail(log: Path, lines: int = _LOG_LINES) -> list[str]:

@@ -297,6 +297,7 @@ class _Batch:
         self._link = link
         self._replies = [message.reply for message in in_order]
         self.events = [message.data for message in in_order]
+        self.nodes = [message.subject.split(".")[3] for message in in_order]  # a login may send as one node only
 
     async def done(self) -> None:
         await self._link.ask(b"+ACK", *self._replies)

@@ -3,28 +3,32 @@
 Runs while the workload is frozen, so it does as little as it can: one header, one receive straight into the arena. Whoever reads the
 page socket closes it on every way out: a reader that stopped and left it open made CRIU wait with the tree held, and CRIU's own
 timeout did not end that; a closed socket makes the dump fail and the tree run on.
+
+CRIU corks a TCP socket, and its last word does not pull the cork (4.2.1, `disconnect_from_page_server`): the kernel sends it 200 ms
+later, while the tree stands still. So whoever waits here for more than a moment pushes.
 """
 
 from __future__ import annotations
 
 import socket
+import struct
+import threading
 from array import array
-from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
 from hibernode.errors import Corrupt
 from hibernode.flow import Channel, Threads
-from hibernode.model import FRAME_PAGES, PAGE
+from hibernode.model import PAGE
 from hibernode.transfer import pageproto
 from hibernode.transfer.arena import Arena, Chunk
+from hibernode.transfer.filling import Filling, Held
 from hibernode.transfer.format import SEGMENT, SegmentTable
 from hibernode.transfer.pageproto import Header, Wire
 
 SOCKET_BUFFER = 8 << 20  # bytes each way; larger ones brought nothing
-# Chunks are held back while the workload is frozen, until the arena is this full: compression beside the copy made the pause of a
-# 1 GB process on two (busy) cores three times longer, 0.65 s instead of 0.21 s, for the same time until `ready`.
-_FILLED = 0.9
+_MOMENT = struct.pack("@ll", 0, 4000)  # a timeval: a tick of a slow kernel
 _MAX_SEGMENT_PAGES = 1 << 32  # 16 TiB: beyond it the header is garbage
 
 
@@ -37,23 +41,92 @@ def page_sockets() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
+Push = Callable[[], None]
+
+
+class PageDoor:
+    """ports.PageDoor: who comes in is handed to `collect`, in a thread of its own; over TCP with a way to push him."""
+
+    def __init__(self, name: str, threads: Threads, collect: Callable[[socket.socket, Push | None], None]) -> None:
+        self._name, self._threads, self._collect = name, threads, collect
+        self._thread: threading.Thread | None = None
+        self._listener: socket.socket | None = None
+
+    def give(self) -> socket.socket:
+        ours, theirs = page_sockets()
+        self._thread = self._threads.start(self._name, self._collect, ours, None)
+        return theirs
+
+    def listen(self, trusted: Callable[[tuple[str, int]], Push | None]) -> int:
+        self._listener = listener = socket.create_server(("127.0.0.1", 0), backlog=1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)  # before anybody comes: connections inherit it
+        self._threads.on_stop(lambda: _shut(listener))
+        self._thread = self._threads.start(self._name, self._accept, listener, trusted)
+        port: int = listener.getsockname()[1]
+        return port
+
+    def _accept(self, listener: socket.socket, trusted: Callable[[tuple[str, int]], Push | None]) -> None:
+        with listener:
+            while True:
+                try:
+                    pages, address = listener.accept()
+                except OSError:
+                    return  # shut: nobody comes any more
+                if push := trusted(address):
+                    break
+                pages.close()
+        self._collect(pages, push)
+
+    def close(self) -> None:
+        """Nobody is waited for any more, and what has come is collected. Raises what stopped the scope."""
+        if self._listener is not None:
+            _shut(self._listener)
+        if self._thread is not None:
+            self._threads.join([self._thread])
+
+
+def _shut(open_: socket.socket) -> None:
+    """Wake whoever waits in it; the descriptor stays his."""
+    try:
+        open_.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # closed already: he has gone
+
+
 class _Ended(Exception):
     """The socket ended inside a segment: CRIU is gone, and whoever drives it knows why."""
 
 
 class Collector:
-    """One dump's worth of pages. `run` in a thread of its own; `table` and `pages` are complete once it has returned."""
+    """One dump's worth of pages. `run` in a thread of its own; `table` and `pages` are complete once it has returned. What it has filled
+    waits in `held`, which is shared by all that is captured together; of one tree alone, it is its own. `push` makes the other end send
+    what it holds back."""
 
-    def __init__(self, pages: socket.socket, wire: Wire, arena: Arena, out: Channel[Chunk], threads: Threads) -> None:
-        self._socket, self._wire, self._arena, self._out, self._threads = pages, wire, arena, out, threads
+    def __init__(
+        self,
+        pages: socket.socket,
+        wire: Wire,
+        arena: Arena,
+        out: Channel[Chunk],
+        threads: Threads,
+        held: Held | None = None,
+        push: Push | None = None,
+    ) -> None:
+        self._socket, self._wire, self._push = pages, wire, push
+        if push is not None:  # the kernel's own limit: with one of Python's no receive would wait for all
+            pages.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _MOMENT)
+        self._held = held if held is not None else Held(arena)
+        self._filling = Filling(arena, out, threads, self._held)
         self._segments = array("Q")  # dst_id, vaddr, pages, flags: 32 bytes a segment
         self._dst = 0
-        self._chunk: Chunk | None = None
-        self._held_back: deque[Chunk] = deque()
-        self.pages = 0  # with content: the image's page numbers run from 0 to here
+        self._opened: int | None = None  # how long the list was when CRIU opened `_dst`
         self.closed = False  # CRIU said that it was finished
-        threads.on_stop(self._shut)
-        threads.on_stop(arena.wake)
+        threads.on_stop(lambda: _shut(pages))
+
+    @property
+    def pages(self) -> int:
+        """With content: the image's page numbers run from 0 to here."""
+        return self._filling.pages
 
     @property
     def table(self) -> SegmentTable:
@@ -65,84 +138,71 @@ class Collector:
         try:
             while not self.closed and self._receive(memoryview(header)):
                 self._handle(self._wire.decode(header))
-            self._flush()
+            self._filling.flush()
         except (_Ended, OSError):
             return
         finally:
             self._socket.close()
-            if self._chunk is not None:
-                self._arena.give_back(self._chunk)
-                self._chunk = None
+            self._filling.abandon()
 
     def release(self) -> None:
         """Hand every filled chunk to the streams: the workload is running again, or the arena runs low."""
-        while self._held_back:
-            self._out.put(self._held_back[0])  # raises when the scope stops: then the chunk is still ours, and `discard` finds it
-            self._held_back.popleft()
+        self._held.release()
 
     def discard(self) -> None:
         """Give back what was never released. Harmless when nothing is left."""
-        while self._held_back:
-            self._arena.give_back(self._held_back.popleft())
-
-    def _shut(self) -> None:
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a blocked receive; the descriptor stays ours until run() ends
-        except OSError:
-            return  # closed already: run() is over
+        self._held.discard()
 
     def _handle(self, header: Header) -> None:
         match header.command:
             case pageproto.ADD_F:
                 self._add(header)
             case pageproto.OPEN2:
-                self._dst = header.dst_id
+                self._end_space()
+                self._dst, self._opened = header.dst_id, len(self._segments)
                 self._socket.sendall(pageproto.NO_PARENT_IMAGE)
             case pageproto.PARENT:
                 self._socket.sendall(pageproto.NO_PARENT)
             case pageproto.CLOSE | pageproto.FORCE_CLOSE:
-                self._flush()
+                self._end_space()
+                self._filling.flush()
                 self._socket.sendall(pageproto.CLOSED)
                 self.closed = True
             case unknown:
                 raise Corrupt(f"page socket: unknown command {unknown:#x}", hint="is pycriu of the same version as criu?")
+
+    def _end_space(self) -> None:
+        """A space that was opened and got nothing is kept as a segment of no pages: shared memory that nobody has touched has a pagemap all
+        the same, and CRIU 4.2.1 does not restore a tree whose memfd or shared mapping lacks its own (criu/shmem.c)."""
+        if self._opened == len(self._segments):
+            self._segments.extend((self._dst, 0, 0, 0))
+        self._opened = None
 
     def _add(self, header: Header) -> None:
         if not 0 < header.pages < _MAX_SEGMENT_PAGES or header.vaddr % PAGE:
             raise Corrupt(f"page socket: a segment of {header.pages} pages at {header.vaddr:#x} cannot be")
         self._segments.extend((self._dst, header.vaddr, header.pages, header.flags))
         if header.flags & pageproto.PRESENT:
-            self._take_pages(header.pages)
+            self._take(header.pages * PAGE)
 
-    def _take_pages(self, left: int) -> None:
+    def _take(self, left: int) -> None:
         while left:
-            chunk = self._chunk or self._open_chunk()
-            take = min(left, FRAME_PAGES - chunk.pages)
-            if not self._receive(chunk.memory[chunk.pages * PAGE : (chunk.pages + take) * PAGE]):
+            room = self._filling.room()[:left]
+            if not self._receive(room):
                 raise _Ended
-            chunk.pages += take
-            self.pages += take
-            left -= take
-            if chunk.pages == FRAME_PAGES:
-                self._flush()
-
-    def _open_chunk(self) -> Chunk:
-        if self._arena.used_bytes > self._arena.total_bytes * _FILLED:
-            self.release()
-        self._chunk = self._arena.take(self._threads)
-        self._chunk.first_page = self.pages
-        return self._chunk
-
-    def _flush(self) -> None:
-        if self._chunk is not None and self._chunk.pages:
-            self._held_back.append(self._chunk)
-            self._chunk = None
+            self._filling.advance(len(room))
+            left -= len(room)
 
     def _receive(self, into: memoryview) -> bool:
         """Fill `into`; False if the socket ended."""
         got = 0
         while got < len(into):
-            n = self._socket.recv_into(into[got:], len(into) - got, socket.MSG_WAITALL)
+            try:
+                n = self._socket.recv_into(into[got:], len(into) - got, socket.MSG_WAITALL)
+            except BlockingIOError:  # nothing, for a moment
+                if self._push is not None:
+                    self._push()
+                continue
             if n == 0:
                 return False
             got += n

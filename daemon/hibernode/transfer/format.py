@@ -20,7 +20,7 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from hibernode.errors import Corrupt, DumpFailed, Refused
-from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, ImageRef, Manifest, Signature
+from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, Manifest, PagesRef, Signature
 from hibernode.ports import Notary
 from hibernode.transfer.pageproto import PRESENT
 
@@ -51,6 +51,8 @@ _KEEP_BYTES = FRAME_PAGES // 8
 _KEEPS_AT_ONCE = 4096  # maps that are unpacked together, to be compared: 4 MiB
 _MIN_STORED = 10  # bytes; no zstd frame that holds a page is shorter
 MAX_STORED = FRAME_PAGES * PAGE * 2  # no zstd frame of 4 MiB is this long
+MIN_ENTRY = 3 * 512  # bytes of a layer's tar: the least that an entry is
+MIN_LAYER = MIN_ENTRY + 2 * 512  # its root, and the end of a tar
 _PAGES_LIMIT = 1 << 40  # 4 PiB of memory
 
 # zstd's seekable format (contrib/seekable_format in zstd): a skippable frame at the end of the stream.
@@ -169,7 +171,7 @@ class KeepMaps(Mapping[int, KeepMap]):
         return len(self._first)
 
 
-def index_limit(image: ImageRef) -> int:
+def index_limit(image: PagesRef) -> int:
     """The largest index that is read for this image. The manifest's own counts bound it, because a segment has a page at least and a
     frame a page that is not zero; but counts can lie, and pages of zeros cost nothing, so there is a ceiling. Segments without content
     are bounded by the address space in use, which no fragmentation makes larger than the pages themselves by more than this."""
@@ -177,7 +179,7 @@ def index_limit(image: ImageRef) -> int:
     return min(MAX_INDEX, _HEADER.size + (image.pages + (1 << 20)) * SEGMENT.itemsize + kept * (FRAME.itemsize + _KEEP_BYTES))
 
 
-def decode_index(data: bytes, image: ImageRef) -> Index:
+def decode_index(data: bytes, image: PagesRef) -> Index:
     """The index of `image`, consistent in itself and with the manifest, or Corrupt."""
     if len(data) < _HEADER.size:
         raise Corrupt("index: too short")
@@ -195,6 +197,11 @@ def decode_index(data: bytes, image: ImageRef) -> Index:
     return index
 
 
+def layer_segments(pages: int) -> SegmentTable:
+    """What the index of a layer has for segments: one, of all its pages."""
+    return np.array([(0, 0, pages, PRESENT)], SEGMENT)
+
+
 def _keep_maps(frames: FrameTable, packed: npt.NDArray[np.uint8]) -> KeepMaps:
     partial = frames[frames["kept"] < frames["pages"]]
     first, pages, kept = (np.ascontiguousarray(partial[name]) for name in ("first_page", "pages", "kept"))
@@ -209,9 +216,12 @@ def _keep_maps(frames: FrameTable, packed: npt.NDArray[np.uint8]) -> KeepMaps:
     return KeepMaps(first, pages, packed)
 
 
-def _check_segments(index: Index, image: ImageRef) -> None:
+def _check_segments(index: Index, image: PagesRef) -> None:
     pages = index.segments["pages"]
-    if len(pages) and (pages.max() > _PAGES_LIMIT or pages.min() < 1 or (index.segments["vaddr"] % PAGE).any()):
+    empty = index.segments[pages == 0]
+    if len(pages) and (
+        pages.max() > _PAGES_LIMIT or (index.segments["vaddr"] % PAGE).any() or empty["vaddr"].any() or empty["flags"].any()
+    ):
         raise Corrupt("index: a segment has an impossible address or length")
     if (index.segments["vaddr"] > (1 << 57) - pages * PAGE).any() or pages.sum(dtype=np.float64) > _PAGES_LIMIT:
         raise Corrupt("index: a segment lies outside of any address space")
@@ -219,7 +229,7 @@ def _check_segments(index: Index, image: ImageRef) -> None:
         raise Corrupt(f"index: {index.pages} pages, the manifest says {image.pages}")
 
 
-def _check_frames(index: Index, image: ImageRef) -> None:
+def _check_frames(index: Index, image: PagesRef) -> None:
     if len(index.frames):
         _check_runs(index.frames, image)
     elif image.zero_pages != image.pages:
@@ -228,7 +238,7 @@ def _check_frames(index: Index, image: ImageRef) -> None:
         _check_stream(index.frames[index.frames["stream"] == n], stream.frames, stream.size, stream.digest)
 
 
-def _check_runs(frames: FrameTable, image: ImageRef) -> None:
+def _check_runs(frames: FrameTable, image: PagesRef) -> None:
     if (
         (frames["kept"] < 1).any()
         or (frames["pages"] < frames["kept"]).any()
@@ -345,14 +355,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_images(manifest: Manifest) -> None:
-    keys = [ref.key for image in manifest.images for ref in (*image.streams, image.index, image.files)]
+    keys = [ref.key for part in manifest.parts for ref in part.objects]
     if len(set(keys)) != len(keys):
         raise Corrupt("manifest: two objects have one key")
-    for image in manifest.images:
-        if len(image.streams) > MAX_STREAMS or image.zero_pages > image.pages or image.pages > _PAGES_LIMIT:
-            raise Corrupt(f"manifest: image {image.name} has impossible counts")
-        if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in image.streams):
-            raise Corrupt(f"manifest: image {image.name} has a stream that cannot hold its frames")
-        refs = (*image.streams, image.index, image.files)
-        if any(not ref.key.startswith(f"{image.name}/") for ref in refs):
-            raise Corrupt(f"manifest: image {image.name} names objects outside of its folder")
+    if len({layer.name for layer in manifest.layers}) != len(manifest.layers):
+        raise Corrupt("manifest: two layers of one container")
+    for layer in manifest.layers:
+        if not MIN_LAYER <= layer.bytes <= layer.pages * PAGE < layer.bytes + PAGE or layer.entries * MIN_ENTRY > layer.bytes:
+            raise Corrupt(f"manifest: layer {layer.name} has impossible sizes")
+    for part in manifest.parts:
+        if len(part.streams) > MAX_STREAMS or part.zero_pages > part.pages or part.pages > _PAGES_LIMIT:
+            raise Corrupt(f"manifest: {part.name} has impossible counts")
+        if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in part.streams):
+            raise Corrupt(f"manifest: {part.name} has a stream that cannot hold its frames")
+        if any(not ref.key.startswith(f"{part.name}/") for ref in part.objects):
+            raise Corrupt(f"manifest: {part.name} names objects outside of its folder")

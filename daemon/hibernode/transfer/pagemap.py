@@ -85,7 +85,7 @@ class PageFiles:
             file.write(struct.pack("<II", _COMMON_MAGIC, _PAGEMAP_MAGIC))
             file.write(_prefixed(pagemap_pb2.pagemap_head(pages_id=pages_id)))
             for at in range(0, len(rows), _AT_ONCE):
-                file.writelines(_entry(*segment) for segment in segments[rows[at : at + _AT_ONCE]].tolist())
+                file.writelines(_entry(*segment) for segment in segments[rows[at : at + _AT_ONCE]].tolist() if segment[2])
 
     def write(self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]], content: list[memoryview]) -> None:
         """Put pages where they belong: `numbers` ascend, `content` holds one page for each, in pieces of any length."""

@@ -1,27 +1,39 @@
 """Ranged reads on N streams -> frames, verified -> inflated -> pages files. Twin: `send.py`.
 
 Every frame is compared with its digest before it is inflated, so damaged or foreign bytes reach neither zstd nor CRIU. Memory beside
-the pages files themselves (tmpfs, the image's pages that are not zero): threads * (2 * batch) for reads, decrypted and inflated frames.
+the pages files themselves (tmpfs, the image's pages that are not zero): threads * (2 * batch) for reads, decrypted and inflated frames;
+for a layer, which is used as it comes, `_AHEAD` windows of frames more, 48 MiB.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from hibernode.errors import Corrupt
-from hibernode.flow import Channel, Threads
-from hibernode.model import FRAME_PAGES, PAGE, ImageRef, Meter, ObjectRef
+from hibernode.flow import Channel, Stopped, Threads
+from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef
 from hibernode.ports import Store
 from hibernode.transfer import codec, files, format
 from hibernode.transfer.format import FrameTable, Index
 from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.seal import PIECE, ObjectSeal, Seal, opened
 
+R = TypeVar("R", bound=PagesRef)
+
 BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request's latency is paid rarely
+# Of a layer, which is read in order: frames that are asked for together, and how many such windows are read or wait to be used.
+_WINDOW, _AHEAD = 4, 3
+_JOBS = 1 << 16  # more than there ever are: windows are the bound, and a stream's table each
+_ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
 
 
 @dataclass(frozen=True)
@@ -50,34 +62,20 @@ class _Table:
     content: bytes
 
 
-class Receiver:
-    """One image on its way out of the store."""
+class _Pages(Generic[R]):
+    """The pages of one image or layer on their way out of the store."""
 
-    def __init__(self, store: Store, seal: Seal, image: ImageRef, threads: int, meter: Meter) -> None:
-        self._store, self._seal, self._image, self._meter = store, seal, image, meter
+    def __init__(self, store: Store, seal: Seal, ref: R, threads: int, meter: Meter) -> None:
+        self._store, self._seal, self._ref, self._meter = store, seal, ref, meter
         self._prefix = seal.checkpoint_id
         self._threads = max(1, threads)
-
-    def fetch_files(self, packed: Path, directory: Path) -> None:
-        """CRIU's small images into `directory`; `packed` is where the tar lies meanwhile, and is gone afterwards."""
-        try:
-            files.fetch(self._store, self._prefix, self._image.files, self._seal.of(self._image.files.key), packed)
-            files.unpack(packed, directory, limit=self._image.files_bytes or files.UNSAID_BYTES)
-        finally:
-            packed.unlink(missing_ok=True)
-        self._meter.add(io=self._image.files.size)
-
-    def verify_files(self) -> None:
-        """Read CRIU's small images, compare them with their digest, and keep nothing."""
-        files.verify(self._store, self._prefix, self._image.files, self._seal.of(self._image.files.key))
-        self._meter.add(io=self._image.files.size)
 
     def fetch_index(self) -> Index:
         """The index, compared with its digest and with the manifest. Takes no more memory than `format.index_limit` and what it inflates
         to, whatever the manifest says."""
-        limit = format.index_limit(self._image)
-        data = self._fetch_small(self._image.index, limit)
-        return format.decode_index(codec.inflate(data, limit=limit), self._image)
+        limit = format.index_limit(self._ref)
+        data = self._fetch_small(self._ref.index, limit)
+        return format.decode_index(codec.inflate(data, limit=limit), self._ref)
 
     def _fetch_small(self, ref: ObjectRef, limit: int) -> memoryview:
         seal = self._seal.of(ref.key)
@@ -91,31 +89,26 @@ class Receiver:
         self._meter.add(io=len(data))
         return _opened(seal, data) if seal.extra else data
 
-    def fetch_pages(self, index: Index, directory: Path, threads: Threads) -> None:
-        """All pages into pages files in `directory`, verified; returns when they are there."""
-        with PageFiles(directory, index.segments) as pages:
-            self._each_frame(index, threads, pages)
-
     def verify_pages(self, index: Index, threads: Threads) -> None:
         """Read, compare and inflate every frame, and keep nothing."""
         self._each_frame(index, threads, None)
 
     def _each_frame(self, index: Index, threads: Threads, pages: PageFiles | None) -> None:
         batches: Channel[_Batch | _Table] = threads.channel(1 << 20)
-        workers = [threads.start(f"{self._image.name} read {n}", self._work, batches, index, pages) for n in range(self._threads)]
+        workers = [threads.start(f"{self._ref.name} read {n}", self._work, batches, index, pages) for n in range(self._threads)]
         for batch in self._plan(index):
             batches.put(batch)
         for table in self._tables(index):
             batches.put(table)
         batches.close()
         threads.join(workers)
-        holes = (self._image.pages - int(index.frames["pages"].sum())) * PAGE  # runs of zero pages have no frame at all
+        holes = (self._ref.pages - int(index.frames["pages"].sum())) * PAGE  # runs of zero pages have no frame at all
         self._meter.add(raw=holes, zero=holes)
 
     def _plan(self, index: Index) -> list[_Batch]:
         """Batches of every stream in turn, so that the threads read from all of them at once."""
         rows = []
-        for n, stream in enumerate(self._image.streams):
+        for n, stream in enumerate(self._ref.streams):
             frames = _of_stream(index, n)
             cuts = np.flatnonzero(np.diff(frames["offset"] // BATCH)) + 1 if len(frames) else np.array([], np.int64)
             for turn, (first, part) in enumerate(zip((0, *cuts), np.split(frames, cuts), strict=True)):
@@ -126,31 +119,23 @@ class Receiver:
     def _tables(self, index: Index) -> list[_Table]:
         """What no frame's digest covers of a stream. No restore needs it, but a stream of which a byte has changed is damaged."""
         found = []
-        for n, stream in enumerate(self._image.streams):
+        for n, stream in enumerate(self._ref.streams):
             frames = _of_stream(index, n)
             table = format.seek_table(frames["stored"], frames["kept"] * PAGE)
             found.append(_Table(stream.key, stream.size - len(table), table))
         return found
 
     def _work(self, batches: Channel[_Batch | _Table], index: Index, pages: PageFiles | None) -> None:
-        unpacker = codec.Unpacker()
-        opened_into = self._seal.of("").scratch(format.MAX_STORED)
-        buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
+        reader = _Reader(self._store, self._seal, self._meter)
         for batch in batches:
             if isinstance(batch, _Table):
                 self._compare(batch)
                 continue
-            if batch.size > len(buffer):
-                raise Corrupt(f"{batch.key}: frames are larger than they can be")
-            data = buffer[: batch.size]
-            self._store.read_into(f"{self._prefix}/{batch.key}", batch.offset, data)
-            self._meter.add(io=batch.size, stored=batch.size)
-            seal = self._seal.of(batch.key)
-            for number, frame in enumerate(batch.frames, batch.first):
-                at = int(frame["offset"]) - batch.offset
-                stored = data[at : at + int(frame["stored"])]
-                _insist_whole(frame, stored, batch.key)
-                self._frame(frame, seal.open(number, stored, opened_into), unpacker, index, pages)
+            for frame, content in reader.read(batch):
+                if pages is not None:
+                    first, count = int(frame["first_page"]), int(frame["pages"])
+                    numbers = np.arange(first, first + count, dtype=np.int64)
+                    pages.write(numbers if frame["kept"] == count else numbers[index.keeps[first]], content)
 
     def _compare(self, table: _Table) -> None:
         data = memoryview(bytearray(len(table.content)))
@@ -159,13 +144,167 @@ class Receiver:
         if data != table.content:
             raise Corrupt(f"{table.key}: its seek table is damaged", key=table.key, offset=table.offset)
 
-    def _frame(self, frame: np.void, packed: memoryview, unpacker: codec.Unpacker, index: Index, pages: PageFiles | None) -> None:
-        first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
-        content = unpacker.unpack(packed, kept * PAGE)
-        if pages is not None:
-            numbers = np.arange(first, first + count, dtype=np.int64)
-            pages.write(numbers if kept == count else numbers[index.keeps[first]], content)
-        self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
+
+class Receiver(_Pages[ImageRef]):
+    """One image on its way out of the store."""
+
+    def fetch_files(self, packed: Path, directory: Path) -> None:
+        """CRIU's small images into `directory`; `packed` is where the tar lies meanwhile, and is gone afterwards."""
+        try:
+            files.fetch(self._store, self._prefix, self._ref.files, self._seal.of(self._ref.files.key), packed)
+            files.unpack(packed, directory, limit=self._ref.files_bytes or files.UNSAID_BYTES)
+        finally:
+            packed.unlink(missing_ok=True)
+        self._meter.add(io=self._ref.files.size)
+
+    def verify_files(self) -> None:
+        """Read CRIU's small images, compare them with their digest, and keep nothing."""
+        files.verify(self._store, self._prefix, self._ref.files, self._seal.of(self._ref.files.key))
+        self._meter.add(io=self._ref.files.size)
+
+    def fetch_pages(self, index: Index, directory: Path, threads: Threads) -> None:
+        """All pages into pages files in `directory`, verified; returns when they are there."""
+        with PageFiles(directory, index.segments) as pages:
+            self._each_frame(index, threads, pages)
+
+
+class LayerReceiver(_Pages[LayerRef]):
+    """One writable layer on its way out of the store."""
+
+    def fetch_index(self) -> Index:
+        index = super().fetch_index()
+        if not np.array_equal(index.segments, format.layer_segments(self._ref.pages)):
+            raise Corrupt("index: a layer has one segment, of all its pages")
+        return index
+
+    def pieces(self, index: Index, threads: Threads) -> Generator[memoryview]:
+        """The bytes of all its pages in order, the zeros behind the tar included, in pieces of 4 MiB at most. A frame is compared with its
+        digest before anything of it is given out; those to come are read meanwhile, `_AHEAD` windows of them and no more. Raises Corrupt,
+        what the store raises, or `Stopped`; the last piece has come when the seek tables were compared, too."""
+        ready = _Ready(threads)
+        jobs: Channel[_Batch | _Table] = threads.channel(_JOBS)
+        workers = [
+            threads.start(f"{self._ref.name} layer {n}", self._read_ahead, jobs, index, ready) for n in range(self._threads)
+        ]
+        windows, asked, at = self._windows(index), deque[FrameTable](), 0
+        while True:
+            for frames, batches in itertools.islice(windows, _AHEAD - len(asked)):
+                asked.append(frames)
+                for batch in batches:
+                    jobs.put(batch)
+            if not asked:
+                break
+            for frame in asked.popleft():
+                first = int(frame["first_page"])
+                yield from self._hole(first - at)
+                yield ready.take(first)
+                at = first + int(frame["pages"])
+        for table in self._tables(index):
+            jobs.put(table)
+        jobs.close()
+        threads.join(workers)
+        yield from self._hole(self._ref.pages - at)
+
+    def _windows(self, index: Index) -> Iterator[tuple[FrameTable, list[_Batch]]]:
+        """Frames in the order of their pages, a few at a time, and how they are read: those that lie end to end in a stream together."""
+        frames, numbers = index.frames, np.empty(len(index.frames), np.int64)  # of each in its stream
+        order = np.lexsort((frames["offset"], frames["stream"]))
+        firsts = np.searchsorted(frames["stream"][order], frames["stream"][order])
+        numbers[order] = np.arange(len(frames)) - firsts
+        for at in range(0, len(frames), _WINDOW):
+            window, its = frames[at : at + _WINDOW], numbers[at : at + _WINDOW]
+            order = np.lexsort((window["offset"], window["stream"]))
+            ordered, its = window[order], its[order]
+            apart = (ordered["stream"][1:] != ordered["stream"][:-1]) | (np.diff(its) != 1)
+            cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(ordered)]
+            yield (
+                window,
+                [
+                    _Batch(self._ref.streams[int(ordered["stream"][a])].key, int(its[a]), ordered[a:b])
+                    for a, b in itertools.pairwise(cuts)
+                ],
+            )
+
+    def _hole(self, pages: int) -> Iterator[memoryview]:
+        self._meter.add(raw=pages * PAGE, zero=pages * PAGE)
+        for at in range(0, pages, FRAME_PAGES):
+            yield _ZEROS[: min(FRAME_PAGES, pages - at) * PAGE]
+
+    def _read_ahead(self, jobs: Channel[_Batch | _Table], index: Index, ready: _Ready) -> None:
+        reader = _Reader(self._store, self._seal, self._meter)
+        for job in jobs:
+            if isinstance(job, _Table):
+                self._compare(job)
+                continue
+            for frame, content in reader.read(job):
+                ready.put(int(frame["first_page"]), _dense(frame, content, index))
+
+
+class _Ready:
+    """What has been read and is not used yet, by first page."""
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._contents: dict[int, memoryview] = {}
+        self._changed = threading.Condition()
+        threads.on_stop(self._wake)
+
+    def put(self, first_page: int, content: memoryview) -> None:
+        with self._changed:
+            self._contents[first_page] = content
+            self._changed.notify_all()
+
+    def take(self, first_page: int) -> memoryview:
+        with self._changed:
+            self._changed.wait_for(lambda: self._threads.stopping or first_page in self._contents)
+            if self._threads.stopping:
+                raise Stopped
+            return self._contents.pop(first_page)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+class _Reader:
+    """Reads batches, verified, decrypted and inflated. Of one thread: buffers and contexts are used again."""
+
+    def __init__(self, store: Store, seal: Seal, meter: Meter) -> None:
+        self._store, self._seal, self._meter = store, seal, meter
+        self._unpacker = codec.Unpacker()
+        self._opened_into = seal.of("").scratch(format.MAX_STORED)
+        self._buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
+
+    def read(self, batch: _Batch) -> Iterator[tuple[np.void, list[memoryview]]]:
+        """Each frame with the pages that it kept, in pieces, which are good until the next frame is asked for."""
+        if batch.size > len(self._buffer):
+            raise Corrupt(f"{batch.key}: frames are larger than they can be")
+        data = self._buffer[: batch.size]
+        self._store.read_into(f"{self._seal.checkpoint_id}/{batch.key}", batch.offset, data)
+        self._meter.add(io=batch.size, stored=batch.size)
+        seal = self._seal.of(batch.key)
+        for number, frame in enumerate(batch.frames, batch.first):
+            at = int(frame["offset"]) - batch.offset
+            stored = data[at : at + int(frame["stored"])]
+            _insist_whole(frame, stored, batch.key)
+            count, kept = int(frame["pages"]), int(frame["kept"])
+            yield frame, self._unpacker.unpack(seal.open(number, stored, self._opened_into), kept * PAGE)
+            self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
+
+
+def _dense(frame: np.void, content: list[memoryview], index: Index) -> memoryview:
+    """All pages of a frame, in memory of their own."""
+    first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
+    packed = np.empty(kept * PAGE, np.uint8)
+    at = 0
+    for piece in content:
+        packed[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+        at += len(piece)
+    if kept == count:
+        return packed.data
+    pages = np.zeros((count, PAGE), np.uint8)
+    pages[index.keeps[first]] = packed.reshape(-1, PAGE)
+    return pages.reshape(-1).data
 
 
 def _of_stream(index: Index, number: int) -> FrameTable:

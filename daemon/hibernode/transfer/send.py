@@ -17,13 +17,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from hibernode.errors import HibernodeError, Internal
 from hibernode.flow import Channel, Threads
-from hibernode.model import FRAME_PAGES, PAGE, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
+from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef, StreamRef, TaskFacts
 from hibernode.ports import Store, Upload
 from hibernode.transfer import codec, format
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
@@ -55,16 +55,19 @@ class Packing:
     level: int | None
 
 
-class Sender(AbstractContextManager["Sender"]):
-    """One image on its way into the store. Inside its `with`, chunks put into `chunks` end up in the streams; `finish` completes
-    the image and says what it consists of. Left without `keep`, nothing of it stays in the store."""
+class _Pages(AbstractContextManager["_Pages"]):
+    """Pages on their way into the store. Inside its `with`, chunks put into `chunks` end up in the streams; `finish` completes them and
+    says what they consist of. Left without `keep`, nothing of it stays in the store."""
+
+    _STREAM: ClassVar[str]  # names of the objects in the folder
+    _INDEX: ClassVar[str]
 
     def __init__(
-        self, store: Store, seal: Seal, image: str, packing: Packing, arena: Arena, threads: Threads, meter: Meter
+        self, store: Store, seal: Seal, name: str, packing: Packing, arena: Arena, threads: Threads, meter: Meter
     ) -> None:
-        self._store, self._seal, self._image, self._arena = store, seal, image, arena
+        self._store, self._seal, self._name, self._arena = store, seal, name, arena
         self._threads, self._meter = threads, meter
-        keys = [f"{image}/pages-{n}.zst" for n in range(packing.streams)]
+        keys = [f"{name}/{self._STREAM.format(n)}" for n in range(packing.streams)]
         self._streams = [_Stream(key, n, packing.level, seal, arena, meter) for n, key in enumerate(keys)]
         self._uploads: list[_Object] = []
         self._kept = False
@@ -83,41 +86,32 @@ class Sender(AbstractContextManager["Sender"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if not self._kept:
-            self._threads.fail(error or Internal(f"image {self._image} was not kept"))
+            self._threads.fail(error or Internal(f"{self._name} was not kept"))
             self._threads.wait()
             for chunk in self.chunks.drain():
                 self._arena.give_back(chunk)
             self._undo()
 
-    def finish(
-        self, table: SegmentTable, pages: int, tasks: list[TaskFacts], pack: Callable[[Callable[[bytes], None]], int]
-    ) -> ImageRef:
-        """No more chunks: wait for the streams, write the small images (`pack` is given a writer, and says how many bytes they have) and
-        the index."""
+    def _join(self) -> None:
+        """No more chunks: wait for the streams."""
         self.chunks.close()
         self._threads.join([stream.thread for stream in self._streams if stream.thread])
+
+    def _put_index(self, table: SegmentTable, pages: int) -> PagesRef:
         frames = np.concatenate([s.table() for s in self._streams])
         keeps = KeepMaps.of({page: keep for s in self._streams for page, keep in s.keeps.items()})
-        files, files_bytes = self._put("images.tar.zst", pack)
         index = format.encode_index(Index(table, frames, keeps))
-        index_ref, _ = self._put("index.zst", lambda write: write(codec.deflate(index)))
-        return ImageRef(
-            name=self._image,
-            tasks=tasks,
-            pages=pages,
-            zero_pages=pages - int(frames["kept"].sum()),
-            streams=[s.ref() for s in self._streams],
-            index=index_ref,
-            files=files,
-            files_bytes=files_bytes,
-        )
+        index_ref, _ = self._put(self._INDEX, lambda write: write(codec.deflate(index)))
+        zero_pages = pages - int(frames["kept"].sum())
+        streams = [s.ref() for s in self._streams]
+        return PagesRef(name=self._name, pages=pages, zero_pages=zero_pages, streams=streams, index=index_ref)
 
     def keep(self) -> None:
         """It is part of a committed checkpoint now."""
         self._kept = True
 
     def _put(self, name: str, fill: Callable[[Callable[[bytes], None]], T]) -> tuple[ObjectRef, T]:
-        key = f"{self._image}/{name}"
+        key = f"{self._name}/{name}"
         made, digester = self._open(key), Digester()
 
         def write(data: codec.Buffer) -> None:
@@ -147,6 +141,34 @@ class Sender(AbstractContextManager["Sender"]):
                     _log.warning("could not remove %s: %s", made.key, e)  # invisible without a manifest; gc finds it
 
 
+class Sender(_Pages):
+    """One image."""
+
+    _STREAM, _INDEX = "pages-{}.zst", "index.zst"
+
+    def finish(
+        self, table: SegmentTable, pages: int, tasks: list[TaskFacts], pack: Callable[[Callable[[bytes], None]], int]
+    ) -> ImageRef:
+        """No more chunks: wait for the streams, write the small images (`pack` is given a writer, and says how many bytes they have) and
+        the index."""
+        self._join()
+        files, files_bytes = self._put("images.tar.zst", pack)
+        ref = self._put_index(table, pages)
+        return ImageRef(**dict(ref), tasks=tasks, files=files, files_bytes=files_bytes)
+
+
+class LayerSender(_Pages):
+    """One writable layer, beside the image of the same name, if there is one."""
+
+    _STREAM, _INDEX = "layer-{}.zst", "layer-index.zst"
+
+    def finish(self, pages: int, size: int, entries: int) -> LayerRef:
+        """No more chunks: wait for the streams, and write the index. `size` is the length of the tar in bytes."""
+        self._join()
+        ref = self._put_index(format.layer_segments(pages), pages)
+        return LayerRef(**dict(ref), bytes=size, entries=entries)
+
+
 @dataclass(eq=False)
 class _Object:
     """An object on its way, and whether it is in the store: a commit that raises has left nothing, or leaves it to `abort`."""
@@ -161,7 +183,7 @@ class _Object:
 
 
 class _Stream:
-    """One `pages-<n>.zst`: a thread, an upload, a zstd context, and the frames it has written."""
+    """One stream: a thread, an upload, a zstd context, and the frames it has written."""
 
     def __init__(self, key: str, number: int, level: int | None, seal: Seal, arena: Arena, meter: Meter) -> None:
         self.key = key

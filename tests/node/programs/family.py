@@ -3,6 +3,7 @@ made anew each time from what the family holds:
 
 - anonymous memory that all share, in which every child counts
 - a memfd that all have mapped, and one that is only open
+- shared memory in which nobody has ever touched a page: anonymous, and of a memfd
 - a pipe with bytes in flight, written before anybody dumps and read only when SIGUSR1 asks for it
 - a file that is open and deleted
 - a pair of unix sockets with a datagram in flight, likewise
@@ -37,6 +38,7 @@ def main() -> None:
     mapped = mmap.mmap(memfd, 1 << 20)
     only_open = os.memfd_create("only-open")
     os.write(only_open, os.urandom(300_000))
+    untouched = [mmap.mmap(-1, 3 << 20), mmap.mmap(truncated(), 5 << 20)]
     deleted = os.open("deleted", os.O_RDWR | os.O_CREAT)
     os.write(deleted, os.urandom(500_000))
     os.unlink("deleted")
@@ -61,7 +63,14 @@ def main() -> None:
             asked.clear()
             got = os.read(reading, 1 << 16), far.recv(1 << 16)
             print("flight", *map(zlib.crc32, got), *map(zlib.crc32, (piped, sent)), flush=True)
+            print("untouched", *(f"{len(each)}:{sum(bytes(each))}" for each in untouched), flush=True)
         time.sleep(0.02)
+
+
+def truncated() -> int:
+    memfd = os.memfd_create("untouched")
+    os.ftruncate(memfd, 5 << 20)
+    return memfd
 
 
 def fork(n: int, shared: mmap.mmap) -> int:

@@ -9,13 +9,29 @@ import { poll } from "./poll.js";
 import { link } from "./route.js";
 
 const full = (workload) => `${workload.namespace ? `${workload.namespace}/` : ""}${workload.name}`;
-const gpu = (found) => typeof found === "string" ? found : found?.name ?? JSON.stringify(found);
+const gpu = (found) => typeof found === "string" ? found : found?.name || JSON.stringify(found);
 
-function gpus(found) {
-  if (!found?.length) return "no GPU";
+const told = (found) => typeof found?.memory_total === "number" && typeof found?.memory_used === "number";
+const sum = (numbers) => numbers.reduce((one, other) => one + other, 0);
+
+function gpus(found, reason) {
+  if (!found?.length) return reason || "no GPU";
   const counts = new Map();
   for (const name of found.map(gpu)) counts.set(name, (counts.get(name) ?? 0) + 1);
-  return [...counts].map(([name, count]) => count > 1 ? `${count} × ${name}` : name).join(", ");
+  const names = [...counts].map(([name, count]) => count > 1 ? `${count} × ${name}` : name).join(", ");
+  return reason ? `${names} (${reason})` : names;
+}
+
+function gpuMemory(found) {
+  const known = (found ?? []).filter(told);
+  return known.length ? `${sizes(sum(known.map((each) => each.memory_used)), sum(known.map((each) => each.memory_total)))} used` : NONE;
+}
+
+// What pods ask for by annotation: how many, and each that is wrong.
+function beats(wishes) {
+  const wrong = wishes.filter((wish) => wish.problem).map((wish) => [`${wish.namespace}/${wish.pod_name}`, wish.problem]);
+  const well = wishes.length - wrong.length;
+  return well ? [["Heartbeats", `of ${many(well, "pod")}, by annotation`], ...wrong] : wrong;
 }
 
 function card() {
@@ -54,7 +70,9 @@ function card() {
       memory.update(total ? taken / total : 0);
       say(used, total ? `${sizes(taken, total)} used` : NONE);
       known.update([
-        ["GPUs", gpus(now.gpus)],
+        ["GPUs", gpus(now.gpus, now.gpu_reason)],
+        ["GPU memory", gpuMemory(now.gpus)],
+        ["NVIDIA driver", now.gpu_driver || NONE],
         ["CPUs", String(now.cpus ?? NONE)],
         ["Load", typeof now.load === "number" ? now.load.toFixed(2) : NONE],
         ["Actions at work", now.actions ? { text: String(now.actions), href: link("actions", { node: now.name }) } : "0"],
@@ -63,6 +81,7 @@ function card() {
         ["CRIU", now.criu ?? NONE],
         ["Kernel", `${now.kernel ?? NONE} ${now.arch ?? ""}`],
         ["Store", now.store ?? NONE],
+        ...beats(now.heartbeats ?? []),
       ]);
       rows.update(now.workloads ?? []);
       set(rows.node, "hidden", !now.workloads?.length);

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import ipaddress
 import os
 import signal
+import socket
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +20,9 @@ from hibernode.ports import Identity, ProcessFacts
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
 _ESTABLISHED = "01"  # include/net/tcp_states.h
 GONE = (FileNotFoundError, ProcessLookupError)
+_PIDFD_GETFD = 438  # the same number on every architecture
+_ON = (1).to_bytes(4, sys.byteorder)
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -178,13 +186,25 @@ def facts(pid: int) -> ProcessFacts:
         tracer=int(status["TracerPid"]),
         uid=int(status["Uid"].split()[0]),
         rss=of.rss,
+        ids=frozenset(int(each) for key in ("Uid", "Gid") for each in status[key].split()[:3]),
         fds=() if of.state == "Z" else tuple(descriptors(pid)),
+        cuda=_has_cuda(pid),
     )
+
+
+def _has_cuda(pid: int) -> bool:
+    with open(f"/proc/{pid}/maps", "rb") as file:  # of a zombie it is empty
+        return any(b"/libcuda.so" in line for line in file)
 
 
 def _status(pid: int, thread: str = "") -> dict[str, str]:
     with open(f"/proc/{pid}{thread}/status", encoding="utf-8", errors="replace") as file:
         return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
+
+
+def pids_inside(pid: int) -> list[int]:
+    """Its pid in every pid namespace that it is in, this one's first."""
+    return [int(each) for each in _status(pid)["NSpid"].split()]
 
 
 def descriptors(pid: int) -> Iterator[tuple[int, str]]:
@@ -197,7 +217,7 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
 
 
 def connections(pid: int, fds: Iterable[tuple[int, str]]) -> tuple[str, ...]:
-    """Established TCP connections among the descriptors `fds` of `pid`, as the kernel writes their addresses."""
+    """Established TCP connections among the descriptors `fds` of `pid`: "address:port -> address:port", its own end first."""
     inodes = {what[8:-1] for _, what in fds if what.startswith("socket:[")}
     found = []
     for table in ("tcp", "tcp6") if inodes else ():
@@ -206,8 +226,58 @@ def connections(pid: int, fds: Iterable[tuple[int, str]]) -> tuple[str, ...]:
                 rows = [line.split() for line in file][1:]
         except GONE:
             continue
-        found += [f"{row[1]} -> {row[2]}" for row in rows if row[3] == _ESTABLISHED and row[9] in inodes]
+        found += [f"{_end(row[1])} -> {_end(row[2])}" for row in rows if row[3] == _ESTABLISHED and row[9] in inodes]
     return tuple(found)
+
+
+def _end(text: str) -> str:
+    """`0100007F:1F90` is 127.0.0.1:8080. An IPv4 address within an IPv6 one is itself: so the other end may know it."""
+    words, _, port = text.partition(":")
+    raw = b"".join(int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8))
+    address = ipaddress.ip_address(raw)
+    found = getattr(address, "ipv4_mapped", None) or address
+    return f"[{found}]:{int(port, 16)}" if found.version == 6 else f"{found}:{int(port, 16)}"
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The end of a TCP connection that another process holds."""
+
+    pid: int
+    descriptor: int
+    inode: str
+
+    def push(self) -> None:
+        """It sends what it holds back, though its owner has corked it. Nothing if he has closed it, or the kernel (before 5.6) cannot. It
+        is ours for that moment alone: held any longer, his end would not be seen."""
+        with contextlib.suppress(OSError):
+            pidfd = os.pidfd_open(self.pid)
+            try:
+                borrowed = _libc.syscall(_PIDFD_GETFD, pidfd, self.descriptor, 0)
+            finally:
+                os.close(pidfd)
+            if borrowed >= 0:
+                try:
+                    if os.readlink(f"/proc/self/fd/{borrowed}") == self.inode:  # and not another one under its number
+                        _libc.setsockopt(borrowed, socket.IPPROTO_TCP, socket.TCP_NODELAY, _ON, len(_ON))
+                finally:
+                    os.close(borrowed)
+
+
+def connection(pid: int, address: tuple[str, int]) -> Connection | None:
+    """The end at `address` (IPv4) of a TCP connection, if this process, or one that descends from it, holds it. In its network
+    namespace."""
+    packed = int.from_bytes(socket.inet_aton(address[0]), "little")
+    wanted = f"{packed:08X}:{address[1]:04X}"
+    with contextlib.suppress(*GONE):
+        with open(f"/proc/{pid}/net/tcp", encoding="ascii") as file:
+            rows = [line.split() for line in file]
+        inodes = {f"socket:[{row[9]}]" for row in rows if row[1] == wanted}
+        for each in tree(pid):
+            for descriptor, what in descriptors(each):
+                if what in inodes:
+                    return Connection(each, descriptor, what)
+    return None
 
 
 def command_line(pid: int) -> list[str]:

@@ -23,8 +23,8 @@ from pathlib import Path
 from hibernode.children import Children
 from hibernode.drivers.workloads import cgroup, proc, trees
 from hibernode.errors import NotFound, Refused
-from hibernode.model import JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
-from hibernode.ports import Identity, Prepared, ProcessFacts
+from hibernode.model import Cancel, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
+from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, PageDoor, Prepared, ProcessFacts
 
 _ROOT = "main"  # the image of a workload with one tree
 
@@ -32,8 +32,8 @@ _ROOT = "main"  # the image of a workload with one tree
 class ProcessWorkload:
     """One tree. ports.Workload."""
 
-    def __init__(self, facts: WorkloadFacts, pid: int, children: Children) -> None:
-        self._facts, self._pid, self._children = facts, pid, children
+    def __init__(self, facts: WorkloadFacts, pid: int, criu: Criu, children: Children) -> None:
+        self._facts, self._pid, self._criu, self._children = facts, pid, criu, children
         self._started = proc.start_time(pid)
         self._seen: set[Identity] = {(pid, self._started)}  # who is in the tree, also after a parent has ended
         self._stopped_before: set[Identity] = set()
@@ -45,6 +45,11 @@ class ProcessWorkload:
     @property
     def key(self) -> str:
         return f"pid {self._pid}"
+
+    place, endable = "", True
+
+    def pod_spec(self) -> str:
+        return ""
 
     def roots(self) -> Mapping[str, int]:
         self._insist_alive()
@@ -58,15 +63,28 @@ class ProcessWorkload:
         found = []
         for pid, _ in proc.forest([(self._pid, self._started)]):
             with contextlib.suppress(*proc.GONE):
-                facts = _facts(pid)
-                found.append(replace(facts, tcp=proc.connections(pid, facts.fds)))
+                facts = facts_of(pid)
+                found.append(replace(facts, tcp=proc.connections(pid, facts.fds), image=_ROOT, inside=pid))
         self._seen.update((facts.pid, facts.start_time) for facts in found)
         return found
 
-    def freeze(self) -> None:
+    def within(self, pid: int) -> tuple[str, int]:
+        return _ROOT, pid
+
+    def layers(self) -> Mapping[str, LayerFacts]:
+        return {}
+
+    def freezers(self) -> tuple[str, ...]:
+        return ()
+
+    def freeze(self) -> int:
         """CRIU stops a single tree by itself; here it is only noted who was stopped before, because `thaw` leaves him so."""
         self._seen.update(proc.forest(self._seen))
         self._stopped_before = {process for process in self._seen if proc.stops(process[0])}
+        return 0
+
+    def dump(self, image: str, into: Path, pages: PageDoor, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        return self._criu.dump(self.roots()[image], into, pages.give(), options, cancel)
 
     def thaw(self) -> None:
         trees.thaw(self._seen, self._stopped_before)
@@ -283,10 +301,10 @@ def _start(spec: JobSpec, log: int) -> subprocess.Popen[bytes]:
 
 
 class ProcessWorkloads:
-    """ports.Workloads for processes and managed jobs."""
+    """Processes and managed jobs: `kinds` has the rest."""
 
-    def __init__(self, jobs: Jobs, children: Children) -> None:
-        self._jobs, self._children = jobs, children
+    def __init__(self, jobs: Jobs, criu: Criu, children: Children) -> None:
+        self._jobs, self._criu, self._children = jobs, criu, children
 
     def find(self, target: Target) -> ProcessWorkload:
         if target.pid:
@@ -296,7 +314,7 @@ class ProcessWorkloads:
             raise NotFound(
                 f"job {job.namespace}/{job.name} does not run", hint="`hibernode jobs` shows how it ended", uid=job.uid
             )
-        return ProcessWorkload(self._facts_of(job), job.pid, self._children)
+        return ProcessWorkload(self._facts_of(job), job.pid, self._criu, self._children)
 
     def _job(self, target: Target) -> Job:
         if target.pod_id:
@@ -316,22 +334,22 @@ class ProcessWorkloads:
     def _process(self, pid: int) -> ProcessWorkload:
         insist_foreign(pid)
         try:
-            facts = _facts(pid)
+            facts = facts_of(pid)
         except proc.GONE:
             raise NotFound(f"no process {pid}", hint="it has ended, or lives in another pid namespace", pid=pid) from None
         insist_dumpable(facts)
         job = next((job for job in self._jobs.all() if job.pid == pid and job.running), None)
         if job is not None:
-            return ProcessWorkload(self._facts_of(job), pid, self._children)
+            return ProcessWorkload(self._facts_of(job), pid, self._criu, self._children)
         argv = proc.command_line(pid)
-        return ProcessWorkload(WorkloadFacts(kind="process", name=facts.comm, argv=argv), pid, self._children)
+        return ProcessWorkload(WorkloadFacts(kind="process", name=facts.comm, argv=argv), pid, self._criu, self._children)
 
     def insist_free(self, facts: WorkloadFacts, name: str) -> None:
         if _is_job(facts, name):
             self._jobs.insist_free(facts.namespace, name or facts.name)
 
     def prepare(self, facts: WorkloadFacts, name: str) -> PreparedProcess:
-        return PreparedProcess(facts, name, self._jobs, self._children)
+        return PreparedProcess(facts, name, self._jobs, self._criu, self._children)
 
     def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
         self._jobs.reap()
@@ -386,7 +404,7 @@ def _is_job(facts: WorkloadFacts, name: str) -> bool:
     return facts.kind == "job" or bool(name)
 
 
-def _facts(pid: int) -> ProcessFacts:
+def facts_of(pid: int) -> ProcessFacts:
     """Of a process that may be somebody else's. Raises FileNotFoundError or ProcessLookupError when it is gone."""
     try:
         return proc.facts(pid)
@@ -437,8 +455,8 @@ def insist_dumpable(facts: ProcessFacts) -> None:
 class PreparedProcess:
     """ports.PreparedWorkload: a log and a cgroup for a tree that comes back."""
 
-    def __init__(self, facts: WorkloadFacts, name: str, jobs: Jobs, children: Children) -> None:
-        self._jobs, self._children = jobs, children
+    def __init__(self, facts: WorkloadFacts, name: str, jobs: Jobs, criu: Criu, children: Children) -> None:
+        self._jobs, self._criu, self._children = jobs, criu, children
         self._facts = facts.model_copy(update={"name": name or facts.name})
         self._is_job = _is_job(facts, name)
         self._log, self._new_log, self._open = -1, False, True
@@ -466,7 +484,17 @@ class PreparedProcess:
         keys = {path.lstrip("/"): self._log for path in self._facts.logs if self._log >= 0}
         return Prepared(inherit=keys, cgroup_procs=self._procs)
 
-    def adopt(self, pid: int) -> ProcessWorkload:
+    def restore(
+        self,
+        fetched: Fetched,
+        options: CriuOptions,
+        cancel: Cancel,
+        note: Callable[[Sequence[str]], None],  # noqa: ARG002 - it is born in `place`
+    ) -> ProcessWorkload:
+        (directory,) = fetched.images.values()
+        return self._adopt(self._criu.restore(directory, options, self.prepared, cancel))
+
+    def _adopt(self, pid: int) -> ProcessWorkload:
         facts = self._facts
         if self._is_job:
             job = Job(
@@ -479,7 +507,7 @@ class PreparedProcess:
         else:
             self._jobs.adopt(pid, self._uid)
         self._close()
-        return ProcessWorkload(facts, pid, self._children)
+        return ProcessWorkload(facts, pid, self._criu, self._children)
 
     def kill(self, tasks: Sequence[TaskFacts]) -> None:
         trees.kill(self._made(tasks), self._children, self._uid)

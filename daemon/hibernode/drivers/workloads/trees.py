@@ -1,4 +1,5 @@
-"""What is done to whole trees of processes: let go on, kill. The one place from which other people's processes are signalled.
+"""What is done to whole trees of processes: let go on, kill. Where the daemon signals other
+people's processes; the GPU helper, a process of its own, has `drivers/gpu/halting.py`.
 
 A process is a pid and when it began, because pids come again; it is signalled through a pidfd, so that nobody else is ever met. A tree
 that is to die is stopped first: what is stopped does not fork, so that the list of it comes to an end.
@@ -12,11 +13,11 @@ import os
 import select
 import signal
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from hibernode.children import Children
-from hibernode.drivers.workloads import cgroup, proc
+from hibernode.drivers.workloads import cgroup, freezer, proc
 from hibernode.errors import Stuck
 from hibernode.ports import Identity
 
@@ -56,6 +57,23 @@ def kill(processes: Iterable[Identity], children: Children, place: str = "") -> 
         for process in found:
             _wait_dead(process, deadline)
     _wait_reaped(known, children)
+
+
+def empty(places: Sequence[str], end: Callable[[Sequence[Identity]], None]) -> None:
+    """`end`, which kills and waits, gets whoever lives in these cgroups until nobody does: one may be born there while it is at work, by a
+    CRIU that is itself one of them. Who is frozen gets his SIGKILL first and goes on then, so that he does nothing else any more. Stuck if
+    one has no pid here."""
+    while True:
+        found = [(pid, proc.start_time(pid)) for place in places for pid in freezer.members(place)]
+        if any(pid == 0 for pid, _ in found):
+            raise Stuck("a process is not in the pid namespace of the daemon", hint="in a pod it needs hostPID: true")
+        living = [process for process in found if proc.alive(*process)]
+        for process in living:
+            send(process, signal.SIGKILL)
+        freezer.thaw(places)
+        end(living)
+        if not living:
+            return
 
 
 def kill_now(processes: Sequence[Identity], place: str = "") -> list[Identity]:

@@ -62,6 +62,7 @@ def upgrade() -> None:
         sa.Column("hint", sa.Text(), server_default="", nullable=False),
         sa.Column("details", sa.JSON(), server_default="{}", nullable=False),
         sa.PrimaryKeyConstraint("action_id", "seq"),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "heartbeats",

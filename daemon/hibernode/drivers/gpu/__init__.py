@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: what the CUDA driver does to a process, and what a node has."""
