@@ -452,8 +452,9 @@ class Workloads(Protocol):
     def prepare(self, facts: WorkloadFacts, command: RestoreCommand) -> PreparedWorkload:
         """Make ready for a restore of what `facts` describes."""
 
-    def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
-        """Pids of these tasks that somebody has: (pid, by what). Zombies of ours are reaped first."""
+    def blockers(self, tasks: Sequence[TaskFacts], *, living: bool = False) -> Sequence[tuple[int, str]]:
+        """Pids of these tasks that somebody has: (pid, by what). Zombies of ours are reaped first; `living` leaves out those of others,
+        which keep their pid and do nothing."""
 
     def runtimes(self) -> tuple[str, str]:
         """Name and version of the container runtime, and of runc, as they are found now. "" for one that is not here, or does not

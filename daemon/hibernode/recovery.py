@@ -105,7 +105,7 @@ def _kill_restored(node: Node, record: Record) -> None:
     _park(node, record)
     insist("killing the restored tree", lambda: node.workloads.kill(_processes(record), record.place, record.freezers))
     unknown = [TaskFacts(pid=tree.pid) for tree in record.trees if not tree.start_time]
-    if left := node.workloads.blockers(unknown):
+    if left := node.workloads.blockers(unknown, living=True):
         pid, holder = left[0]
         raise OutcomeUnknown(
             f"the daemon ended while it was restoring, and pid {pid} is there: {holder}",

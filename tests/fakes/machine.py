@@ -262,7 +262,7 @@ class FakeWorkloads:
         self._script.step("workloads.prepare")
         return FakePrepared(self._machine, self._criu, self._script)
 
-    def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
+    def blockers(self, tasks: Sequence[TaskFacts], *, living: bool = False) -> Sequence[tuple[int, str]]:
         self._script.step("workloads.blockers")
         there = {process.pid: process.comm for process in self._machine.processes()}
         return [(task.pid, there[task.pid]) for task in tasks if task.pid in there]

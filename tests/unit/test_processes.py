@@ -62,6 +62,13 @@ class Node:
         self._started.append((pid, proc.start_time(pid)))
         return pid
 
+    def parent(self) -> int:
+        """Of a child that has ended, or will in a moment, and that it does not wait for."""
+        argv = [sys.executable, "-S", "-c", "import os, time\nif os.fork():\n    time.sleep(60)"]
+        self._started.append((pid := os.spawnv(os.P_NOWAIT, argv[0], argv), proc.start_time(pid)))
+        wait_until(lambda: [keeper.state(child) for child in keeper.descendants(pid)] == ["Z"], 10, "the zombie")
+        return pid
+
     def job(self, name: str) -> int:
         return self.jobs.run(spec(name)).pid
 
@@ -92,6 +99,17 @@ def test_where_no_cgroup_can_be_made_a_failed_restore_is_known_by_pids_age_and_d
         prepared.discard()
     assert not keeper.fields(restored)
     assert all(keeper.alive(pid) for pid in (older, job, another, later_job, os.getppid()))
+
+
+def test_a_zombie_has_its_pid_and_does_not_live(node: Node) -> None:
+    """So nothing can be restored under it; and who looks for what may run on after a crash need not fear it."""
+    parent = node.parent()
+    (zombie,) = keeper.descendants(parent)
+    tasks = [TaskFacts(pid=zombie), TaskFacts(pid=parent)]
+    first, second = node.workloads.blockers(tasks)
+    assert (first[0], second[0]) == (zombie, parent)
+    assert f"its parent {parent} has not waited for" in first[1]
+    assert node.workloads.blockers(tasks, living=True) == [second]
 
 
 def test_whether_a_name_is_free_can_be_asked_before(node: Node) -> None:

@@ -42,8 +42,8 @@ class AllWorkloads:
             return self._containers.prepare(facts, command)
         return self._processes.prepare(facts, command.overrides.pod_name)
 
-    def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
-        return self._processes.blockers(tasks)
+    def blockers(self, tasks: Sequence[TaskFacts], *, living: bool = False) -> Sequence[tuple[int, str]]:
+        return self._processes.blockers(tasks, living=living)
 
     @property
     def makes_pods(self) -> bool:

@@ -351,14 +351,15 @@ class ProcessWorkloads:
     def prepare(self, facts: WorkloadFacts, name: str) -> PreparedProcess:
         return PreparedProcess(facts, name, self._jobs, self._criu, self._children)
 
-    def blockers(self, tasks: Sequence[TaskFacts]) -> Sequence[tuple[int, str]]:
+    def blockers(self, tasks: Sequence[TaskFacts], *, living: bool = False) -> Sequence[tuple[int, str]]:
         self._jobs.reap()
         taken = []
         for pid in (pid for task in tasks for pid in (task.pid, *task.threads)):
             with contextlib.suppress(*proc.GONE):
-                holder = proc.stat(pid)
+                holder, ended = proc.stat(pid), proc.thread_states(pid) <= trees.DEAD
                 what = f"a zombie of {holder.comm!r} that its parent {holder.ppid} has not waited for"
-                taken.append((pid, what if holder.state == "Z" else repr(holder.comm)))
+                if not (living and ended):
+                    taken.append((pid, what if ended else repr(holder.comm)))
         return taken
 
     def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:

@@ -25,7 +25,7 @@ KILL_DEADLINE = 30.0  # seconds for SIGKILLed processes to end: freeing much mem
 HOLD_LIMIT = 5.0  # seconds for a tree to stop; one that does not (a frozen cgroup, a dead NFS server) is killed as it is
 REAP_GRACE = 2.0  # seconds a parent of somebody else gets to wait for what was killed
 _AT_REST = {"T", "t", "Z", "X"}  # states in which a thread does nothing
-_DEAD = {"Z", "X"}
+DEAD = {"Z", "X"}
 _log = logging.getLogger("hibernode.trees")
 
 
@@ -110,7 +110,7 @@ def _held(known: dict[Identity, None], place: str) -> Sequence[Identity]:
 def _living(known: Iterable[Identity], place: str) -> Sequence[Identity]:
     members = [(pid, proc.start_time(pid)) for pid in cgroup.members(place)] if place else []
     found = proc.forest([*known, *members])
-    return [(pid, began) for pid, began in found if pid != os.getpid() and proc.thread_states(pid) - _DEAD]
+    return [(pid, began) for pid, began in found if pid != os.getpid() and proc.thread_states(pid) - DEAD]
 
 
 def ends(process: Identity, seconds: float) -> bool:
