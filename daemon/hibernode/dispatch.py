@@ -45,7 +45,7 @@ from hibernode.model import (
     Status,
 )
 from hibernode.node import Attempt, Node, Taken, is_full, no_room
-from hibernode.recovery import recover
+from hibernode.recovery import finish_kill, recover, to_be_killed
 from hibernode.restore import restore
 
 P = ParamSpec("P")
@@ -57,6 +57,7 @@ BEHIND = 4
 _UNTOUCHED = ("starting", "preflight", "fetching")  # phases in which trying again is harmless
 _FORESTALLED = 1000  # cancels without a command that are remembered; the oldest are forgotten first
 _WATCHER_QUEUE = 1000  # updates a slow watcher may lag behind before it loses progress (never events)
+_BREATH = 0.05  # seconds between two tries at the least, of what is tried without end
 _log = structlog.get_logger("hibernode")
 
 
@@ -112,6 +113,21 @@ class Dispatcher:
             self.end(entry, await in_thread(recover, self._node, entry))
         except Exception:  # noqa: BLE001 - one that cannot be recovered must not keep the others frozen; it stays open
             _log.exception("could not recover", action=entry.action_id)
+        self._go_on(entry)
+
+    def _go_on(self, entry: Entry) -> None:
+        """Whoever is left standing still for good, because he could not be killed, is not left to the next start."""
+        if to_be_killed(entry.record):
+            self._tasks.spawn(self._kill_later(entry))
+
+    async def _kill_later(self, entry: Entry) -> None:
+        while to_be_killed(entry.record):
+            await asyncio.sleep(max(_BREATH, self._node.config.limits.retry_delay))
+            try:
+                self.end(entry, await in_thread(finish_kill, self._node, entry))
+            except Exception:  # noqa: BLE001 - a full disk, for one: he may be killed all the same, and is not found a second time
+                _log.exception("could not finish a kill", action=entry.action_id)
+        _log.info("killed in the end", action=entry.action_id)
 
     async def stop(self, grace: float = 30.0) -> None:
         """Take nothing new, give running actions `grace` seconds, then cancel them; returns when all have ended and been told."""
@@ -150,6 +166,7 @@ class Dispatcher:
             async with contextlib.AsyncExitStack() as slot:
                 outcome = await self._outcome(command, action, slot)
             await self._end_surely(action.entry, outcome)
+            self._go_on(action.entry)
         finally:
             del self._running[command.action_id]
             self._changed()

@@ -1,4 +1,5 @@
-"""Acts on the journal's rule for actions that a crash ended: once at start, before the first command. Every step may be repeated."""
+"""Acts on the journal's rule for actions that a crash ended: at start, before the first command. Every step may be repeated; the kill of
+a workload whose checkpoint is ready is, for as long as the daemon runs."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import time
 from pathlib import Path
 
 from hibernode import catalog
-from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, OutcomeUnknown, Refused, Transient
+from hibernode.errors import Corrupt, HibernodeError, Interrupted, NotFound, OutcomeUnknown, Refused, Stuck, Transient
 from hibernode.journal import BOOT, Entry, Record, remedy, stays
 from hibernode.model import Outcome, Status, TaskFacts
 from hibernode.node import Node, alarm, calmly, insist
@@ -42,6 +43,22 @@ def recover(node: Node, entry: Entry) -> Outcome:
     finally:
         _empty(work)
     return _interrupted(record)
+
+
+def to_be_killed(record: Record) -> bool:
+    """Its checkpoint is ready, so that it stands still for good; and nobody has been able to end it."""
+    return bool(record.ended_at) and record.kill and remedy(record) == "finish_kill"
+
+
+def finish_kill(node: Node, entry: Entry) -> Outcome:
+    """One more try. A cluster that does not answer is not waited for: `left_suspended` again, within a call."""
+    try:
+        node.workloads.cluster()
+    except Transient as e:
+        return Outcome.of(Stuck(f"killing the workload waits for the API server: {e.message}"))
+    except HibernodeError:
+        pass  # it answers, and may know this node no more: that is no reason to keep anybody
+    return recover(node, entry)
 
 
 def _empty(work: Path) -> None:

@@ -253,6 +253,7 @@ class FakeWorkloads:
     makes_pods = False
 
     def cluster(self) -> str:
+        self._script.step("workloads.cluster")
         return ""
 
     def runtimes(self) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from hibernode import catalog, wire
 from hibernode.courier import Courier
 from hibernode.desk import Desk as Answers
 from hibernode.dispatch import BEHIND, Dispatcher
-from hibernode.errors import DumpFailed, HibernodeError, NoRoom, NotFound, Refused, StoreUnavailable
+from hibernode.errors import DumpFailed, HibernodeError, KubernetesUnavailable, NoRoom, NotFound, Refused, StoreUnavailable
 from hibernode.journal import Entry, Journal, Tree
 from hibernode.model import (
     MAX_LISTED,
@@ -1199,6 +1199,48 @@ async def test_an_action_that_left_its_workload_suspended_is_recovered_at_the_ne
     rig.machine.stopped = True
     async with running(another_daemon(tmp_path, rig)):
         assert not rig.machine.stopped
+
+
+class CannotKill(Script):
+    """While the cluster is away, nobody can be killed."""
+
+    away = True
+
+    def step(self, name: str) -> None:
+        super().step(name)
+        if self.away and name in ("workload.kill", "workloads.kill"):
+            raise OSError("no")
+        if self.away and name == "workloads.cluster":
+            raise KubernetesUnavailable("it does not answer")
+
+
+@pytest.mark.parametrize("daemons", ["the same", "the next"])
+async def test_who_could_not_be_killed_is_killed_when_he_can_be(tmp_path: Path, daemons: str) -> None:
+    """His checkpoint is ready, and he stands still: not until somebody starts the daemon anew."""
+    script = CannotKill()
+    rig = node(tmp_path, script)
+    command = checkpoint_command(criu_opts='{"leave_running": false}')
+    async with running(rig) as desk:
+        assert (await desk.end(await desk.send(command))).status == READY
+        await eventually(lambda: script.notes.count("workloads.cluster") > 2, "tries")
+        assert rig.machine.stopped
+        assert (script.notes.count("workload.kill"), script.notes.count("workloads.kill")) == (3, 0), (
+            "asked, while it does not answer"
+        )
+        if daemons == "the same":
+            script.away = False
+            await eventually(lambda: rig.machine.killed, "the kill")
+            await eventually(lambda: rig.node.journal.find(command.action_id).record.done, "its end")  # type: ignore[union-attr]
+    if daemons == "the next":
+        second = another_daemon(tmp_path, rig)
+        second.rescript(script)
+        async with running(second):
+            await eventually(lambda: script.notes.count("workloads.kill") == 3, "recovery")
+            assert not rig.machine.killed
+            script.away = False
+            await eventually(lambda: rig.machine.killed, "the kill")
+    assert desk.statuses(command.action_id)[-1] == READY
+    assert rig.machine.killed == ["original"]
 
 
 async def test_one_broken_recovery_does_not_keep_the_others_frozen(tmp_path: Path) -> None:
