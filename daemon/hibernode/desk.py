@@ -58,6 +58,9 @@ class Desk:
             pass
         return await self._dispatcher.action(action_id)
 
+    async def was_restored(self, action_id: str) -> bool:
+        return self._node.journal.was_restored(action_id)
+
     async def actions(self) -> list[ActionView]:
         return await self._dispatcher.actions()
 

@@ -21,6 +21,8 @@ from hibernode.errors import OutcomeUnknown
 from hibernode.model import ActionCommand, ActionType, CheckpointCommand, Event, Status, Value
 
 BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+_RESTORED = "restored"  # directory of the journal: an empty file for each restore that was ready and whose page is gone
+_REMEMBERED = 10_000  # of them; the oldest are forgotten first
 _LAST_SEQ = 1000  # above what any action reaches: its terminal event is told once, whatever was told before
 _log = logging.getLogger("hibernode.journal")
 
@@ -165,6 +167,8 @@ class Journal:
         self._directory, self._clock, self._keep = directory, clock, keep
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._entries: dict[str, Entry] = {}
+        old = sorted((directory / _RESTORED).glob("*"), key=lambda path: path.stat().st_mtime)
+        self._restored = dict.fromkeys(path.name for path in old)
         for path in directory.glob("*.json"):
             try:
                 record = Record.model_validate_json(path.read_bytes())
@@ -214,6 +218,13 @@ class Journal:
     def find(self, action_id: str) -> Entry | None:
         return self._entries.get(action_id)
 
+    def was_restored(self, action_id: str) -> bool:
+        """It is a restore that was ready, also if its page has been removed since."""
+        entry = self._entries.get(action_id)
+        if entry is None:
+            return action_id in self._restored
+        return (entry.record.type, entry.record.status) == ("restore", Status.READY)
+
     def all(self) -> list[Entry]:
         return sorted(self._entries.values(), key=lambda entry: entry.began_at)
 
@@ -237,10 +248,23 @@ class Journal:
         return entry
 
     def _prune(self) -> None:
-        settled = [entry.action_id for entry in self.all() if entry.settled]
-        for action_id in settled[: max(0, len(settled) - self._keep)]:
-            del self._entries[action_id]
-            (self._directory / f"{action_id}.json").unlink(missing_ok=True)
+        settled = [entry for entry in self.all() if entry.settled]
+        for entry in settled[: max(0, len(settled) - self._keep)]:
+            record = entry.record
+            if record.type == "restore" and record.status == Status.READY:
+                self._remember(entry.action_id)
+            del self._entries[entry.action_id]
+            (self._directory / f"{entry.action_id}.json").unlink(missing_ok=True)
+
+    def _remember(self, action_id: str) -> None:
+        place = self._directory / _RESTORED
+        place.mkdir(exist_ok=True, mode=0o700)
+        (place / action_id).touch(mode=0o600)
+        self._restored[action_id] = None
+        while len(self._restored) > _REMEMBERED:
+            oldest = next(iter(self._restored))
+            (place / oldest).unlink(missing_ok=True)
+            del self._restored[oldest]
 
 
 def boottime() -> float:

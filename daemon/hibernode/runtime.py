@@ -49,6 +49,9 @@ class Desk(Protocol):
     async def ended(self, action_id: str) -> ActionView:
         """When it has."""
 
+    async def was_restored(self, action_id: str) -> bool:
+        """A restore that was ready, also if nothing else is known of it any more."""
+
 
 class RuntimeServer:
     """One socket at `path`, for root alone. The event loop's thread."""
@@ -167,19 +170,24 @@ class RuntimeServer:
 
     async def _action_of(self, notes: Mapping[str, str]) -> str:
         """The restore that this container is for; begun now, if it was not. "": none, it has to be started. Raises as that has ended."""
-        checkpoint_id, pod_id = notes.get(CHECKPOINT, ""), notes.get(_POD, "")
-        if not checkpoint_id:
+        if not notes.get(CHECKPOINT):
             return ""
-        if action_id := notes.get(ACTION, ""):
-            try:
-                return await self._joined(action_id)
-            except NotFound:  # nobody remembers it: it has ended long ago, and this container is made anew
-                _log.warning(
-                    "action %s of pod %s is not known any more: its container is started", action_id, notes.get(_NAME, "")
-                )
-                return ""
-        for number in range(_TRIES):
-            action_id = str(uuid.uuid5(_ACTIONS, f"{pod_id} {checkpoint_id} {number}"))
+        if not (action_id := notes.get(ACTION, "")):
+            return await self._of_its_own(notes)
+        try:
+            return await self._joined(action_id)
+        except NotFound:  # nobody remembers it: it has ended long ago, and this container is made anew
+            _log.warning("action %s of pod %s is not known any more: its container is started", action_id, notes.get(_NAME, ""))
+            return ""
+
+    async def _of_its_own(self, notes: Mapping[str, str]) -> str:
+        """Of a pod that nobody else has begun a restore for."""
+        checkpoint_id, pod_id = notes[CHECKPOINT], notes.get(_POD, "")
+        tries = [str(uuid.uuid5(_ACTIONS, f"{pod_id} {checkpoint_id} {number}")) for number in range(_TRIES)]
+        for action_id in tries:
+            if await self._desk.was_restored(action_id):
+                return ""  # it has ended since, and is made anew
+        for action_id in tries:
             try:
                 view = await self._desk.action(action_id)
             except NotFound:

@@ -144,6 +144,32 @@ def test_old_finished_ones_are_removed_and_open_ones_never(tmp_path: Path) -> No
     assert len(os.listdir(tmp_path)) == 5
 
 
+def test_what_was_restored_once_is_known_longer_than_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container of a pod that ends a thousand actions later is started, and not restored anew."""
+    monkeypatch.setattr("hibernode.journal._REMEMBERED", 2)
+    clock = itertools.count(1.0)
+    journal = Journal(tmp_path, clock=lambda: next(clock), keep=0)
+    pages: list[Entry] = []
+    for command, status in [
+        (restore(), Status.READY),
+        (restore(), Status.ERROR),
+        (checkpoint(), Status.READY),
+        (restore(), Status.READY),
+        (restore(), Status.READY),
+    ]:
+        pages.append(entry := journal.begin(command))
+        entry.emit(lambda seq: event(entry.record, seq, status))  # noqa: B023
+        entry.update(published=1, phase="done")
+        assert journal.was_restored(entry.action_id) == (command.type == "restore" and status == Status.READY)
+    journal.begin(checkpoint())
+    for found in (journal, Journal(tmp_path)):
+        assert [found.find(page.action_id) for page in pages] == [None] * 5
+        assert [found.was_restored(page.action_id) for page in pages] == [False, False, False, True, True], (
+            "the oldest is forgotten"
+        )
+    assert not journal.was_restored(str(uuid.uuid4()))
+
+
 # --- the rule ---------------------------------------------------------------------------------------------------------------
 
 P, C, R, E = Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY, Status.ERROR
