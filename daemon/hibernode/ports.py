@@ -368,6 +368,9 @@ class ProcessFacts:
     image: str = ""  # of which it is a part
     inside: int = 0  # its pid there
     ids: frozenset[int] = frozenset()  # its uids and gids: real, effective and saved
+    nodes_network: bool = (
+        False  # its network is the machine's, and the daemon has another: a pod with `hostNetwork`, and a daemon without
+    )
     cuda: bool = False  # it has the CUDA driver's library in its memory: it may have GPU state
 
 

@@ -137,6 +137,7 @@ def checkpoint(
     for process in processes:
         _process(process, facts.kind, criu, here)
     if facts.contained and criu.tcp == "established":
+        _own_network(processes)
         _both_ends(processes)
 
 
@@ -169,6 +170,17 @@ def _process(process: ProcessFacts, kind: WorkloadKind, criu: CriuOptions, here:
             "tcp_established", f"{who} has {len(process.tcp)} established TCP connections", prop="tcp", found=process.tcp[0],
             wanted="none", hint='say {"tcp": "close"} (closed when restored) or {"tcp": "established"} in criu_opts',
         )  # fmt: skip
+
+
+def _own_network(processes: Sequence[ProcessFacts]) -> None:
+    """CRIU closes the network namespace of what it dumps, whether there are connections or not, unless it is its own."""
+    for process in processes:
+        if process.nodes_network:
+            raise Refused(
+                "host_network", f"process {process.pid} of container {process.image!r} is in the network of the node, and CRIU would close "
+                "all of it meanwhile", prop="network", found="the node's", wanted="the pod's own",
+                hint='its connections can be closed, {"tcp": "close"} in criu_opts, or kept by a daemon that is in the same network',
+            )  # fmt: skip
 
 
 def _both_ends(processes: Sequence[ProcessFacts]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -29,6 +31,17 @@ def test_a_socket_needs_its_address_and_a_connection_only_if_it_is_kept() -> Non
 def test_what_cannot_be_looked_into_is_left_to_criu(path: str) -> None:
     spec = {"linux": {"namespaces": [{"type": "network", "path": path}]}}
     network.insist_there("app", spec, [Endpoint(NOWHERE)], kept=True)
+
+
+def test_the_nodes_network_is_known_to_who_has_another() -> None:
+    """Of whom it is, a process of this test stands in for the first of the machine."""
+    here = os.getpid()
+    asks = f"import os; from hibernode.drivers.workloads.network import is_the_nodes as n; print(n({here}, {here}), n(os.getpid(), {here}))"
+    assert not network.is_the_nodes(here, here)
+    said = subprocess.run(
+        ["unshare", "--net", sys.executable, "-c", asks], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert said.stdout.split() == ["True", "False"]
 
 
 @pytest.mark.parametrize(
