@@ -22,15 +22,19 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
     with attempt.phase("preflight", limits.preflight):
         store = node.open_store(command.overrides.directory)
         options = preflight.options(command.overrides, node.config, node.host.load().cpus)
+        node.criu.facts()  # raises where there is none that could dump
         workload = node.workloads.find(command.target)
 
-    claim = node.claims.claim(workload.key, command.action_id)
-    name = node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id)  # another one would write the same objects
-    with claim, name, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo:
+    with (
+        node.claims.claim(workload.key, command.action_id),
+        node.claims.claim(f"checkpoint {command.checkpoint_id}", command.action_id),  # another one would write the same objects
+        attempt.work_directory(node.config.work_dir) as work,
+        ExitStack() as undo,
+    ):
         with attempt.phase("preflight", limits.preflight):  # with the claim: nobody else is doing anything to the workload now
             undo.enter_context(gc.attempting(store, command.checkpoint_id, command.action_id))
             processes = workload.processes() if command.kind != "rootfsonly" else ()  # of them nothing is saved then
-            preflight.checkpoint(command, workload.facts, processes, options.criu, node.criu.facts(), endable=workload.endable)
+            preflight.checkpoint(command, workload.facts, processes, options.criu, endable=workload.endable)
             pod_spec = workload.pod_spec()
             gpu = undo.enter_context(closing(node.gpu.find(command.action_id, processes)))
             on_gpus = gpus.look(node, gpu, workload, processes)[1] + survey(workload, command.kind, attempt.cancel)

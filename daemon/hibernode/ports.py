@@ -148,7 +148,6 @@ class Keyring(Protocol):
 class CriuFacts:
     version: int  # 40201 is 4.2.1
     path: str
-    reads_limits: bool = True  # also of other users' processes: CAP_SYS_RESOURCE
 
     def __str__(self) -> str:
         return show_version(self.version)
@@ -368,6 +367,9 @@ class ProcessFacts:
     image: str = ""  # of which it is a part
     inside: int = 0  # its pid there
     ids: frozenset[int] = frozenset()  # its uids and gids: real, effective and saved
+    limits: bool = (
+        True  # the daemon, and so its CRIU, may read its limits: of another user's CAP_SYS_RESOURCE in its user namespace
+    )
     nodes_network: bool = (
         False  # its network is the machine's, and the daemon has another: a pod with `hostNetwork`, and a daemon without
     )

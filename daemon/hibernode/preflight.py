@@ -113,7 +113,6 @@ def checkpoint(
     facts: WorkloadFacts,
     processes: Sequence[ProcessFacts],
     criu: CriuOptions,
-    here: CriuFacts,
     *,
     endable: bool = True,
 ) -> None:
@@ -135,23 +134,23 @@ def checkpoint(
             hint="leave it out",
         )
     for process in processes:
-        _process(process, facts.kind, criu, here)
+        _process(process, facts.kind, criu)
     if facts.contained and criu.tcp == "established":
         _own_network(processes)
         _both_ends(processes)
 
 
-def _process(process: ProcessFacts, kind: WorkloadKind, criu: CriuOptions, here: CriuFacts) -> None:
+def _process(process: ProcessFacts, kind: WorkloadKind, criu: CriuOptions) -> None:
     who = f"process {process.pid} ({process.comm!r})"
     if process.tracer:
         raise Refused(
             "traced", f"{who} is traced by pid {process.tracer}", prop="TracerPid", found=process.tracer, wanted=0,
             hint="detach the debugger or strace; or another CRIU is at work",
         )  # fmt: skip
-    if (others := process.ids - {0}) and not here.reads_limits and process.state not in ("Z", "X"):
+    if not process.limits:
         raise Refused(
             "cap_sys_resource", f"{who} is not root's, and CRIU may not read its limits here", prop="uids and gids",
-            found=sorted(others), wanted="0, or CAP_SYS_RESOURCE",
+            found=sorted(process.ids - {0}), wanted="0, or CAP_SYS_RESOURCE",
             hint="give the daemon CAP_SYS_RESOURCE: `hibernode doctor` shows what it has",
         )  # fmt: skip
     for descriptor, what in process.fds:

@@ -26,7 +26,9 @@ class RuncContainer(contextlib.AbstractContextManager["RuncContainer"]):
     """`with RuncContainer(directory, image, argv) as container:` runs it, detached; after the `with` it is gone.
 
     `directory` gets the bundle and runc's state (`root`): not on an overlay, since the bundle is one. Its network has a loopback, unless it
-    has the machine's (`host_network`). `annotations` go into its config.json. It is restored into the same bundle, by `restore`.
+    has the machine's (`host_network`). `annotations` go into its config.json. It is restored into the same bundle, by `restore`. Where
+    `user` is not root, it has a user namespace in which everybody is who he is outside. `program`, and `env` for it beside PATH: a runtime
+    in front of runc.
     """
 
     def __init__(
@@ -37,16 +39,19 @@ class RuncContainer(contextlib.AbstractContextManager["RuncContainer"]):
         *,
         annotations: Mapping[str, str] | None = None,
         host_network: bool = False,
+        user: int = 0,
+        program: Path | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.id = f"hn-{uuid.uuid4().hex[:12]}"
         self.root, self.bundle = directory / "runc", directory / "bundle"
         self.upper = directory / "upper"  # the writable layer
         self.cgroup = f"/hibernode-test-{self.id}"
         self.lines: list[str] = []  # what it has said since it was started or restored
-        self._directory, self._runc = directory, found("runc")
+        self._directory, self._runc, self._env = directory, program or found("runc"), {"PATH": PATH, **(env or {})}
         self._pipe: threading.Thread | None = None
         self._kept: list[Kept] = []
-        self._make_bundle(image, argv or image.command, annotations or {}, host_network)
+        self._make_bundle(image, argv or image.command, annotations or {}, host_network, user)
 
     # --- life -----------------------------------------------------------------------------------------------------------------
 
@@ -66,7 +71,9 @@ class RuncContainer(contextlib.AbstractContextManager["RuncContainer"]):
             assert not left, left
 
     def run(self) -> None:
-        self._detached("run", "--detach", "--bundle", str(self.bundle), self.id)
+        """In two steps, as a container runtime does it."""
+        self._detached("create", "--bundle", str(self.bundle), self.id)
+        self.runc("start", self.id)
 
     def checkpoint(self, images: Path, *flags: str) -> None:
         """By runc itself: CRIU's images go into the directory `images`. It runs on if a flag says so."""
@@ -99,7 +106,7 @@ class RuncContainer(contextlib.AbstractContextManager["RuncContainer"]):
 
     def runc(self, *words: str) -> str:
         """What `runc WORDS` says; it must succeed."""
-        done = subprocess.run(self._words(*words), env={"PATH": PATH}, capture_output=True, text=True, timeout=LIMIT, check=False)
+        done = subprocess.run(self._words(*words), env=self._env, capture_output=True, text=True, timeout=LIMIT, check=False)
         if done.returncode:
             print(f"runc {' '.join(words)}: {done.stderr}{self._criu_logs()}", file=sys.stderr)
             done.check_returncode()
@@ -154,7 +161,7 @@ class RuncContainer(contextlib.AbstractContextManager["RuncContainer"]):
         try:
             # a descriptor of its own, since the keeper's outputs are the log
             argv = ["sh", "-c", f'exec "$@" </dev/null >/proc/{os.getpid()}/fd/{writing} 2>&1', "sh", *self._words(*words)]
-            kept = Kept(argv, log, env={"PATH": PATH})
+            kept = Kept(argv, log, env=self._env)
             self._kept.append(kept)
             code = kept.exit_code(LIMIT)
         finally:
@@ -165,7 +172,9 @@ class RuncContainer(contextlib.AbstractContextManager["RuncContainer"]):
             self._pipe.join(LIMIT)
             raise AssertionError(f"runc {words[0]}: {code}\n{lines}{self._criu_logs()}")
 
-    def _make_bundle(self, image: Image, argv: Sequence[str], annotations: Mapping[str, str], host_network: bool) -> None:
+    def _make_bundle(
+        self, image: Image, argv: Sequence[str], annotations: Mapping[str, str], host_network: bool, user: int
+    ) -> None:
         rootfs, work = self.bundle / "rootfs", self._directory / "overlay-work"
         for place in (rootfs, self.upper, work):
             place.mkdir(parents=True)
@@ -180,6 +189,11 @@ class RuncContainer(contextlib.AbstractContextManager["RuncContainer"]):
         spec["linux"]["cgroupsPath"] = self.cgroup
         if host_network:
             spec["linux"]["namespaces"] = [space for space in spec["linux"]["namespaces"] if space["type"] != "network"]
+        if user:
+            spec["process"]["user"] = {"uid": user, "gid": user}
+            spec["linux"]["namespaces"].append({"type": "user"})
+            same = [{"containerID": 0, "hostID": 0, "size": 1 << 16}]
+            spec["linux"].update(uidMappings=same, gidMappings=same)
         config.write_text(json.dumps(spec))
 
 

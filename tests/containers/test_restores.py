@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,8 @@ from hibernode.drivers.workloads import freezer, runc
 from tests.containers import images
 from tests.containers.containerd import STATES, Containerd
 from tests.containers.pods import PORT, Container, Mount, Pod, counter, shell
-from tests.containers.restoring import ON_FAILURE, again, of, refused, restores
+from tests.containers.restoring import ON_FAILURE, SOCKET, WRAPPER, again, of, refused, restores
+from tests.containers.runc import RuncContainer
 from tests.containers.test_checkpoints import ready
 from tests.daemon import Daemon
 from tests.keeper import wait_until
@@ -139,6 +142,34 @@ def test_a_container_of_another_user_comes_back_where_its_limits_can_be_read(nod
         with of(node, event.checkpoint_id, [counter(image=images.BUSYBOX, security=user)]) as new:
             assert new.next_beat(new.beat()).token == before.token
             assert os.stat(f"/proc/{new.pid()}").st_uid == 1000
+
+
+def test_a_container_of_another_user_comes_back_in_a_user_namespace(node: Containerd, disk: Path) -> None:
+    """Of which root is the owner: he may read limits there, without CAP_SYS_RESOURCE outside. A container of plain runc, since this
+    containerd gives no pod a user namespace."""
+
+    def container(name: str, **more: Any) -> RuncContainer:
+        (disk / name).mkdir()
+        return RuncContainer(disk / name, node.images[images.COUNTER], ["/bin/counter", "-m", "16"], user=1000, **more)
+
+    settings = {"roots": [str(disk / "old/runc")], "socket": str(SOCKET)}
+    with Daemon(settings={"containers": settings}) as daemon:
+        with container("old") as old:
+            assert os.stat(f"/proc/{old.pid}").st_uid == 1000
+            event = ready(daemon, pb.Target(container=old.id))
+            before = old.next_beat(old.beat())
+        notes = {
+            "hibernode.io/restore-from": event.checkpoint_id,
+            "io.kubernetes.cri.container-name": old.id,
+            "io.kubernetes.cri.sandbox-uid": str(uuid.uuid4()),
+        }
+        with container("new", annotations=notes, program=WRAPPER, env={"HIBERNODE_RUNTIME_SOCKET": str(SOCKET)}) as new:
+            after = new.next_beat(new.beat())
+            assert (after.token, after.content) == (before.token, ("16", "whole"))
+            said = Path(f"/proc/{new.pid}/status").read_text().splitlines()
+            assert {"Uid:\t1000\t1000\t1000\t1000", "Gid:\t1000\t1000\t1000\t1000"} <= set(said)
+            assert os.readlink(f"/proc/{new.pid}/ns/user") != os.readlink("/proc/self/ns/user")
+            wait_until(lambda: restores(daemon) == ["ready"], 20, "the restore to be told")
 
 
 def test_redis_comes_back_with_its_keys(node: Containerd, restorer: Daemon) -> None:

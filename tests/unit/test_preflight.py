@@ -41,7 +41,6 @@ PROCESS_FACTS, JOB_FACTS = WorkloadFacts(kind="process", name="train"), Workload
 POD_FACTS = WorkloadFacts(kind="pod", name="train", namespace="here", kubelet=True)
 HERE = HostFacts(arch="x86_64", kernel="6", page_size=PAGE, criu_version=0)
 CRIU = CriuFacts(40201, "/usr/sbin/criu")
-BOUND = replace(CRIU, reads_limits=False)
 INDEX = 32 + (1 << 20) * 32 + (1 << 19) * (32 + 64 + 128)  # of 2 GiB, at most
 MOST = format.MAX_INDEX
 LOAD = Load(cpus=2, memory_total=1 << 30, memory_available=1 << 30, load=0.0)
@@ -63,19 +62,19 @@ def manifest(images: int = 1, *, pages: int = 100, zero: int = 0, unpacked: int 
     )  # fmt: skip
 
 
-def dumped(*, criu: CriuOptions = CriuOptions(), here: CriuFacts = CRIU, **process: object) -> None:  # noqa: B008 - frozen
-    preflight.checkpoint(COMMAND, PROCESS_FACTS, [PROCESS, replace(PROCESS, pid=51, **process)], criu, here)  # type: ignore[arg-type]
+def dumped(*, criu: CriuOptions = CriuOptions(), **process: object) -> None:  # noqa: B008 - frozen
+    preflight.checkpoint(COMMAND, PROCESS_FACTS, [PROCESS, replace(PROCESS, pid=51, **process)], criu)  # type: ignore[arg-type]
 
 
 def kept(**connections: str) -> None:
     """Of a pod, by container."""
     processes = [replace(PROCESS, image=name, tcp=tuple(said.split(", "))) for name, said in connections.items()]
-    preflight.checkpoint(COMMAND, POD_FACTS, processes, CriuOptions(tcp="established"), CRIU)
+    preflight.checkpoint(COMMAND, POD_FACTS, processes, CriuOptions(tcp="established"))
 
 
 def on_the_node(facts: WorkloadFacts = POD_FACTS, tcp: str = "established") -> None:
     processes = [PROCESS, replace(PROCESS, image="main", nodes_network=True)]
-    preflight.checkpoint(COMMAND, facts, processes, CriuOptions(tcp=tcp), CRIU)
+    preflight.checkpoint(COMMAND, facts, processes, CriuOptions(tcp=tcp))
 
 
 BETWEEN, TOGETHER = "127.0.0.1:1 -> 127.0.0.1:2 in 'b'", "both ends in one container"
@@ -173,15 +172,15 @@ ROWS = [
     Row("gpu_model", lambda: placed(on_gpus(gpu(1), gpu(2)), gpu(3)), "GPU", shown("H100"), shown("H100")),
     Row(
         "kubelet",
-        lambda: preflight.checkpoint(COMMAND, POD_FACTS, [], CriuOptions(leave_stopped=True), CRIU, endable=False),
+        lambda: preflight.checkpoint(COMMAND, POD_FACTS, [], CriuOptions(leave_stopped=True), endable=False),
         "criu_opts.leave_running", False, True,
     ),
-    Row("kind", lambda: preflight.checkpoint(ROOTFS, JOB_FACTS, [], CriuOptions(), CRIU), "kind", "rootfs", "simple"),
+    Row("kind", lambda: preflight.checkpoint(ROOTFS, JOB_FACTS, [], CriuOptions()), "kind", "rootfs", "simple"),
     Row("traced", lambda: dumped(tracer=99), "TracerPid", 99, 0),
     Row("io_uring", lambda: dumped(fds=((4, "anon_inode:[io_uring]"),)), "fd 4", "anon_inode:[io_uring]", "no io_uring descriptor"),
     Row("terminal", lambda: dumped(fds=((0, "/dev/pts/3"),)), "fd 0", "/dev/pts/3", "no terminal"),
     Row("terminal", lambda: dumped(fds=((0, "/dev/tty"),)), "fd 0", "/dev/tty", "no terminal"),
-    Row("cap_sys_resource", lambda: dumped(ids=frozenset({0, 7}), here=BOUND), "uids and gids", [7], "0, or CAP_SYS_RESOURCE"),
+    Row("cap_sys_resource", lambda: dumped(ids=frozenset({0, 7}), limits=False), "uids and gids", [7], "0, or CAP_SYS_RESOURCE"),
     Row("tcp_established", lambda: dumped(tcp=("a -> b", "c -> d")), "tcp", "a -> b", "none"),
     Row("tcp_peer", lambda: kept(a="127.0.0.1:1 -> 127.0.0.1:2", b="127.0.0.1:2 -> 127.0.0.1:1"), "tcp", BETWEEN, TOGETHER),
     Row("tcp_peer", lambda: kept(a="9.0.0.1:1 -> 9.0.0.1:2", b="9.0.0.1:2 -> 9.0.0.1:1"), "tcp", "9.0.0.1:1 -> 9.0.0.1:2 in 'b'", TOGETHER),
@@ -262,8 +261,7 @@ def test_a_long_criu_opts_does_not_come_back_whole() -> None:
 def test_nothing_is_refused_without_a_reason() -> None:
     dumped()
     dumped(ids=frozenset({0, 7}))
-    dumped(ids=frozenset({0}), here=BOUND)
-    dumped(ids=frozenset({7}), state="Z", here=BOUND)
+    dumped(ids=frozenset({0, 7}))
     dumped(fds=((0, "/dev/null"), (1, "pipe:[7]"), (2, "/dev/shm/x"), (3, "socket:[1]"), (4, "/home/dev/pts/log")))
     dumped(tcp=("a -> b",), criu=CriuOptions(tcp="close"))
     kept(a="127.0.0.1:1 -> 127.0.0.1:2, 127.0.0.1:2 -> 127.0.0.1:1", b="10.0.0.1:1 -> 10.0.0.2:2")

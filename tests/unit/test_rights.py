@@ -124,6 +124,20 @@ def test_a_mount_from_outside_that_the_new_container_has_not_has_a_code_of_its_o
     assert (raised.value.code, raised.value.details["wanted"]) == ("container_mounts", "/gone")
 
 
+def test_in_a_user_namespace_device_nodes_are_those_of_the_machine() -> None:
+    """runc mounts them, each at its own path, and a device that the new container has not is none of them."""
+    linux = {"namespaces": [{"type": "user"}, {"type": "mount"}], "devices": [{"path": "/dev/fuse"}]}
+    of = {**SPEC, "linux": {**SPEC["linux"], **linux}}
+    there = [MountFacts(path, "unsupported", path, 0) for path in ("/dev/null", "/dev/urandom", "/dev/fuse")]
+    insist_within("app", of, mounted(*there))
+    for wanting, given in ((there[1], SPEC), (there[2], {**of, "linux": {**of["linux"], "devices": []}})):
+        with pytest.raises(Refused, match=wanting.place):
+            insist_within("app", given, mounted(wanting))
+    for source in ("/dev/mem", "/data"):
+        with pytest.raises(Refused):
+            insist_within("app", of, mounted(MountFacts("/dev/null", "unsupported", source, 0)))
+
+
 def test_who_may_mount_may_have_mounted() -> None:
     names = [*NAMES, "CAP_SYS_ADMIN"]
     of = {**spec(capabilities={"bounding": names, "permitted": names}), "linux": {}}

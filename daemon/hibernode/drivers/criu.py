@@ -49,7 +49,6 @@ _ROLLBACK = 15.0  # seconds a dump has to roll back after its page socket closed
 _LEFT = 2.0  # seconds that what a dead daemon's CRIU has left gets to end by itself
 _LAST = 30.0  # seconds a SIGKILLed worker has to end: it may be in the middle of freeing much memory
 _MAX_FILE = 16 << 20  # bytes; 100,000 tasks of ten threads are 7 MiB of pstree.img, and a core is tens of KiB
-_SYS_RESOURCE = 24  # include/uapi/linux/capability.h
 _TASK_DEAD = 2  # criu/include/image.h
 _log = logging.getLogger("hibernode.criu")
 # Logged as an error without CAP_SYS_RESOURCE, and as a warning because the page socket is no TCP one: neither means anything.
@@ -96,7 +95,7 @@ class Criu:
                     wanted=f"{show_version(OLDEST)} or newer",
                     hint="`scripts/setup` provides one",
                 )
-            self._facts = CriuFacts(version, self._path, reads_limits=_holds(_SYS_RESOURCE))
+            self._facts = CriuFacts(version, self._path)
         return self._facts
 
     def environment(self) -> Mapping[str, str]:
@@ -400,13 +399,6 @@ def _task(images: Path, entry: pstree_pb2.pstree_entry) -> TaskFacts:
     # Of a zombie CRIU (4.2.1) writes memory that it never filled; it has no threads.
     threads = [] if dead else [thread for thread in entry.threads if thread != entry.pid]
     return TaskFacts(pid=entry.pid, ppid=entry.ppid, comm=str(core.tc.comm)[:64], threads=threads, dead=dead)
-
-
-def _holds(capability: int) -> bool:
-    """Does this process, whose workers have what it has?"""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        held = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
-    return bool(held >> capability & 1)
 
 
 def _all(file: Path, kind: str) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import ipaddress
 import os
+import resource
 import signal
 import socket
 import sys
@@ -187,9 +188,18 @@ def facts(pid: int) -> ProcessFacts:
         uid=int(status["Uid"].split()[0]),
         rss=of.rss,
         ids=frozenset(int(each) for key in ("Uid", "Gid") for each in status[key].split()[:3]),
+        limits=of.state in ("Z", "X") or _shows_limits(pid),
         fds=() if of.state == "Z" else tuple(descriptors(pid)),
         cuda=_has_cuda(pid),
     )
+
+
+def _shows_limits(pid: int) -> bool:
+    try:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    except PermissionError:
+        return False
+    return True
 
 
 def _has_cuda(pid: int) -> bool:

@@ -98,7 +98,10 @@ def _mounts(name: str, spec: Mapping[str, Any], mounts: Collection[MountFacts]) 
     given = {str(mount["destination"]).rstrip("/"): mount for mount in spec.get("mounts") or ()}
     groups = [place for place, mount in given.items() if mount.get("type") in ("cgroup", "cgroup2")]
     may_mount = bool(_bounding(spec) & CAPABILITIES["CAP_SYS_ADMIN"])  # it could have done all of it by itself
+    devices = _bound_devices(linux)
     for mount in mounts:
+        if mount.place in devices and mount.key == mount.place:
+            continue
         below_groups = any(mount.place.startswith(f"{place}/") for place in groups)
         if mount.key and mount.key not in given and not below_groups and not (mount.key == "/dev/null" and mount.place in masked):
             raise Refused(
@@ -126,6 +129,13 @@ def _mounts(name: str, spec: Mapping[str, Any], mounts: Collection[MountFacts]) 
     for path in sorted((masked | readonly) - there):
         if path.startswith(("/proc/", "/sys/")) and _is_there(path):  # runc leaves out what the machine has not
             raise _refused(name, f"mount {path}", "none", "masked" if path in masked else "read-only")
+
+
+def _bound_devices(linux: Mapping[str, Any]) -> set[str]:
+    """In a user namespace nobody makes device nodes: runc mounts those of the machine, each at its own path, in the new container too."""
+    if not any(space.get("type") == "user" for space in linux.get("namespaces") or ()):
+        return set()
+    return _DEVICES | {str(device.get("path")) for device in linux.get("devices") or ()}
 
 
 def _options(given: Mapping[str, Mapping[str, Any]], groups: Collection[str], place: str) -> set[str]:
