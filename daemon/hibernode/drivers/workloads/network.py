@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from hibernode.children import Children
+from hibernode.drivers.workloads import proc
 from hibernode.errors import Refused
 from hibernode.ports import Endpoint
 
 _CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
-_PIDFD_GETFD = 438  # of every architecture
 _TCP_REPAIR, _REPAIR_ON = 19, 1  # include/uapi/linux/tcp.h
 _PATIENCE = 2.0  # seconds for a program that takes a few milliseconds
 # What CRIU (4.2, criu/net.c) gives iptables-restore to open a network that it has closed; where it has not that is an error, and nothing
@@ -139,20 +139,14 @@ def _restored(program: str, children: Children) -> bool:
 
 
 def _end_repair(pid: int) -> None:
-    pidfd = os.pidfd_open(pid)
-    try:
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
-                    _end_repair_of(pidfd, int(name))
-    finally:
-        os.close(pidfd)
+    for number, what in proc.descriptors(pid):
+        if what.startswith("socket:"):
+            with contextlib.suppress(OSError), proc.borrowed(pid, number) as copy:
+                _end_repair_of(copy)
 
 
-def _end_repair_of(pidfd: int, number: int) -> None:
+def _end_repair_of(descriptor: int) -> None:
     """Raises OSError for what is no TCP socket."""
-    if (copy := _libc.syscall(_PIDFD_GETFD, pidfd, number, 0)) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    with socket.socket(fileno=copy) as found:
+    with socket.socket(fileno=os.dup(descriptor)) as found:
         if found.getsockopt(socket.IPPROTO_TCP, _TCP_REPAIR) == _REPAIR_ON:
             found.setsockopt(socket.IPPROTO_TCP, _TCP_REPAIR, 0)

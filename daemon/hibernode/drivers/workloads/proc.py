@@ -260,18 +260,24 @@ class Connection:
     def push(self) -> None:
         """It sends what it holds back, though its owner has corked it. Nothing if he has closed it, or the kernel (before 5.6) cannot. It
         is ours for that moment alone: held any longer, his end would not be seen."""
-        with contextlib.suppress(OSError):
-            pidfd = os.pidfd_open(self.pid)
-            try:
-                borrowed = _libc.syscall(_PIDFD_GETFD, pidfd, self.descriptor, 0)
-            finally:
-                os.close(pidfd)
-            if borrowed >= 0:
-                try:
-                    if os.readlink(f"/proc/self/fd/{borrowed}") == self.inode:  # and not another one under its number
-                        _libc.setsockopt(borrowed, socket.IPPROTO_TCP, socket.TCP_NODELAY, _ON, len(_ON))
-                finally:
-                    os.close(borrowed)
+        with contextlib.suppress(OSError), borrowed(self.pid, self.descriptor) as copy:
+            if os.readlink(f"/proc/self/fd/{copy}") == self.inode:  # and not another one under its number
+                _libc.setsockopt(copy, socket.IPPROTO_TCP, socket.TCP_NODELAY, _ON, len(_ON))
+
+
+@contextlib.contextmanager
+def borrowed(pid: int, number: int) -> Iterator[int]:
+    """A copy, for this moment, of a descriptor that a process has. OSError where it has none of that number, or none for us."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        if (copy := _libc.syscall(_PIDFD_GETFD, pidfd, number, 0)) < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(pidfd)
+    try:
+        yield copy
+    finally:
+        os.close(copy)
 
 
 def connection(pid: int, address: tuple[str, int]) -> Connection | None:
