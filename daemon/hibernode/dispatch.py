@@ -57,7 +57,8 @@ BEHIND = 4
 _UNTOUCHED = ("starting", "preflight", "fetching")  # phases in which trying again is harmless
 _FORESTALLED = 1000  # cancels without a command that are remembered; the oldest are forgotten first
 _WATCHER_QUEUE = 1000  # updates a slow watcher may lag behind before it loses progress (never events)
-_BREATH = 0.05  # seconds between two tries at the least, of what is tried without end
+_BREATH, _LONGEST = 0.05, 60.0  # seconds between two tries of what is tried without end
+_KILLS = 4  # workloads at a time that are to be killed at last
 _log = structlog.get_logger("hibernode")
 
 
@@ -107,27 +108,39 @@ class Dispatcher:
         for _, record in open_entries:  # when every workload is free: a store may be slow
             await in_thread(gc.tidy, self._node, record)
         self._tasks.spawn(self._reap_forever())
+        self._tasks.spawn(self._finish_kills())
 
     async def _recover(self, entry: Entry) -> None:
         try:
             self.end(entry, await in_thread(recover, self._node, entry))
         except Exception:  # noqa: BLE001 - one that cannot be recovered must not keep the others frozen; it stays open
             _log.exception("could not recover", action=entry.action_id)
-        self._go_on(entry)
 
-    def _go_on(self, entry: Entry) -> None:
-        """Whoever is left standing still for good, because he could not be killed, is not left to the next start."""
-        if to_be_killed(entry.record):
-            self._tasks.spawn(self._kill_later(entry))
+    async def _finish_kills(self) -> None:
+        """Whoever stands still for good, because he could not be killed, is not left to the next start. Some at a time: each may wait for
+        an API server in a thread; and ever more seldom, for as long as it takes."""
+        first = max(_BREATH, self._node.config.limits.retry_delay)
+        pause = first
+        while True:
+            await asyncio.sleep(pause)
+            left = [entry for entry in self._node.journal.all() if self._is_left(entry)]
+            pause = min(2 * pause, _LONGEST) if left else first
+            for at in range(0, len(left), _KILLS):
+                await asyncio.gather(*(self._finish_kill(entry) for entry in left[at : at + _KILLS]))
 
-    async def _kill_later(self, entry: Entry) -> None:
-        while to_be_killed(entry.record):
-            await asyncio.sleep(max(_BREATH, self._node.config.limits.retry_delay))
-            try:
-                self.end(entry, await in_thread(finish_kill, self._node, entry))
-            except Exception:  # noqa: BLE001 - a full disk, for one: he may be killed all the same, and is not found a second time
-                _log.exception("could not finish a kill", action=entry.action_id)
-        _log.info("killed in the end", action=entry.action_id)
+    def _is_left(self, entry: Entry) -> bool:
+        return not entry.settled and entry.action_id not in self._running and to_be_killed(entry.record)
+
+    async def _finish_kill(self, entry: Entry) -> None:
+        try:
+            await in_thread(finish_kill, self._node, entry.record)
+            entry.update(phase="done", ended_at=time.time())
+        except (HibernodeError, OSError) as e:
+            _log.warning("a workload stands still, and cannot be killed yet", action=entry.action_id, error=str(e))
+        except Exception:  # noqa: BLE001 - of ours: the others stand still no longer for it
+            _log.exception("defect", action=entry.action_id)
+        else:
+            _log.info("nobody of its workload is left", action=entry.action_id)
 
     async def stop(self, grace: float = 30.0) -> None:
         """Take nothing new, give running actions `grace` seconds, then cancel them; returns when all have ended and been told."""
@@ -166,7 +179,6 @@ class Dispatcher:
             async with contextlib.AsyncExitStack() as slot:
                 outcome = await self._outcome(command, action, slot)
             await self._end_surely(action.entry, outcome)
-            self._go_on(action.entry)
         finally:
             del self._running[command.action_id]
             self._changed()
@@ -180,8 +192,7 @@ class Dispatcher:
             if action.reached != Status.READY:
                 return Outcome.of(e, action.meter.profile())
             _log.error("after it was ready", action=command.action_id, code=e.code, error=str(e))  # nobody else hears of it
-            if isinstance(e, Stuck) and action.entry.record.status == Status.READY:
-                return Outcome.of(e)  # no event any more, but the entry stays open for recovery
+            return Outcome(Status.READY, profile=action.meter.profile(), unfinished=isinstance(e, Stuck))
         except Exception as e:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
             if isinstance(e, OSError) and is_full(e) and action.reached != Status.READY:  # of the journal: the page minds its own
                 return Outcome.of(no_room(e), action.meter.profile())
@@ -302,10 +313,11 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(action.slot_free.set)
 
     def end(self, entry: Entry, outcome: Outcome) -> None:
-        """Told, and over; but where a workload may need a person the entry stays open, and the next start tries to recover it."""
+        """Told, and over; but where a workload may stand still the entry stays open: for `_finish_kills`, or for the next start."""
         self._emit(entry, outcome)
         mark_of(self._node.config.work_dir, entry.action_id).unlink(missing_ok=True)  # `ready` is on disk
-        entry.update(phase=entry.record.phase if outcome.code == Stuck.code else "done", ended_at=time.time())
+        stays = outcome.unfinished or outcome.code == Stuck.code
+        entry.update(phase=entry.record.phase if stays else "done", ended_at=time.time())
 
     async def _end_surely(self, entry: Entry, outcome: Outcome) -> None:
         """An outcome that is not on disk is not acknowledged: a full disk is waited for, and tried a last time when the daemon may wait no

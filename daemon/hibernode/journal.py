@@ -167,8 +167,8 @@ class Journal:
         self._directory, self._clock, self._keep = directory, clock, keep
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._entries: dict[str, Entry] = {}
-        old = sorted((directory / _RESTORED).glob("*"), key=lambda path: path.stat().st_mtime)
-        self._restored = dict.fromkeys(path.name for path in old)
+        old = [path for path in (directory / _RESTORED).glob("*") if path.is_file()]
+        self._restored = dict.fromkeys(path.name for path in sorted(old, key=lambda path: path.stat().st_mtime))
         for path in directory.glob("*.json"):
             try:
                 record = Record.model_validate_json(path.read_bytes())
@@ -251,20 +251,24 @@ class Journal:
         settled = [entry for entry in self.all() if entry.settled]
         for entry in settled[: max(0, len(settled) - self._keep)]:
             record = entry.record
+            del self._entries[entry.action_id]
+            (self._directory / f"{entry.action_id}.json").unlink(missing_ok=True)  # first: it makes room
             if record.type == "restore" and record.status == Status.READY:
                 self._remember(entry.action_id)
-            del self._entries[entry.action_id]
-            (self._directory / f"{entry.action_id}.json").unlink(missing_ok=True)
 
     def _remember(self, action_id: str) -> None:
+        """As well as the disk lets it: no action fails for it."""
         place = self._directory / _RESTORED
-        place.mkdir(exist_ok=True, mode=0o700)
-        (place / action_id).touch(mode=0o600)
         self._restored[action_id] = None
-        while len(self._restored) > _REMEMBERED:
-            oldest = next(iter(self._restored))
-            (place / oldest).unlink(missing_ok=True)
-            del self._restored[oldest]
+        try:
+            place.mkdir(exist_ok=True, mode=0o700)
+            (place / action_id).touch(mode=0o600)
+            while len(self._restored) > _REMEMBERED:
+                oldest = next(iter(self._restored))
+                del self._restored[oldest]
+                (place / oldest).unlink(missing_ok=True)
+        except OSError as e:
+            _log.warning("that %s was restored is known to this daemon alone: %s", action_id, e)
 
 
 def boottime() -> float:

@@ -226,6 +226,7 @@ class Outcome:
     retry: bool = False
     profile: Profile | None = None
     pod_spec: str = ""
+    unfinished: bool = False  # somebody may still stand still: the page stays open
 
     @classmethod
     def of(cls, error: HibernodeError, profile: Profile | None = None) -> Outcome:

@@ -370,9 +370,7 @@ class ProcessFacts:
     limits: bool = (
         True  # the daemon, and so its CRIU, may read its limits: of another user's CAP_SYS_RESOURCE in its user namespace
     )
-    nodes_network: bool = (
-        False  # its network is the machine's, and the daemon has another: a pod with `hostNetwork`, and a daemon without
-    )
+    nodes_network: bool = False  # its network is the machine's, and the daemon has another: of a pod with `hostNetwork`, or none
     cuda: bool = False  # it has the CUDA driver's library in its memory: it may have GPU state
 
 
@@ -469,10 +467,12 @@ class Workloads(Protocol):
         """Recovery: let these run on, and what descends from them, if they are stopped; but not those in `leave`. `freezers`: as
         `Workload.freezers` has them."""
 
-    def kill(self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = ()) -> None:
+    def kill(
+        self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = (), *, patience: float | None = None
+    ) -> None:
         """Recovery: as `Workload.kill`, and whoever lives in that `place` of a restore, or in cgroups of these `freezers`; not in the
         latter where all of `processes` have ended, since somebody else may have them now. A start time of 0 is nobody: who it was
-        is not known."""
+        is not known. `patience`: seconds for each thing that is waited for, where half a minute is too long."""
 
 
 @dataclass(frozen=True)

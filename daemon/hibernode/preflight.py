@@ -135,8 +135,9 @@ def checkpoint(
         )
     for process in processes:
         _process(process, facts.kind, criu)
-    if facts.contained and criu.tcp == "established":
+    if criu.tcp == "established":
         _own_network(processes)
+    if facts.contained and criu.tcp == "established":
         _both_ends(processes)
 
 
@@ -176,8 +177,8 @@ def _own_network(processes: Sequence[ProcessFacts]) -> None:
     for process in processes:
         if process.nodes_network:
             raise Refused(
-                "host_network", f"process {process.pid} of container {process.image!r} is in the network of the node, and CRIU would close "
-                "all of it meanwhile", prop="network", found="the node's", wanted="the pod's own",
+                "host_network", f"process {process.pid} ({process.comm!r}) is in the network of the node and the daemon in another: CRIU "
+                "would close all of the node's meanwhile", prop="network", found="the node's", wanted="the pod's own",
                 hint='its connections can be closed, {"tcp": "close"} in criu_opts, or kept by a daemon that is in the same network',
             )  # fmt: skip
 

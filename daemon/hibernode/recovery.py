@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from hibernode import catalog
@@ -15,11 +16,13 @@ from hibernode.model import Outcome, Status, TaskFacts
 from hibernode.node import Node, alarm, calmly, insist
 
 _TRIES = 20  # of an emptying: a second
+_PATIENCE = 5.0  # seconds for a kubelet, and for what was killed, of a try that is followed by others
 _log = logging.getLogger("hibernode.recovery")
 
 
 def recover(node: Node, entry: Entry) -> Outcome:
-    """Undo or finish what the action was at; how it ended. An undo that fails is `left_suspended`: the next start tries again."""
+    """Undo or finish what the action was at; how it ended. An undo that fails is `left_suspended`: the next start tries again. A kill that
+    fails leaves it `unfinished`."""
     record = entry.record
     work = node.config.work_dir / record.action_id
     if record.type == "checkpoint":  # of a restore nothing may run on, not for a moment: it is killed where it stands
@@ -46,19 +49,14 @@ def recover(node: Node, entry: Entry) -> Outcome:
 
 
 def to_be_killed(record: Record) -> bool:
-    """Its checkpoint is ready, so that it stands still for good; and nobody has been able to end it."""
-    return bool(record.ended_at) and record.kill and remedy(record) == "finish_kill"
+    """Its checkpoint is ready, so that it stands still for good; if its action is over, nobody has been able to end it."""
+    return record.kill and record.boot == BOOT and remedy(record) == "finish_kill"
 
 
-def finish_kill(node: Node, entry: Entry) -> Outcome:
-    """One more try. A cluster that does not answer is not waited for: `left_suspended` again, within a call."""
-    try:
-        node.workloads.cluster()
-    except Transient as e:
-        return Outcome.of(Stuck(f"killing the workload waits for the API server: {e.message}"))
-    except HibernodeError:
-        pass  # it answers, and may know this node no more: that is no reason to keep anybody
-    return recover(node, entry)
+def finish_kill(node: Node, record: Record) -> None:
+    """One more try to end it, which waits for `_PATIENCE` seconds and not for half a minute. Raises HibernodeError, or OSError."""
+    _park(node, record)
+    node.workloads.kill(_processes(record), record.place, record.freezers, patience=_PATIENCE)
 
 
 def _empty(work: Path) -> None:
@@ -103,10 +101,15 @@ def _let_go(node: Node, entry: Entry) -> None:
 
 
 def _ready(node: Node, record: Record) -> Outcome:
+    """It is, whether its workload can be killed at once or not."""
+    done = Outcome(Status.READY, profile=record.last.profile if record.last else None)
     if record.kill:
-        _park(node, record)
-        insist("killing the workload", lambda: node.workloads.kill(_processes(record), record.place, record.freezers))
-    return Outcome(Status.READY, profile=record.last.profile if record.last else None)
+        try:
+            insist("killing the workload", lambda: finish_kill(node, record))
+        except Stuck as e:
+            _log.error("action %s is ready, and its workload stands still: %s", record.action_id, e.message)
+            return replace(done, unfinished=True)
+    return done
 
 
 def _thaw(node: Node, record: Record) -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -274,9 +274,11 @@ def untaken(document: dict[str, Any], followed: Mapping[str, int]) -> set[str]:
     """Answers that lead on and led nowhere, and operations that can be led to and were not: not every link is asked for, every end is."""
     wanted, taken = links(document), links(document) & followed.keys()
     assert wanted
-    return {link.split(" -> ")[end] for end in (0, -1) for link in wanted} - {
-        link.split(" -> ")[end] for end in (0, -1) for link in taken
-    }
+    return _ends(wanted) - _ends(taken)
+
+
+def _ends(links: Iterable[str]) -> set[str]:
+    return {f"{end} {link.split(' -> ')[at]}" for at, end in ((0, "from"), (-1, "to")) for link in links}
 
 
 def links(document: dict[str, Any]) -> set[str]:

@@ -273,7 +273,9 @@ class FakeWorkloads:
         if (ROOT, 1000 + ROOT) in processes and (ROOT, 1000 + ROOT) not in leave:
             self._machine.stopped = False
 
-    def kill(self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = ()) -> None:
+    def kill(
+        self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = (), *, patience: float | None = None
+    ) -> None:
         self._script.step("workloads.kill")
         if (ROOT, 1000 + ROOT) in processes or (place == FakePrepared.place and self._machine.restored):
             if self._machine.restored:

@@ -170,6 +170,20 @@ def test_what_was_restored_once_is_known_longer_than_its_page(tmp_path: Path, mo
     assert not journal.was_restored(str(uuid.uuid4()))
 
 
+def test_nothing_fails_because_it_cannot_be_remembered(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, keep=0)
+    (tmp_path / "restored").write_bytes(b"somebody else's")
+    (entry := journal.begin(restore())).emit(lambda seq: event(entry.record, seq, Status.READY))
+    entry.update(published=1, phase="done")
+    journal.begin(checkpoint())
+    assert journal.find(entry.action_id) is None
+    assert journal.was_restored(entry.action_id)
+    (tmp_path / "restored").unlink()
+    (tmp_path / "restored/directory").mkdir(parents=True)
+    (tmp_path / "restored/nowhere").symlink_to("gone")
+    assert not Journal(tmp_path).was_restored("directory")
+
+
 # --- the rule ---------------------------------------------------------------------------------------------------------------
 
 P, C, R, E = Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY, Status.ERROR

@@ -186,6 +186,7 @@ ROWS = [
     Row("tcp_peer", lambda: kept(a="9.0.0.1:1 -> 9.0.0.1:2", b="9.0.0.1:2 -> 9.0.0.1:1"), "tcp", "9.0.0.1:1 -> 9.0.0.1:2 in 'b'", TOGETHER),
     Row("tcp_peer", lambda: kept(a="[::1]:1 -> [::1]:2"), "tcp", "[::1]:1 -> [::1]:2", TOGETHER),
     Row("host_network", on_the_node, "network", "the node's", "the pod's own"),
+    Row("host_network", lambda: on_the_node(PROCESS_FACTS), "network", "the node's", "the pod's own"),
     Row("streams", lambda: chosen(streams=65), "streams", 65, "1 to 64"),
     Row("streams", lambda: chosen(streams=-1), "streams", -1, "1 to 64"),
     Row("compression", lambda: chosen(compression="lz4"), "compression", "lz4", "zstd, zstd:<-7 to 19>, none"),
@@ -261,12 +262,10 @@ def test_a_long_criu_opts_does_not_come_back_whole() -> None:
 def test_nothing_is_refused_without_a_reason() -> None:
     dumped()
     dumped(ids=frozenset({0, 7}))
-    dumped(ids=frozenset({0, 7}))
     dumped(fds=((0, "/dev/null"), (1, "pipe:[7]"), (2, "/dev/shm/x"), (3, "socket:[1]"), (4, "/home/dev/pts/log")))
     dumped(tcp=("a -> b",), criu=CriuOptions(tcp="close"))
     kept(a="127.0.0.1:1 -> 127.0.0.1:2, 127.0.0.1:2 -> 127.0.0.1:1", b="10.0.0.1:1 -> 10.0.0.2:2")
     on_the_node(tcp="close")
-    on_the_node(PROCESS_FACTS)
     preflight.room(50 << 20, 1 << 20, 16 << 20)
     preflight.room(1 << 50, None, 1 << 30)
     preflight.expired(0.0, 1e12)

@@ -106,6 +106,7 @@ def test_a_zombie_has_its_pid_and_does_not_live(node: Node) -> None:
     parent = node.parent()
     (zombie,) = keeper.descendants(parent)
     tasks = [TaskFacts(pid=zombie), TaskFacts(pid=parent)]
+    assert proc.facts(zombie).limits, "of him nothing is saved"
     first, second = node.workloads.blockers(tasks)
     assert (first[0], second[0]) == (zombie, parent)
     assert f"its parent {parent} has not waited for" in first[1]

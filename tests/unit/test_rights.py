@@ -133,6 +133,9 @@ def test_in_a_user_namespace_device_nodes_are_those_of_the_machine() -> None:
     for wanting, given in ((there[1], SPEC), (there[2], {**of, "linux": {**of["linux"], "devices": []}})):
         with pytest.raises(Refused, match=wanting.place):
             insist_within("app", given, mounted(wanting))
+    own = {**of, "mounts": [*of["mounts"], {"destination": "/dev/null", "type": "bind", "options": ["bind", "ro"]}]}
+    with pytest.raises(Refused, match="without ro"):
+        insist_within("app", own, mounted(there[0]))
     for source in ("/dev/mem", "/data"):
         with pytest.raises(Refused):
             insist_within("app", of, mounted(MountFacts("/dev/null", "unsupported", source, 0)))

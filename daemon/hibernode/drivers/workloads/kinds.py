@@ -59,13 +59,15 @@ class AllWorkloads:
         self._containers.thaw(freezers)
         self._processes.thaw(processes, leave)
 
-    def kill(self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = ()) -> None:
+    def kill(
+        self, processes: Sequence[Identity], place: str = "", freezers: Sequence[str] = (), *, patience: float | None = None
+    ) -> None:
         if is_place(place):
-            self._containers.end(place, processes)
+            self._containers.end(place, processes, patience)
             place = ""
         known = [process for process in processes if process[1]]
         there = freezers if not known or any(proc.alive(*process) for process in known) else ()
-        trees.empty(there, lambda members: self._processes.kill([*processes, *members], place))
+        trees.empty(there, lambda members: self._processes.kill([*processes, *members], place, patience))
 
     # --- ports.Jobs ---------------------------------------------------------------------------------------------------------
 

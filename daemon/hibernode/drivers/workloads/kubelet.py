@@ -125,10 +125,10 @@ class Kubelet:
         said = [": ".join(str(each[key]) for key in ("reason", "message") if each.get(key)) for each in waiting]
         return "; ".join(each for each in said if each)[:500]
 
-    def end(self, namespace: str, name: str, uid: str, ended: Callable[[], bool]) -> None:
+    def end(self, namespace: str, name: str, uid: str, ended: Callable[[], bool], patience: float | None = None) -> None:
         """Have it deleted, and wait until its processes have `ended`, or its kubelet has had time for it. A server that does not answer is
-        asked again for `ASK_LIMIT` seconds: nothing is done to a pod that it has not noted."""
-        until = time.monotonic() + ASK_LIMIT
+        asked again for `ASK_LIMIT` seconds: nothing is done to a pod that it has not noted. `patience`: in place of either limit."""
+        until = time.monotonic() + (ASK_LIMIT if patience is None else patience)
         while True:
             try:
                 self._server.delete(namespace, name, uid=uid, grace=GRACE)
@@ -137,7 +137,7 @@ class Kubelet:
                 if time.monotonic() > until:
                     raise
                 time.sleep(_AGAIN)
-        until = time.monotonic() + END_LIMIT
+        until = time.monotonic() + (END_LIMIT if patience is None else patience)
         while not ended() and time.monotonic() < until:
             time.sleep(_LOOK)
 

@@ -75,18 +75,6 @@ def reopen(pids: Collection[int], children: Children) -> None:
             _end_repair(pid)
 
 
-def is_the_nodes(pid: int, first: int = 1) -> bool:
-    """Its network is the machine's (that of process `first`), and this daemon has another. False where the machine's cannot be looked at:
-    where the first process has rights that the daemon has not, that needs CAP_SYS_PTRACE. OSError if `pid` has gone."""
-    its, ours = (os.stat(f"/proc/{who}/ns/net").st_ino for who in (pid, "self"))
-    if its == ours:
-        return False
-    try:
-        return os.stat(f"/proc/{first}/ns/net").st_ino == its
-    except PermissionError:
-        return False
-
-
 def _of(spec: Mapping[str, Any]) -> str:
     """Where the network namespace is that the container will be in; "": a new one."""
     found = [each for each in (spec.get("linux") or {}).get("namespaces") or () if each.get("type") == "network"]

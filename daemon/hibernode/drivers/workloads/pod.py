@@ -146,16 +146,16 @@ class Containers:
         maker = self._kubelet if not command.pod_id else None
         return PreparedPod(facts, command, self._arrivals, self._program, self._criu, self._children, self._made_of, maker)
 
-    def end(self, place: str, processes: Sequence[Identity]) -> None:
+    def end(self, place: str, processes: Sequence[Identity], patience: float | None = None) -> None:
         """The pod of this `Workload.place`, whose `processes` are held: as `Workload.kill` begins. Of one that was made for a restore
-        nothing is held."""
+        nothing is held. `patience`: as `Workloads.kill` has it."""
         namespace, name, uid, action_id = by_kubelet.read_place(place)
         if self._kubelet is None:
             _log.warning("pod %s/%s is killed without its kubelet: this node knows no API server any more", namespace, name)
         elif uid and not any(proc.alive(*process) for process in processes):
             _log.warning("pod %s/%s: who was to be killed has ended; who is in it now stays", namespace, name)
         elif uid:
-            self._kubelet.end(namespace, name, uid, lambda: not any(proc.alive(*process) for process in processes))
+            self._kubelet.end(namespace, name, uid, lambda: not any(proc.alive(*process) for process in processes), patience)
         else:
             self._kubelet.forget(namespace, name, action_id)
 

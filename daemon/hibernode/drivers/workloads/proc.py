@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from hibernode.model import PAGE
 from hibernode.ports import Identity, ProcessFacts
 
+_FIRST = 1  # process of the machine: its namespaces are the machine's
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h
 _ESTABLISHED = "01"  # include/net/tcp_states.h
 GONE = (FileNotFoundError, ProcessLookupError)
@@ -189,9 +190,21 @@ def facts(pid: int) -> ProcessFacts:
         rss=of.rss,
         ids=frozenset(int(each) for key in ("Uid", "Gid") for each in status[key].split()[:3]),
         limits=of.state in ("Z", "X") or _shows_limits(pid),
+        nodes_network=of.state not in ("Z", "X") and _in_nodes_network(pid),
         fds=() if of.state == "Z" else tuple(descriptors(pid)),
         cuda=_has_cuda(pid),
     )
+
+
+def _in_nodes_network(pid: int) -> bool:
+    """False where the machine's cannot be looked at: that needs CAP_SYS_PTRACE, if its first process has rights that the daemon has not."""
+    its, ours = (os.stat(f"/proc/{who}/ns/net").st_ino for who in (pid, "self"))
+    if its == ours:
+        return False
+    try:
+        return os.stat(f"/proc/{_FIRST}/ns/net").st_ino == its
+    except PermissionError:
+        return False
 
 
 def _shows_limits(pid: int) -> bool:

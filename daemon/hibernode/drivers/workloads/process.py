@@ -365,8 +365,8 @@ class ProcessWorkloads:
     def thaw(self, processes: Sequence[Identity], leave: Collection[Identity] = ()) -> None:
         trees.thaw(processes, leave)
 
-    def kill(self, processes: Sequence[Identity], place: str = "") -> None:
-        trees.kill(processes, self._children, place)
+    def kill(self, processes: Sequence[Identity], place: str = "", patience: float | None = None) -> None:
+        trees.kill(processes, self._children, place, patience)
 
     # --- ports.Jobs ---------------------------------------------------------------------------------------------------------
 

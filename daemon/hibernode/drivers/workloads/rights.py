@@ -29,9 +29,8 @@ _NAMES = (
 CAPABILITIES = {f"CAP_{name}": 1 << bit for bit, name in enumerate(_NAMES)}
 _FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8}  # of mount(2)
 _KERNEL = {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}  # none of them has a source on the machine
-_DEVICES = {
-    f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "console", "ptmx")
-}  # every container's
+_BOUND = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty")}
+_DEVICES = _BOUND | {"/dev/console", "/dev/ptmx"}  # every container's
 
 
 def insist_within(name: str, spec: Mapping[str, Any], wants: Demands) -> None:
@@ -100,7 +99,7 @@ def _mounts(name: str, spec: Mapping[str, Any], mounts: Collection[MountFacts]) 
     may_mount = bool(_bounding(spec) & CAPABILITIES["CAP_SYS_ADMIN"])  # it could have done all of it by itself
     devices = _bound_devices(linux)
     for mount in mounts:
-        if mount.place in devices and mount.key == mount.place:
+        if mount.key == mount.place and mount.place in devices and mount.place not in given:
             continue
         below_groups = any(mount.place.startswith(f"{place}/") for place in groups)
         if mount.key and mount.key not in given and not below_groups and not (mount.key == "/dev/null" and mount.place in masked):
@@ -135,7 +134,7 @@ def _bound_devices(linux: Mapping[str, Any]) -> set[str]:
     """In a user namespace nobody makes device nodes: runc mounts those of the machine, each at its own path, in the new container too."""
     if not any(space.get("type") == "user" for space in linux.get("namespaces") or ()):
         return set()
-    return _DEVICES | {str(device.get("path")) for device in linux.get("devices") or ()}
+    return _BOUND | {str(device.get("path")) for device in linux.get("devices") or ()}
 
 
 def _options(given: Mapping[str, Mapping[str, Any]], groups: Collection[str], place: str) -> set[str]:

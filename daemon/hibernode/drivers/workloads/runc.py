@@ -252,8 +252,8 @@ class ContainersWorkload:
                 with contextlib.suppress(*proc.GONE, IndexError):
                     inside = proc.pids_inside(pid)[len(proc.pids_inside(container.init[0])) - 1]
                     facts = facts_of(pid)
-                    tcp, nodes = proc.connections(pid, facts.fds), network.is_the_nodes(pid)
-                    found.append(replace(facts, tcp=tcp, nodes_network=nodes, image=container.name, inside=inside))
+                    tcp = proc.connections(pid, facts.fds)
+                    found.append(replace(facts, tcp=tcp, image=container.name, inside=inside))
                     self._within[pid] = container.name, inside
         return found
 

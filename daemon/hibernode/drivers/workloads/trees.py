@@ -43,10 +43,11 @@ def send(process: Identity, number: signal.Signals) -> None:
             signal.pidfd_send_signal(pidfd, number)
 
 
-def kill(processes: Iterable[Identity], children: Children, place: str = "") -> None:
+def kill(processes: Iterable[Identity], children: Children, place: str = "", patience: float | None = None) -> None:
     """SIGKILL these, what descends from them, and whoever lives in the cgroups of `place`; all of them have ended when it returns, and
-    those that the daemon or a parent who waits is responsible for are reaped. Stuck if they do not end."""
-    deadline = time.monotonic() + KILL_DEADLINE
+    those that the daemon or a parent who waits is responsible for are reaped. Stuck if they do not end, in `KILL_DEADLINE` or `patience`
+    seconds."""
+    deadline = time.monotonic() + (KILL_DEADLINE if patience is None else patience)
     if place:
         cgroup.kill(place)
     known = dict.fromkeys(processes)
