@@ -22,7 +22,7 @@ from hibernode.node import Attempt, Node
 from hibernode.ports import Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer import files, layer
-from hibernode.transfer.collect import Collector, PageDoor, Push
+from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.filling import Held
 from hibernode.transfer.layer import LayerCollector
 from hibernode.transfer.pageproto import Wire
@@ -95,22 +95,24 @@ class Capture(AbstractContextManager["Capture"]):
         return time.monotonic_ns() - since if since else held_ns
 
     def _dump(self, name: str) -> int:
-        door = PageDoor(f"{name} collect", self._threads, functools.partial(self._collect, name))
+        ours, theirs = page_sockets()
+        collecting = self._threads.start(f"{name} collect", self._collect, name, ours)
         (self._work / name).mkdir()
         ending = Cancel()  # also of what no cancel has ended: a stream that failed, the page socket
         self._threads.on_stop(lambda: ending.set("the transfer has ended"))
         try:
-            stats = self._workload.dump(name, self._work / name, door, self._options.criu, ending)
+            with theirs:
+                stats = self._workload.dump(name, self._work / name, theirs, self._options.criu, ending)
         finally:
-            door.close()  # if our side failed first, that is the reason
+            self._threads.join([collecting])  # if our side failed first, that is the reason
         collector = self._collected.get(name)
         if collector is None or not collector.closed or collector.pages != stats.pages_written:
             arrived = collector.pages if collector is not None else 0
             raise DumpFailed(f"CRIU wrote {stats.pages_written} pages, {arrived} arrived")
         return stats.freezing_ns + stats.frozen_ns
 
-    def _collect(self, name: str, pages: socket.socket, push: Push | None) -> None:
-        collector = Collector(pages, self._wire, self._node.arena, self._senders[name].chunks, self._threads, self._held, push)
+    def _collect(self, name: str, pages: socket.socket) -> None:
+        collector = Collector(pages, self._wire, self._node.arena, self._senders[name].chunks, self._threads, self._held)
         self._collected[name] = collector
         collector.run()
 

@@ -277,17 +277,6 @@ class Criu(Protocol):
         """What went wrong in such a dump, with the end of CRIU's log."""
 
 
-class PageDoor(Protocol):
-    """Where CRIU brings the pages of one dump, as page-server messages. One of these is called, once."""
-
-    def give(self) -> socket.socket:
-        """CRIU's end of a connected pair; the caller's from now on."""
-
-    def listen(self, trusted: Callable[[tuple[str, int]], Callable[[], None] | None]) -> int:
-        """A port of 127.0.0.1, for one connection. `trusted` is asked for each that comes, by its address: None turns it away, else it is a
-        way to make the other end send what it holds back, which is called again and again while nothing comes."""
-
-
 # --- GPUs ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -424,8 +413,9 @@ class Workload(Protocol):
         """Stop all trees together, where there are several: the moment (monotonic, nanoseconds) since which they are held. 0: nobody is
         yet, because CRIU stops a single tree by itself. Raises DumpFailed if they cannot be stopped; then some may be."""
 
-    def dump(self, image: str, into: Path, pages: PageDoor, options: CriuOptions, cancel: Cancel) -> DumpStats:
-        """One of `roots`, by whoever owns its namespaces: small images and log into `into`, pages through `pages`. The tree is as it was
+    def dump(self, image: str, into: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        """One of `roots`, by whoever owns its namespaces: small images and log into `into`, pages as page-server messages into `pages`, an
+        end of a connected pair that is closed here when CRIU has it. The tree is as it was
         afterwards, or stopped if so asked. Raises DumpFailed; then, too."""
 
     def thaw(self) -> None:

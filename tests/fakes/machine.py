@@ -7,6 +7,7 @@ remembers what was done to it, so that a test can ask afterwards: does the tree 
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from hibernode.model import (
     WorkloadFacts,
     WorkloadView,
 )
-from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, Load, PageDoor, Prepared, ProcessFacts
+from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, Load, Prepared, ProcessFacts
 from hibernode.transfer.pageproto import PRESENT, SHMEM, TASK
 from tests.fakes.script import Script
 
@@ -183,9 +184,9 @@ class FakeWorkload:
         self._machine.stopped = True
         return 0
 
-    def dump(self, image: str, into: Path, pages: PageDoor, options: CriuOptions, cancel: Cancel) -> DumpStats:
+    def dump(self, image: str, into: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
         assert image == MAIN
-        return self._criu.dump(ROOT, into, pages.give(), options, cancel)
+        return self._criu.dump(ROOT, into, pages, options, cancel)
 
     def thaw(self) -> None:
         self._script.step("workload.thaw")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from hibernode.drivers.workloads import proc
 from hibernode.errors import Corrupt
 from hibernode.flow import Channel, Stopped, Threads
 from hibernode.model import FRAME_PAGES, PAGE, Cancel
 from hibernode.transfer import pageproto
 from hibernode.transfer.arena import Arena, Chunk
-from hibernode.transfer.collect import Collector, PageDoor, Push, page_sockets
+from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.pageproto import PRESENT, Header, Wire
 from tests.fakes.criu import FakeCriu
 from tests.fakes.machine import Machine, memory
@@ -336,33 +333,3 @@ def test_a_whole_dump_of_the_fake(tmp_path: Path) -> None:
     dump = with_dump(criu)
     assert dump.collector.pages == 5000
     assert dump.segments() == [(run.dst_id, run.vaddr, run.count, run.flags) for run in runs]
-
-
-def test_a_last_word_that_is_corked_at_the_other_end_is_not_waited_for() -> None:
-    """CRIU corks its TCP socket, and does not pull the cork before it waits for the last answer: the kernel would send it 200 ms later, and
-    the tree stands still until then."""
-    assert min(_seconds_until_closed() for _ in range(5)) < 0.1
-
-
-def _seconds_until_closed() -> float:
-    with Threads(Cancel()) as threads:
-        chunks: Channel[Chunk] = threads.channel(100)
-
-        def collect(pages: socket.socket, push: Push | None) -> None:
-            Collector(pages, WIRE, ARENA, chunks, threads, push=push).run()
-
-        def trusted(address: tuple[str, int]) -> Push | None:
-            end = proc.connection(os.getpid(), address)
-            return end.push if end else None
-
-        door = PageDoor("collect", threads, collect)
-        with socket.create_connection(("127.0.0.1", door.listen(trusted))) as criu:
-            criu.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-            criu.sendall(header(pageproto.OPEN2, dst_id=TASK_1))
-            assert criu.recv(1) == pageproto.NO_PARENT_IMAGE
-            began = time.monotonic()
-            criu.sendall(CLOSE)
-            assert criu.recv(4, socket.MSG_WAITALL) == pageproto.CLOSED
-            took = time.monotonic() - began
-        door.close()
-    return took

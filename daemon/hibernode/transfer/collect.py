@@ -3,18 +3,12 @@
 Runs while the workload is frozen, so it does as little as it can: one header, one receive straight into the arena. Whoever reads the
 page socket closes it on every way out: a reader that stopped and left it open made CRIU wait with the tree held, and CRIU's own
 timeout did not end that; a closed socket makes the dump fail and the tree run on.
-
-CRIU corks a TCP socket, and its last word does not pull the cork (4.2.1, `disconnect_from_page_server`): the kernel sends it 200 ms
-later, while the tree stands still. So whoever waits here for more than a moment pushes.
 """
 
 from __future__ import annotations
 
 import socket
-import struct
-import threading
 from array import array
-from collections.abc import Callable
 
 import numpy as np
 
@@ -28,7 +22,6 @@ from hibernode.transfer.format import SEGMENT, SegmentTable
 from hibernode.transfer.pageproto import Header, Wire
 
 SOCKET_BUFFER = 8 << 20  # bytes each way; larger ones brought nothing
-_MOMENT = struct.pack("@ll", 0, 4000)  # a timeval: a tick of a slow kernel
 _MAX_SEGMENT_PAGES = 1 << 32  # 16 TiB: beyond it the header is garbage
 
 
@@ -39,50 +32,6 @@ def page_sockets() -> tuple[socket.socket, socket.socket]:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
     return ours, theirs
-
-
-Push = Callable[[], None]
-
-
-class PageDoor:
-    """ports.PageDoor: who comes in is handed to `collect`, in a thread of its own; over TCP with a way to push him."""
-
-    def __init__(self, name: str, threads: Threads, collect: Callable[[socket.socket, Push | None], None]) -> None:
-        self._name, self._threads, self._collect = name, threads, collect
-        self._thread: threading.Thread | None = None
-        self._listener: socket.socket | None = None
-
-    def give(self) -> socket.socket:
-        ours, theirs = page_sockets()
-        self._thread = self._threads.start(self._name, self._collect, ours, None)
-        return theirs
-
-    def listen(self, trusted: Callable[[tuple[str, int]], Push | None]) -> int:
-        self._listener = listener = socket.create_server(("127.0.0.1", 0), backlog=1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)  # before anybody comes: connections inherit it
-        self._threads.on_stop(lambda: _shut(listener))
-        self._thread = self._threads.start(self._name, self._accept, listener, trusted)
-        port: int = listener.getsockname()[1]
-        return port
-
-    def _accept(self, listener: socket.socket, trusted: Callable[[tuple[str, int]], Push | None]) -> None:
-        with listener:
-            while True:
-                try:
-                    pages, address = listener.accept()
-                except OSError:
-                    return  # shut: nobody comes any more
-                if push := trusted(address):
-                    break
-                pages.close()
-        self._collect(pages, push)
-
-    def close(self) -> None:
-        """Nobody is waited for any more, and what has come is collected. Raises what stopped the scope."""
-        if self._listener is not None:
-            _shut(self._listener)
-        if self._thread is not None:
-            self._threads.join([self._thread])
 
 
 def _shut(open_: socket.socket) -> None:
@@ -99,8 +48,7 @@ class _Ended(Exception):
 
 class Collector:
     """One dump's worth of pages. `run` in a thread of its own; `table` and `pages` are complete once it has returned. What it has filled
-    waits in `held`, which is shared by all that is captured together; of one tree alone, it is its own. `push` makes the other end send
-    what it holds back."""
+    waits in `held`, which is shared by all that is captured together; of one tree alone, it is its own."""
 
     def __init__(
         self,
@@ -110,11 +58,8 @@ class Collector:
         out: Channel[Chunk],
         threads: Threads,
         held: Held | None = None,
-        push: Push | None = None,
     ) -> None:
-        self._socket, self._wire, self._push = pages, wire, push
-        if push is not None:  # the kernel's own limit: with one of Python's no receive would wait for all
-            pages.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _MOMENT)
+        self._socket, self._wire = pages, wire
         self._held = held if held is not None else Held(arena)
         self._filling = Filling(arena, out, threads, self._held)
         self._segments = array("Q")  # dst_id, vaddr, pages, flags: 32 bytes a segment
@@ -197,12 +142,7 @@ class Collector:
         """Fill `into`; False if the socket ended."""
         got = 0
         while got < len(into):
-            try:
-                n = self._socket.recv_into(into[got:], len(into) - got, socket.MSG_WAITALL)
-            except BlockingIOError:  # nothing, for a moment
-                if self._push is not None:
-                    self._push()
-                continue
+            n = self._socket.recv_into(into[got:], len(into) - got, socket.MSG_WAITALL)
             if n == 0:
                 return False
             got += n

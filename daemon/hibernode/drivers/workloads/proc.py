@@ -8,7 +8,6 @@ import ipaddress
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections import defaultdict
@@ -23,7 +22,6 @@ _PF_KTHREAD = 0x00200000  # include/linux/sched.h
 _ESTABLISHED = "01"  # include/net/tcp_states.h
 GONE = (FileNotFoundError, ProcessLookupError)
 _PIDFD_GETFD = 438  # the same number on every architecture
-_ON = (1).to_bytes(4, sys.byteorder)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -262,22 +260,6 @@ def _end(text: str) -> str:
     return f"[{found}]:{int(port, 16)}" if found.version == 6 else f"{found}:{int(port, 16)}"
 
 
-@dataclass(frozen=True)
-class Connection:
-    """The end of a TCP connection that another process holds."""
-
-    pid: int
-    descriptor: int
-    inode: str
-
-    def push(self) -> None:
-        """It sends what it holds back, though its owner has corked it. Nothing if he has closed it, or the kernel (before 5.6) cannot. It
-        is ours for that moment alone: held any longer, his end would not be seen."""
-        with contextlib.suppress(OSError), borrowed(self.pid, self.descriptor) as copy:
-            if os.readlink(f"/proc/self/fd/{copy}") == self.inode:  # and not another one under its number
-                _libc.setsockopt(copy, socket.IPPROTO_TCP, socket.TCP_NODELAY, _ON, len(_ON))
-
-
 @contextlib.contextmanager
 def borrowed(pid: int, number: int) -> Iterator[int]:
     """A copy, for this moment, of a descriptor that a process has. OSError where it has none of that number, or none for us."""
@@ -291,22 +273,6 @@ def borrowed(pid: int, number: int) -> Iterator[int]:
         yield copy
     finally:
         os.close(copy)
-
-
-def connection(pid: int, address: tuple[str, int]) -> Connection | None:
-    """The end at `address` (IPv4) of a TCP connection, if this process, or one that descends from it, holds it. In its network
-    namespace."""
-    packed = int.from_bytes(socket.inet_aton(address[0]), "little")
-    wanted = f"{packed:08X}:{address[1]:04X}"
-    with contextlib.suppress(*GONE):
-        with open(f"/proc/{pid}/net/tcp", encoding="ascii") as file:
-            rows = [line.split() for line in file]
-        inodes = {f"socket:[{row[9]}]" for row in rows if row[1] == wanted}
-        for each in tree(pid):
-            for descriptor, what in descriptors(each):
-                if what in inodes:
-                    return Connection(each, descriptor, what)
-    return None
 
 
 def command_line(pid: int) -> list[str]:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -24,7 +25,7 @@ from hibernode.children import Children
 from hibernode.drivers.workloads import cgroup, proc, trees
 from hibernode.errors import NotFound, Refused
 from hibernode.model import Cancel, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
-from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, PageDoor, Prepared, ProcessFacts
+from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, Prepared, ProcessFacts
 
 _ROOT = "main"  # the image of a workload with one tree
 
@@ -83,8 +84,8 @@ class ProcessWorkload:
         self._stopped_before = {process for process in self._seen if proc.stops(process[0])}
         return 0
 
-    def dump(self, image: str, into: Path, pages: PageDoor, options: CriuOptions, cancel: Cancel) -> DumpStats:
-        return self._criu.dump(self.roots()[image], into, pages.give(), options, cancel)
+    def dump(self, image: str, into: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        return self._criu.dump(self.roots()[image], into, pages, options, cancel)
 
     def thaw(self) -> None:
         trees.thaw(self._seen, self._stopped_before)

@@ -11,16 +11,18 @@ runc has no flags for many of CRIU's options; CRIU reads them from a file that i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,10 +34,13 @@ from hibernode.drivers.workloads.kubelet import Kubelet, place_of
 from hibernode.drivers.workloads.process import facts_of
 from hibernode.errors import NotFound, Refused
 from hibernode.model import Cancel, WorkloadFacts
-from hibernode.ports import Criu, CriuOptions, DumpStats, Identity, LayerFacts, PageDoor, ProcessFacts
+from hibernode.ports import Criu, CriuOptions, DumpStats, Identity, LayerFacts, ProcessFacts
 
 _ROLLBACK = 10.0  # seconds a dump that has to end gets to put everything back, before it is killed
 _ID = re.compile(r"[A-Za-z0-9_+][A-Za-z0-9_+.-]{0,1023}")  # as runc takes it
+# runc gives CRIU the address of a page server, and nothing else; CRIU prefers a socket that its settings name (page-xfer.c), and runc, as
+# every Go program does, leaves to its children what it was left, but for the first few numbers, which are its own to give.
+_NOWHERE, _HANDED = "127.0.0.1:1", 64
 _OCTAL = re.compile(r"\\([0-7]{3})")  # as the kernel writes what is odd in a path
 _log = logging.getLogger("hibernode.runc")
 
@@ -286,19 +291,23 @@ class ContainersWorkload:
         if self._frozen:  # not what its owner has paused
             freezer.thaw(self.freezers())
 
-    def dump(self, image: str, into: Path, pages: PageDoor, options: CriuOptions, cancel: Cancel) -> DumpStats:
-        container, made = self._containers[image], list[subprocess.Popen[bytes]]()
+    def dump(self, image: str, into: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        container = self._containers[image]
         settings = into.with_name(f"{into.name}.conf")
-        settings.write_text("".join(f"{line}\n" for line in criu_settings(options)))
-        port = pages.listen(lambda address: _push_of(made, address))
         words = [self._runc, "--root", str(container.root), "checkpoint", "--leave-running", *flags(options)]
-        words += ["--image-path", str(into), "--work-path", str(into), "--page-server", f"127.0.0.1:{port}", container.id]
-        cancel.check()
+        words += ["--image-path", str(into), "--work-path", str(into), "--page-server", _NOWHERE, container.id]
         with tempfile.TemporaryFile() as said:
             env = {**self._criu.environment(), "CRIU_CONFIG_FILE": str(settings)}
-            made.append(self._children.spawn(words, env=env, out=said.fileno()))
-            with _killed_if_stuck(made[0], cancel):
-                code = self._children.wait(made[0])
+            handed = fcntl.fcntl(pages, fcntl.F_DUPFD_CLOEXEC, _HANDED)
+            try:
+                settings.write_text("".join(f"{line}\n" for line in [*criu_settings(options), f"ps-socket {handed}"]))
+                cancel.check()
+                made = self._children.spawn(words, env=env, out=said.fileno(), pass_fds=[handed])
+            finally:
+                os.close(handed)
+                pages.close()  # else its end would not be seen
+            with _killed_if_stuck(made, cancel):
+                code = self._children.wait(made)
             said.seek(0)
             text = said.read()[-2000:].decode(errors="replace").strip()
         if code:
@@ -344,12 +353,6 @@ def flags(options: CriuOptions) -> list[str]:
         "--file-locks": options.file_locks,
     }
     return [flag for flag, given in wanted.items() if given]
-
-
-def _push_of(children: Sequence[subprocess.Popen[bytes]], address: tuple[str, int]) -> Callable[[], None] | None:
-    """Of CRIU's end, if it is CRIU's: a child of ours."""
-    found = [end for child in children if (end := proc.connection(child.pid, address))]
-    return found[0].push if found else None
 
 
 @contextmanager
