@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import containers, events, keys, machine
+from benchmarks import containers, events, frames, keys, machine
 
-QUESTIONS = {keys.NAME: keys, events.NAME: events, containers.NAME: containers}
+QUESTIONS = {keys.NAME: keys, events.NAME: events, containers.NAME: containers, frames.NAME: frames}
 
 
 def main(words: Sequence[str] | None = None) -> int:

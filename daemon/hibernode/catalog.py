@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from hibernode.errors import Corrupt, KeyService, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
-from hibernode.model import FORMAT_VERSION, Cancel, CheckpointCommand, GpuImage, ImageRef, LayerRef, Manifest, Meter, Verdict
+from hibernode.model import Cancel, CheckpointCommand, GpuImage, ImageRef, LayerRef, Manifest, Meter, Verdict
 from hibernode.node import Node, insist
 from hibernode.ports import Keyring, Notary, Store, Workload
 from hibernode.preflight import Options
@@ -72,7 +72,7 @@ def describe(
 ) -> Manifest:
     """The manifest of what was captured."""
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=format.version_of((*images, *layers)),
         checkpoint_id=command.checkpoint_id,
         action_id=command.action_id,
         created_at=time.time(),

@@ -15,15 +15,15 @@ from hibernode.model import FRAME_PAGES, PAGE
 from hibernode.transfer import codec
 
 MAX_LENGTH = 16384
-_RAW, _BUILT, _BOMB, _STORED = 0, 1, 2, 3
+_RAW, _BUILT, _BOMB, _STORED, _MARKED = 0, 1, 2, 3, 4
 _SIZES = (PAGE, 2 * PAGE, 33 * PAGE, FRAME_PAGES * PAGE)
 
 
 def one(data: bytes) -> None:
     feed = Feed(data)
-    how = feed.below(4)
+    how = feed.below(5)
     size = PAGE * (1 + feed.below(FRAME_PAGES)) if feed.byte() % 2 else feed.pick(_SIZES)
-    stored = {_RAW: _as_is, _BUILT: _blocks, _BOMB: _bomb, _STORED: _raw_frame}[how](feed, size)
+    stored = {_RAW: _as_is, _BUILT: _blocks, _BOMB: _bomb, _STORED: _raw_frame, _MARKED: _planes}[how](feed, size)
     with guarded(Corrupt):
         pieces = codec.Unpacker().unpack(memoryview(stored), size)
         require(sum(len(piece) for piece in pieces) == size, "another size than was asked for")
@@ -74,6 +74,21 @@ def _raw_frame(feed: Feed, size: int) -> bytes:
     return bytes(stored)
 
 
+def _planes(feed: Feed, size: int) -> bytes:
+    """A mark that is good or nearly, and two zstd frames, good or of other lengths, or whatever else can be built."""
+    width = feed.pick((2, 4, 1, 3, 8, 0))
+    highest = size // (width or 1)
+    parts = []
+    for part in (size - highest, highest):
+        how = feed.byte() % 4
+        parts.append(_bomb(feed, max(part, 1)) if how == 2 else _blocks(feed, part) if how == 3 else _zeros(part, True, False))
+    length = feed.number() & 0xFFFFFFFF if feed.byte() % 4 == 3 else len(parts[0])
+    stored = bytearray(struct.pack("<IIBBHI", 0x184D2A5B, 8, 1, width, 0, length) + b"".join(parts))
+    for _ in range(feed.below(4)):
+        stored[feed.below(len(stored))] ^= feed.byte()
+    return bytes(stored)
+
+
 def seeds() -> dict[str, bytes]:
     text = b"".join(n.to_bytes(4, "little") * (PAGE // 4) for n in range(4))
     packed = b"".join(bytes(piece) for piece in codec.Packer(1).pack(memoryview(text)))
@@ -85,4 +100,6 @@ def seeds() -> dict[str, bytes]:
         "built": bytes([_BUILT, 0, 1, 1, 1, 0, 0, 0]) + bytes(range(200)),
         "bomb": bytes([_BOMB, 0, 0, 5, 1, 1, 0]),
         "stored": bytes([_STORED, 0, 0, 0]),
+        "planes": bytes([_MARKED, 0, 2, 0]),
+        "planes-of-four": bytes([_MARKED, 0, 2, 1]),
     }

@@ -114,7 +114,7 @@ def seeds() -> dict[str, bytes]:
     return {
         "golden": bytes([_RAW]) + sealed(_BODY),
         "sealed": bytes([_SEALED]) + _BODY,
-        "newer": bytes([_SEALED]) + re.sub(rb'"format_version": ?1', b'"format_version": 2', _BODY, count=1),
+        "newer": bytes([_SEALED]) + re.sub(rb'"format_version": ?1', b'"format_version": 3', _BODY, count=1),
         "compact": bytes([_SEALED]) + json.dumps(json.loads(_BODY), separators=(",", ":")).encode(),
         "edited": bytes([_EDITED]) + bytes(range(64)),
         "forged": bytes([_SIGNED, 1, 0, 0, 3, 4, 1, 9, 9, 9]),

@@ -13,7 +13,7 @@ from hibernode.transfer.pageproto import SHMEM, TASK
 from tests import golden, keys
 from tests.fakes.machine import CHILD, ROOT, Run
 from tests.flow.rig import Rig
-from tests.golden.make import scripted
+from tests.golden.make import floats, scripted
 
 Objects = Mapping[str, bytes]  # by name: the key below the checkpoint's id
 MakeRig = Callable[[Path], Rig]  # a node that would restore it; the directory is empty
@@ -50,6 +50,10 @@ def _zeros() -> list[Run]:
     return [Run(ROOT << 8 | TASK, 0x400000, bytes(1100 * PAGE))]
 
 
+def _floats() -> list[Run]:
+    return [Run(ROOT << 8 | TASK, 0x400000, floats(2)), Run(CHILD << 8 | TASK, 0x400000, bytes(1008 * PAGE) + floats(4))]
+
+
 def _dumped(
     name: str, directory: Path, runs: Callable[[], list[Run]], overrides: Mapping[str, object], **settings: object
 ) -> Stored:
@@ -84,6 +88,7 @@ KINDS: Mapping[str, Callable[[str, Path], Stored]] = {
     "sparse": lambda name, directory: _dumped(name, directory, _sparse, {"streams": 3}),
     "raw": lambda name, directory: _dumped(name, directory, _few, {"streams": 1, "compression": "none"}),
     "zeros": lambda name, directory: _dumped(name, directory, _zeros, {"streams": 2}),
+    "planes": lambda name, directory: _dumped(name, directory, _floats, {"streams": 2}),
     "signed": _signed,
     "encrypted": _encrypted,
 }

@@ -1,12 +1,12 @@
-"""Writes `tests/golden/v<n>`, `v<n>-encrypted` and `v<n>-layer`: one checkpoint each of the format version this tree writes, and the
+"""Writes `tests/golden/v<n>`, `v<n>-encrypted` and `v<n>-layer`: one checkpoint each of the newest format version, and the
 digests of what has to come out of it.
 
     python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH; as root
 
 Run once when a format version is released; never again for that version. The memory is scripted (tests/fakes), the format is real:
 two address spaces and a shared memory, segments that lie in two frames, zero pages inside a frame and in a frame's place, raw frames
-and compressed ones, two streams. The layer has entries of each kind. The manifest is signed, by a key that nobody has any more: its
-public half lies beside it.
+and compressed ones, two streams; from version 2 on frames in planes of both widths. The layer has entries of each kind. The manifest is
+signed, by a key that nobody has any more: its public half lies beside it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from hibernode import catalog
 from hibernode.config import Signing
 from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.notary import Notary
-from hibernode.model import FORMAT_VERSION, PAGE, Cancel, HostFacts, Manifest, WorkloadFacts
+from hibernode.model import FORMAT_VERSION, FRAME_PAGES, PAGE, Cancel, HostFacts, Manifest, WorkloadFacts
+from hibernode.transfer import format, planes
 from hibernode.transfer.pageproto import SHMEM, TASK
 from hibernode.transfer.seal import Seal
 from tests import keys
@@ -45,6 +48,20 @@ def scripted() -> list[Run]:
         Run(CHILD << 8 | TASK, 0xA00000, bytes(1050 * PAGE)),
         Run(ROOT << 8 | TASK, 0xB00000, random.Random(7).randbytes(9 * PAGE)),
     ]
+
+
+def floats(width: int, size: int = planes.SMALLEST) -> bytes:
+    """Weights as bfloat16 or float32; so many bytes, or as few as are looked at."""
+    words = (np.random.default_rng(width).standard_normal(size // width) * 0.02).astype("<f4")
+    return (words.view("<u4") >> 16).astype("<u2").tobytes() if width == 2 else words.tobytes()
+
+
+def with_floats() -> list[Run]:
+    """`scripted`, filled up with zeros to whole chunks, then a chunk of floats of each width."""
+    runs = scripted()
+    fill = bytes(-sum(run.count for run in runs if run.content is not None) % FRAME_PAGES * PAGE)
+    room = bytes(FRAME_PAGES * PAGE - planes.SMALLEST)
+    return [*runs, Run(ROOT << 8 | TASK, 0x4000000, fill + floats(2) + room), Run(CHILD << 8 | TASK, 0x4000000, floats(4) + room)]
 
 
 def main() -> None:
@@ -68,7 +85,7 @@ def make(place: Path, *, encrypted: bool) -> None:
             (wrapper := place / WRAPPER).write_text(secrets.token_hex(32) + "\n")
             wrapper.chmod(0o600)
             encryption = {"key": str(wrapper)}
-        rig = Rig(Path(directory), scripted(), signing={"key": key}, encryption=encryption)
+        rig = Rig(Path(directory), with_floats(), signing={"key": key}, encryption=encryption)
         store = LocalDir(place)
         rig.store = store  # type: ignore[assignment]
         _complete(place, rig.checkpoint(streams=2), Path(directory))
@@ -82,8 +99,8 @@ def make_layer(place: Path) -> None:
         store, checkpoint_id = LocalDir(place), new_id()
         layer = sent(_upper(Path(directory) / "upper"), store, streams=2, seal=Seal(checkpoint_id))
         manifest = Manifest(
-            format_version=FORMAT_VERSION, checkpoint_id=checkpoint_id, action_id=new_id(), created_at=1764000000.0, node="golden",
-            kind="rootfsonly", reason="manual", workload=WorkloadFacts(kind="job", name="golden"),
+            format_version=format.version_of([layer]), checkpoint_id=checkpoint_id, action_id=new_id(), created_at=1764000000.0,
+            node="golden", kind="rootfsonly", reason="manual", workload=WorkloadFacts(kind="job", name="golden"),
             host=HostFacts(arch="x86_64", kernel="6", page_size=PAGE, criu_version=0),
             compression="zstd", pause_ns=0, raw_bytes=layer.pages * PAGE, zero_bytes=layer.zero_pages * PAGE,
             stored_bytes=sum(stream.size for stream in layer.streams), images=[], layers=[layer],
@@ -102,6 +119,7 @@ def _upper(root: Path) -> Path:
     (root / "d/numbers").write_bytes(
         b"".join(n.to_bytes(4, "little") * (PAGE // 4) if n % 40 == 7 else bytes(PAGE) for n in range(1500))
     )
+    (root / "d/weights").write_bytes(bytes(FRAME_PAGES * PAGE) + floats(2, 17 * PAGE) + bytes(FRAME_PAGES * PAGE))
     with open(root / "sparse", "wb") as file:
         os.pwrite(file.fileno(), b"data", 5 << 20)
         file.truncate(7 << 30)

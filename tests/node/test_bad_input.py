@@ -350,7 +350,7 @@ def stored(shared_daemon: Daemon, places: Path, tmp_path_factory: pytest.TempPat
         (cut("manifest.json", 100), "corrupt", "manifest"),
         (without("main/pages-1.zst"), "corrupt", "pages-1.zst"),
         (without("manifest.json"), "not_found", "no checkpoint"),
-        (edited(format_version=2), "format_version", "version 2"),
+        (edited(format_version=3), "format_version", "version 3"),
         (edited(arch="aarch64"), "arch", "aarch64"),
         (edited(page_size=65536), "page_size", "65536"),
         (edited(criu_version=50000), "criu_too_old", "criu"),

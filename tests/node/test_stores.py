@@ -93,6 +93,31 @@ def seek_table(data: bytes) -> tuple[int, int]:
     return sum(size for _, size in entries), count
 
 
+def test_floats_are_stored_in_planes_and_come_back(daemon: Daemon, tmp_path: Path) -> None:
+    """The zstd tool finds such streams whole, too: of each frame in planes a mark that it skips, and two frames as long as the pages."""
+    with Program(tmp_path, python("memory.py", "floats", "32")) as program:
+        before = program.beat()
+        done = checkpointed(daemon, program, streams=2)
+        ready(daemon.restore(done.checkpoint_id))
+        goes_on(program, before)
+    manifest = daemon.manifest(done.checkpoint_id)
+    (image,) = manifest["images"]
+    assert manifest["format_version"] == 2
+    assert image["in_planes"] >= 7
+    assert done.profile.stored_bytes < 0.75 * done.profile.raw_bytes
+    marks, inflated = 0, 0
+    for stream in image["streams"]:
+        path = daemon.store_dir / done.checkpoint_id / stream["key"]
+        zstd("-t", path)
+        inflated += len(zstd("-d", "-c", path))
+        listed = zstd("-l", "-v", path).decode()
+        skipped, frames = (int(re.search(rf"{kind} Frames: (\d+)", listed)[1]) for kind in ("Skippable", "Zstandard"))  # type: ignore[index]
+        assert frames - stream["frames"] == skipped - 1
+        marks += skipped - 1
+    assert marks == image["in_planes"]
+    assert inflated == (image["pages"] - image["zero_pages"]) * 4096
+
+
 @pytest.mark.parametrize("compression", ["zstd", "none", "zstd:-5"])
 def test_anybody_can_read_the_streams(daemon: Daemon, tmp_path: Path, compression: str) -> None:
     """The zstd tool finds every stream whole, counts its frames (the seek table is one that it skips), and makes the pages of it."""

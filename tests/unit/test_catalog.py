@@ -183,7 +183,7 @@ def test_a_list_leaves_out_what_cannot_be_read() -> None:
         store.objects[name], store._modified[name] = data, 1.0
 
     put(f"{uuid.uuid4()}/manifest.json", b"damaged")
-    put(f"{uuid.uuid4()}/manifest.json", b'{"format_version": 2}')
+    put(f"{uuid.uuid4()}/manifest.json", b'{"format_version": 99}')
     put(f"{uuid.uuid4()}/main/index.zst", b"of an attempt that failed")
     put(f"{uuid.uuid4()}/main/manifest.json", store.objects[key(manifest)])
     put("manifest.json", store.objects[key(manifest)])

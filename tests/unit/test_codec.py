@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 
 from hibernode.errors import Corrupt, Refused
 from hibernode.model import PAGE
-from hibernode.transfer import codec
+from hibernode.transfer import codec, planes
+from tests.golden.make import floats
 
 FRAME = codec.FRAME_BYTES
 RANDOM = random.Random(7).randbytes(FRAME)
@@ -66,6 +69,163 @@ def test_only_what_shrinks_is_compressed(name: str, raw: bool) -> None:
     assert (len(pack(data)) > len(data)) is raw
 
 
+# --- floats -----------------------------------------------------------------------------------------------------------------
+
+WEIGHTS = floats(4, FRAME)
+FLOATS = {
+    "bfloat16": floats(2, FRAME),
+    "float32": WEIGHTS,
+    "float32 that was bfloat16": (np.frombuffer(WEIGHTS, "<u4") & 0xFFFF0000).tobytes(),
+    "few bfloat16": floats(2),
+    "few float32": floats(4),
+    "a page less than a frame": WEIGHTS[PAGE:],
+}
+
+
+def in_planes(data: bytes, level: int | None = 1) -> tuple[bytes, bool]:
+    packer = codec.Packer(level)
+    return b"".join(packer.pack(memoryview(data))), packer.in_planes == 1
+
+
+@pytest.mark.parametrize("level", [0, 1, 3, 9, 19])
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_are_stored_in_planes_and_come_back(name: str, level: int) -> None:
+    data = FLOATS[name][: FRAME if level < 9 else 1 << 18]
+    stored, split = in_planes(data, level)
+    assert split
+    assert unpack(stored, len(data)) == data
+    assert len(stored) < 0.92 * len(zstandard.ZstdCompressor(level=level).compress(data)), "and are smaller for it"
+
+
+def test_weights_are_as_small_as_they_can_be() -> None:
+    """No coder of single values comes below their entropy: of normal bfloat16 8 bits for sign and mantissa, 2.55 for the exponent."""
+    data = FLOATS["bfloat16"]
+    _, counts = np.unique(np.frombuffer(data, "<u2"), return_counts=True)
+    share = counts / counts.sum()
+    bound = -float((share * np.log2(share)).sum()) / 16
+    assert bound < len(in_planes(data)[0]) / len(data) < 1.02 * bound
+
+
+@pytest.mark.parametrize("level", [None, -1, -7])
+@pytest.mark.parametrize("name", FLOATS)
+def test_who_wants_speed_alone_gets_no_planes(name: str, level: int | None) -> None:
+    stored, split = in_planes(FLOATS[name], level)
+    assert not split
+    assert zstandard.ZstdDecompressor().decompress(stored) == FLOATS[name]
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_what_is_no_float_is_stored_as_ever(name: str) -> None:
+    """Byte for byte: what readers of version 1 know."""
+    data = CONTENTS[name]
+    stored, split = in_planes(data)
+    packed = zstandard.ZstdCompressor(level=1).compress(data)
+    assert not split
+    assert stored == (packed if len(packed) <= 0.97 * len(data) else pack(data, None))
+
+
+def test_weights_that_repeat_are_stored_as_they_are_where_that_is_smaller() -> None:
+    data = floats(2, 17 * PAGE) * 15
+    stored, split = in_planes(data)
+    assert not split
+    assert stored == zstandard.ZstdCompressor(level=1).compress(data)
+    assert planes.probe(memoryview(data)) == 2, "else nothing was tried"
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_the_zstd_program_takes_planes_and_gives_them(name: str) -> None:
+    data = FLOATS[name]
+    stored, _ = in_planes(data)
+    width = planes.probe(memoryview(data))
+    subprocess.run(["zstd", "-t"], input=stored, capture_output=True, check=True)
+    found = subprocess.run(["zstd", "-dc"], input=stored, capture_output=True, check=True).stdout
+    words = np.frombuffer(found, np.uint8).reshape(width, -1).T.copy().view(f"<u{width}")
+    assert (words >> 1 | words << (8 * width - 1)).tobytes() == data, "undone as docs/image-format.md says"
+
+
+MARK = struct.Struct("<IIBBHI")  # once more, as docs/image-format.md has it
+LOWER, HIGHEST = (zstandard.ZstdCompressor().compress(bytes(n * PAGE)) for n in (3, 1))
+
+
+def marked(first: bytes, second: bytes, width: int = 4, length: int | None = None) -> bytes:
+    return MARK.pack(0x184D2A5B, 8, 1, width, 0, len(first) if length is None else length) + first + second
+
+
+def test_the_mark_is_what_the_format_says() -> None:
+    assert unpack(marked(LOWER, HIGHEST), 4 * PAGE) == bytes(4 * PAGE)
+    data = FLOATS["few float32"]
+    stored, _ = in_planes(data)
+    length = MARK.unpack_from(stored)[-1]
+    assert stored.startswith(MARK.pack(0x184D2A5B, 8, 1, 4, 0, length))
+    for frame, size in ((stored[16 : 16 + length], 3 * len(data) // 4), (stored[16 + length :], len(data) // 4)):
+        assert len(zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)) == size
+
+
+def other_marks() -> Iterator[tuple[str, bytes]]:
+    good = marked(LOWER, HIGHEST)
+    changes = {0: (0x5A, 0x5E), 4: (7, 9), 7: (1,), 8: (0, 2), 9: (0, 1, 2, 3, 8), 10: (1,), 11: (1,)}
+    for at, value in ((at, value) for at, values in changes.items() for value in values):
+        yield f"byte {at} is {value}", good[:at] + bytes([value]) + good[at + 1 :]
+    for length in (0, 1, len(LOWER) - 1, len(LOWER) + 1, len(good), 1 << 31, (1 << 32) - 1):
+        yield f"length {length}", marked(LOWER, HIGHEST, length=length)
+    yield "exchanged", marked(HIGHEST, LOWER)
+    yield "nothing", marked(b"", b"")
+    yield "one", marked(LOWER, b"")
+    yield "three", marked(LOWER, HIGHEST + HIGHEST)
+    yield "whole", marked(zstandard.ZstdCompressor().compress(bytes(4 * PAGE)), b"")
+    yield "a mark in a mark", marked(marked(LOWER, HIGHEST), HIGHEST)
+    yield "two marks", good[:16] + good
+
+
+@pytest.mark.parametrize("stored", [each for _, each in other_marks()], ids=[name for name, _ in other_marks()])
+def test_anything_else_than_that_mark_and_two_frames_is_corrupt(stored: bytes) -> None:
+    for size in (4 * PAGE, 3 * PAGE, PAGE):
+        with pytest.raises(Corrupt):
+            unpack(stored, size)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 4 * PAGE - 4, 4 * PAGE + 4, FRAME, FRAME + 4, 1 << 40])
+def test_planes_of_another_size_than_the_index_says_are_corrupt(size: int) -> None:
+    with pytest.raises(Corrupt):
+        unpack(marked(LOWER, HIGHEST), size)
+
+
+def test_planes_of_more_than_a_frame_are_corrupt() -> None:
+    lower, highest = (zstandard.ZstdCompressor().compress(bytes(n * FRAME)) for n in (3, 1))
+    assert peak_of_corrupt(lambda: unpack(marked(lower, highest), 4 * FRAME)) < 1 << 20
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_planes_that_are_cut_or_flipped_are_corrupt_or_of_the_size_that_was_asked(width: int) -> None:
+    data = floats(width)
+    stored, _ = in_planes(data)
+    for size in [*range(64), *range(64, len(stored), 991), len(stored) - 1]:
+        with pytest.raises(Corrupt):
+            unpack(stored[:size], len(data))
+    with pytest.raises(Corrupt):
+        unpack(stored + b"\0", len(data))
+    for at in [*range(64), *range(64, len(stored), 991), len(stored) - 1]:
+        for flip in (0x01, 0x80, 0xFF):
+            try:
+                found = unpack(stored[:at] + bytes([stored[at] ^ flip]) + stored[at + 1 :], len(data))
+            except Corrupt:
+                continue
+            assert len(found) == len(data)
+
+
+def test_what_a_frame_takes_is_what_the_memory_bound_counts() -> None:
+    """Its planes, and it compressed both ways; `send.memory_bound` counts the pages and the encrypted frame beside it."""
+    packer, data = codec.Packer(1), floats(4, FRAME)
+    other = (np.frombuffer(data, "<u4") & 0xFFFF0000).tobytes()  # of which both ways are tried
+    tracemalloc.start()
+    try:
+        for each in (data, other):
+            packer.pack(memoryview(each))
+        assert tracemalloc.get_traced_memory()[1] < 3 * FRAME + (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_raw_frame_is_not_copied() -> None:
     data = bytearray(RANDOM)
     pieces = codec.Packer(None).pack(memoryview(data))
@@ -80,7 +240,7 @@ def test_any_bytes_come_back(data: bytes, level: int | None) -> None:
 
 def test_one_packer_serves_many_frames() -> None:
     packer, unpacker = codec.Packer(1), codec.Unpacker()
-    for data in CONTENTS.values():
+    for data in (*CONTENTS.values(), *FLOATS.values(), *CONTENTS.values()):
         stored = b"".join(packer.pack(memoryview(data)))
         assert b"".join(unpacker.unpack(memoryview(stored), len(data))) == data
 
@@ -134,7 +294,9 @@ def bombs() -> Iterator[tuple[str, bytes]]:
 @pytest.mark.parametrize("bomb", [bomb for _, bomb in bombs()], ids=[name for name, _ in bombs()])
 def test_a_bomb_does_not_go_off(bomb: bytes) -> None:
     for size in (PAGE, FRAME):
-        assert peak_of_corrupt(lambda: unpack(bomb, size)) < 2 * FRAME  # noqa: B023
+        part = zstandard.ZstdCompressor().compress(bytes(size // 2))
+        for stored in (bomb, marked(bomb, part, 2), marked(part, bomb, 2)):
+            assert peak_of_corrupt(lambda: unpack(stored, size)) < 2 * FRAME  # noqa: B023
     assert peak_of_corrupt(lambda: codec.inflate(bomb, limit=1 << 20)) < 4 << 20
 
 

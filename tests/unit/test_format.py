@@ -419,13 +419,37 @@ def test_a_manifest_with_an_unknown_key_is_corrupt(path: tuple[Any, ...]) -> Non
         decoded(changed((*path, "surprise"), lambda inner, key: inner.__setitem__(key, 1)))
 
 
-@pytest.mark.parametrize("version", [2, 99, 0, -1])
+@pytest.mark.parametrize("version", [3, 99, 0, -1])
 def test_another_format_version_is_refused_by_name_even_if_nothing_else_is_known(version: int) -> None:
     for text in (seal({"format_version": version}), seal({**plain(), "format_version": version, "new": {"a": [1]}})):
         with pytest.raises(Refused) as refused:
             decoded(text)
         assert refused.value.code == "format_version"
-        assert (refused.value.details["found"], refused.value.details["wanted"]) == (version, 1)
+        assert (refused.value.details["found"], refused.value.details["wanted"]) == (version, 2)
+
+
+def in_planes(count: int) -> dict[str, Any]:
+    data = {**plain(), "format_version": 2}
+    data["images"][0]["in_planes"] = count
+    return data
+
+
+def test_a_manifest_without_frames_in_planes_is_that_of_version_1_still() -> None:
+    assert b"in_planes" not in encoded()
+    assert format.version_of(manifest().parts) == 1
+    assert decoded(seal({**plain(), "format_version": 2})).parts == manifest().parts, "version 2 can do without"
+
+
+def test_frames_in_planes_take_version_2() -> None:
+    """A reader of version 1 stops at the version, which it looks at first, and says so."""
+    found = decoded(seal(in_planes(1)))
+    assert found.images[0].in_planes == 1
+    assert format.version_of(found.parts) == 2
+    assert decoded(format.encode_manifest(found, NOBODY)) == found
+    with pytest.raises(Corrupt, match="version 1"):
+        decoded(seal({**in_planes(1), "format_version": 1}))
+    with pytest.raises(Corrupt, match="more frames in planes"):
+        decoded(seal(in_planes(1000)))
 
 
 @pytest.mark.parametrize("version", ["1", "2", None, 1.0, True, [], {}, "x" * 10000])

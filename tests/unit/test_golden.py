@@ -58,6 +58,15 @@ def test_it_holds_what_a_reader_can_get_wrong(place: Path, tmp_path: Path) -> No
     assert sum(stream.frames for stream in part.streams) > 1
 
 
+@pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
+def test_from_version_2_on_it_has_frames_in_planes(place: Path, tmp_path: Path) -> None:
+    golden = json.loads((place / "golden.json").read_text())
+    manifest = catalog.read(LocalDir(place), golden["checkpoint_id"], reader(place, tmp_path))
+    (part,) = manifest.parts
+    assert manifest.format_version == int(place.name[1])
+    assert part.in_planes == (0 if manifest.format_version == 1 else 1 if part in manifest.layers else 2)
+
+
 def test_the_layer_has_one_entry_of_each_kind(tmp_path: Path) -> None:
     place = HERE / "v1-layer"
     golden = json.loads((place / "golden.json").read_text())

@@ -160,7 +160,7 @@ def test_the_memory_bound_is_the_codes_own() -> None:
     for streams in (2, 8):
         bound = memory_bound(DEFAULTS.arena.size, streams, s3.parts_in_flight, s3.part_size, 100_000, 5_000)
         assert f"{bound // mib} MiB for {streams}" in GUIDE
-        by_hand = DEFAULTS.arena.size + streams * (3 * 4 * mib + 8 * mib + (s3.parts_in_flight + 1) * s3.part_size) + 16 * mib
+        by_hand = DEFAULTS.arena.size + streams * (5 * 4 * mib + 8 * mib + (s3.parts_in_flight + 1) * s3.part_size) + 16 * mib
         assert bound == by_hand + 4 * 32 * 100_000 + 768 * 5_000
 
 

@@ -1,4 +1,5 @@
-"""zstd, and the only file that knows it. A frame is compressed, or stored as a zstd frame of raw blocks: any zstd reads both.
+"""zstd, and the only file that knows it. A frame is compressed, or stored as a zstd frame of raw blocks: any zstd reads both. A frame
+of floats may be stored as their planes: a mark, which is a skippable frame, then two zstd frames; any zstd reads those, as planes.
 
 Level 1 unless a command says otherwise: on the two-core machine of criu.md it keeps up with a store, higher levels do not.
 """
@@ -8,13 +9,16 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import IO, Any, BinaryIO, cast
 
+import numpy as np
 import zstandard
 
 from hibernode.errors import Corrupt, Refused
 from hibernode.model import FRAME_PAGES, PAGE
+from hibernode.transfer import planes
+from hibernode.transfer.planes import Planes
 
 DEFAULT_LEVEL = 1
 FRAME_BYTES = FRAME_PAGES * PAGE
@@ -24,6 +28,24 @@ _MAGIC = 0xFD2FB528
 _RAW_HEADER = struct.Struct("<IBI")  # magic, descriptor: single segment + 4-byte content size, content size
 _RAW_DESCRIPTOR = 0xA0
 _BLOCK = 128 << 10  # the largest block the zstd format allows
+
+# Of a frame in planes: magic, length of the rest, that these are planes, their width, nothing, length of the first of two zstd frames.
+_MARK = struct.Struct("<IIBBHI")
+_MARK_MAGIC, _PLANES = 0x184D2A5B, 1
+
+# A plane of exponents has no repeats, only few values: Huffman's code alone makes it 3.07 times smaller in 2.4 ms per 2 MiB, where level 1,
+# which believes in chance matches, makes it 2.78 times smaller in 6.5 ms. Matches of seven bytes, sought in the smallest table, are few.
+_FEW_MATCHES = {
+    "window_log": 17,
+    "hash_log": 6,
+    "chain_log": 6,
+    "search_log": 1,
+    "min_match": 7,
+    "target_length": 0,
+    "strategy": zstandard.STRATEGY_FAST,
+}
+# Mantissas that shrink so much have repeats, and zstd may find more of them where the floats lie whole: both ways are tried.
+_REPEATS = 0.6
 
 PACKED_BYTES = FRAME_BYTES + _RAW_HEADER.size + 3 * -(-FRAME_BYTES // _BLOCK)  # of the longest frame that is ever written
 
@@ -49,18 +71,35 @@ def parse_compression(text: str) -> int | None:
 
 
 class Packer:
-    """Turns the pages of one frame into its stored form. One per thread: the zstd context is reused."""
+    """Turns the pages of one frame into its stored form. One per thread: contexts and buffers are used again."""
 
     def __init__(self, level: int | None) -> None:
         self._zstd = zstandard.ZstdCompressor(level=level, write_checksum=False) if level is not None else None
+        self._few_matches = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(**_FEW_MATCHES))
+        self._planes = Planes() if level is not None and level >= 0 else None  # whoever asks for less than 0 wants speed alone
+        self.in_planes = 0  # frames so far that were stored so
 
     def pack(self, data: memoryview) -> list[Buffer]:
         """The frame's bytes, in pieces; those of a raw frame point into `data`."""
         if self._zstd is not None:
-            packed = self._zstd.compress(data)
-            if len(packed) <= len(data) * _WORTH:
-                return [packed]
-        return list(_raw_frame(data))
+            packed = self._smaller(data, self._zstd)
+            if sum(len(piece) for piece in packed) <= len(data) * _WORTH:
+                self.in_planes += len(packed) > 1
+                return packed
+        return _raw_frame(data)
+
+    def _smaller(self, data: memoryview, zstd: zstandard.ZstdCompressor) -> list[Buffer]:
+        """In planes, or as it is."""
+        width = planes.probe(data) if self._planes is not None else 0
+        if self._planes is None or not width:
+            return [zstd.compress(data)]
+        lower, highest = self._planes.split(data, width)
+        first, second = zstd.compress(lower), self._few_matches.compress(highest)
+        if len(first) < len(lower) * _REPEATS:
+            whole = zstd.compress(data)
+            if len(whole) <= _MARK.size + len(first) + len(second):
+                return [whole]
+        return [_MARK.pack(_MARK_MAGIC, _MARK.size - 8, _PLANES, width, 0, len(first)), first, second]
 
 
 class Unpacker:
@@ -68,26 +107,59 @@ class Unpacker:
 
     def __init__(self) -> None:
         self._zstd = zstandard.ZstdDecompressor(max_window_size=FRAME_BYTES)
+        self._planes: Planes | None = None
 
     def unpack(self, stored: memoryview, size: int) -> list[memoryview]:
-        """The `size` bytes of one frame, in pieces (of a raw frame: pointing into `stored`). Corrupt if it is anything else;
-        memory is bounded by `size`, whatever the frame says."""
+        """The `size` bytes of one frame, in pieces (of a raw frame: pointing into `stored`), which are good until the next. Corrupt if it
+        is anything else; memory is bounded by `size`, and a frame for planes, whatever is stored says."""
         if raw := _raw_pieces(stored, size):
             return raw
         try:
-            if zstandard.frame_content_size(stored) != size:
-                raise Corrupt(f"a frame does not hold the {size} bytes that the index names")
-            return [memoryview(self._zstd.decompress(stored, max_output_size=size, allow_extra_data=False))]
+            if _is_marked(stored):
+                return [self._merged(stored, size)]
+            self._insist(stored, size)
+            return [memoryview(self._inflated(stored, size))]
         except zstandard.ZstdError as e:
             raise Corrupt(f"a frame does not decompress: {e}") from e
 
+    def _merged(self, stored: memoryview, size: int) -> memoryview:
+        _, _, _, width, _, length = mark = _MARK.unpack_from(stored)
+        wanted = _MARK_MAGIC, _MARK.size - 8, _PLANES, width, 0, length
+        if mark != wanted or width not in planes.WIDTHS or size % width or not 0 < size <= FRAME_BYTES:
+            raise Corrupt("a frame is marked in a way that is not known")
+        first, second = stored[_MARK.size : _MARK.size + length], stored[_MARK.size + length :]
+        self._insist(first, size - size // width)
+        self._insist(second, size // width)  # both before either is inflated
+        lower, highest = self._inflated(first, size - size // width), self._inflated(second, size // width)
+        self._planes = self._planes or Planes()
+        return self._planes.merge(np.frombuffer(lower, np.uint8), np.frombuffer(highest, np.uint8))
 
-def _raw_frame(data: memoryview) -> Iterator[Buffer]:
-    yield _RAW_HEADER.pack(_MAGIC, _RAW_DESCRIPTOR, len(data))
+    def _insist(self, stored: memoryview, size: int) -> None:
+        if zstandard.frame_content_size(stored) != size:
+            raise Corrupt(f"a frame does not hold the {size} bytes that the index names")
+
+    def _inflated(self, stored: memoryview, size: int) -> bytes:
+        return self._zstd.decompress(stored, max_output_size=size, allow_extra_data=False)
+
+
+def _is_marked(stored: memoryview) -> bool:
+    return len(stored) >= _MARK.size and int.from_bytes(stored[:4], "little") == _MARK_MAGIC
+
+
+def _raw_frame(data: memoryview) -> list[Buffer]:
+    pieces: list[Buffer] = [_RAW_HEADER.pack(_MAGIC, _RAW_DESCRIPTOR, len(data))]
     for at in range(0, len(data), _BLOCK):
-        size = min(_BLOCK, len(data) - at)
-        yield (size << 3 | (at + size == len(data))).to_bytes(3, "little")  # block header: size, type raw (0), last block
-        yield data[at : at + size]
+        left = len(data) - at
+        pieces += (_BLOCK_HEADER, data[at : at + _BLOCK]) if left > _BLOCK else (_block_header(left, last=True), data[at:])
+    return pieces
+
+
+def _block_header(size: int, *, last: bool) -> bytes:
+    """Of a raw one: its type is 0."""
+    return (size << 3 | last).to_bytes(3, "little")
+
+
+_BLOCK_HEADER = _block_header(_BLOCK, last=False)
 
 
 def _raw_pieces(stored: memoryview, size: int) -> list[memoryview]:
@@ -100,7 +172,7 @@ def _raw_pieces(stored: memoryview, size: int) -> list[memoryview]:
     pieces, at = [], _RAW_HEADER.size
     for n in range(blocks):
         length = min(_BLOCK, size - n * _BLOCK)
-        if bytes(stored[at : at + 3]) != (length << 3 | (n == blocks - 1)).to_bytes(3, "little"):
+        if bytes(stored[at : at + 3]) != (_BLOCK_HEADER if n < blocks - 1 else _block_header(length, last=True)):
             return []
         pieces.append(stored[at + 3 : at + 3 + length])
         at += 3 + length

@@ -1,4 +1,4 @@
-"""Format version 1, pure: index, seek table, manifest; encode and decode, no I/O. `docs/image-format.md` says it in words.
+"""Format versions 1 and 2, pure: index, seek table, manifest; encode and decode, no I/O. `docs/image-format.md` says it in words.
 
 An image's pages with content are numbered from 0 in the order CRIU sent them: segments take numbers in turn, a frame covers a run of
 numbers. A frame stores the pages of its run that are not all zero, in order; its keep map says which. Numbers in no frame are zeros.
@@ -282,6 +282,11 @@ _NOTHING: dict[str, Any] = {}
 _DOMAIN = b"hibernode manifest v1\0"  # what is signed is a manifest, and nothing else that a key may be used for
 
 
+def version_of(parts: Iterable[PagesRef]) -> int:
+    """The oldest format version whose readers understand all of it."""
+    return 2 if any(part.in_planes for part in parts) else 1
+
+
 def encode_manifest(manifest: Manifest, notary: Notary) -> bytes:
     """The manifest in its envelope, signed if `notary` signs."""
     body = manifest.model_dump_json(indent=1).encode().removeprefix(b"{\n") + b"\n"
@@ -335,10 +340,10 @@ def _check_version(data: bytes) -> None:
         raise Corrupt("manifest: not JSON with a format_version") from e
     if type(version) is not int:
         raise Corrupt("manifest: format_version is not a number")
-    if version != FORMAT_VERSION:
+    if not 1 <= version <= FORMAT_VERSION:
         raise Refused(
             "format_version",
-            f"the checkpoint has format version {version}, this hibernode reads {FORMAT_VERSION}",
+            f"the checkpoint has format version {version}, this hibernode reads 1 to {FORMAT_VERSION}",
             prop="format_version",
             found=version,
             wanted=FORMAT_VERSION,
@@ -363,7 +368,11 @@ def _check_images(manifest: Manifest) -> None:
     for layer in manifest.layers:
         if not MIN_LAYER <= layer.bytes <= layer.pages * PAGE < layer.bytes + PAGE or layer.entries * MIN_ENTRY > layer.bytes:
             raise Corrupt(f"manifest: layer {layer.name} has impossible sizes")
+    if manifest.format_version < version_of(manifest.parts):
+        raise Corrupt(f"manifest: format version {manifest.format_version} has no frames in planes")
     for part in manifest.parts:
+        if part.in_planes > sum(stream.frames for stream in part.streams):
+            raise Corrupt(f"manifest: {part.name} has more frames in planes than frames")
         if len(part.streams) > MAX_STREAMS or part.zero_pages > part.pages or part.pages > _PAGES_LIMIT:
             raise Corrupt(f"manifest: {part.name} has impossible counts")
         if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in part.streams):

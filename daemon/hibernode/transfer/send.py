@@ -3,10 +3,11 @@
 Each stream is one thread with one upload and one zstd context; all of them take chunks from one channel. Opened before anything is
 frozen. Memory while sending is bounded by
 
-    arena + streams * (frame + zstd context + (parts in flight + 1) * part size) + 2 * socket buffer
+    arena + streams * (frames + zstd contexts + (parts in flight + 1) * part size) + 2 * socket buffer
         + 4 * 32 bytes * segments + 768 bytes * frames
 
-which is `memory_bound`, beside the interpreter and its libraries. Where frames are encrypted, the frame on its way is a copy, and in here.
+which is `memory_bound`, beside the interpreter and its libraries. A stream has five frames at most: the kept pages,
+their planes, both compressed, and, where frames are encrypted, the one on its way.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from hibernode.transfer.seal import TAG, Closer, Seal
 T = TypeVar("T")
 
 _QUEUE = 1 << 16  # chunks waiting: more than any arena has, so that the arena alone is the bound
+_FRAMES = 5  # of each stream, see above
 _ZSTD_CONTEXT = 8 << 20  # level 1 to 9 with a 4 MiB input; measured by zstd's own estimate
 _SEGMENT_COPIES = 4  # while the index is encoded: what was collected, as a table, joined with the rest, on its way
 _FRAME_FACTS = 768  # bytes: digest, sizes and keep map as Python objects (554 measured), and what the index has of it (192)
@@ -42,7 +44,7 @@ _log = logging.getLogger("hibernode.send")
 
 def memory_bound(arena: int, streams: int, parts_in_flight: int, part_size: int, segments: int, frames: int) -> int:
     """Bytes that a checkpoint needs at most, whatever the size of the workload (without the interpreter itself)."""
-    per_stream = 3 * CHUNK + _ZSTD_CONTEXT + (parts_in_flight + 1) * part_size  # frame: kept pages, compressed, on its way
+    per_stream = _FRAMES * CHUNK + _ZSTD_CONTEXT + (parts_in_flight + 1) * part_size
     index = _SEGMENT_COPIES * SEGMENT.itemsize * segments + _FRAME_FACTS * frames  # frames: memory / 4 MiB, and a few more
     return arena + streams * per_stream + 2 * SOCKET_BUFFER + index
 
@@ -103,8 +105,10 @@ class _Pages(AbstractContextManager["_Pages"]):
         index = format.encode_index(Index(table, frames, keeps))
         index_ref, _ = self._put(self._INDEX, lambda write: write(codec.deflate(index)))
         zero_pages = pages - int(frames["kept"].sum())
-        streams = [s.ref() for s in self._streams]
-        return PagesRef(name=self._name, pages=pages, zero_pages=zero_pages, streams=streams, index=index_ref)
+        streams, in_planes = [s.ref() for s in self._streams], sum(s.in_planes for s in self._streams)
+        return PagesRef(
+            name=self._name, pages=pages, zero_pages=zero_pages, streams=streams, index=index_ref, in_planes=in_planes
+        )
 
     def keep(self) -> None:
         """It is part of a committed checkpoint now."""
@@ -230,6 +234,10 @@ class _Stream:
             return chunk.data, keep
         kept = np.compress(keep, pages, axis=0, out=self._scratch[: int(keep.sum())])
         return kept.reshape(-1).data.cast("B"), keep
+
+    @property
+    def in_planes(self) -> int:
+        return self._packer.in_planes
 
     def _seek_table(self) -> bytes:
         return format.seek_table((f.stored for f in self._frames), (f.kept * PAGE for f in self._frames))

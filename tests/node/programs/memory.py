@@ -4,6 +4,7 @@ mappings <n>       n mappings of one page: every second one of a run can only be
 half-zero <MiB>    every second page was written and is zero again; and an odd page at the end
 file <path>        a private mapping of a file of 1 MiB, of which one page was overwritten with zeros
 large <MiB>        what no compressor can shorten: each block is one block of noise, shifted by another amount
+floats <MiB>       the same of weights as bfloat16: noise, and before it one of a few exponents
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BLOCK = 16 << 20
 
 def main(shape: str, argument: str, interval: float = 0.02) -> None:
     token = os.urandom(16).hex()
-    maps = {"mappings": mappings, "half-zero": half_zero, "file": private_file, "large": large}[shape](argument)
+    maps = {"mappings": mappings, "half-zero": half_zero, "file": private_file, "floats": floats, "large": large}[shape](argument)
     counter = 0
     while True:
         counter += 1
@@ -64,13 +65,24 @@ def private_file(path: str) -> list[memoryview]:
     return [memoryview(held)]
 
 
+def floats(mebibytes: str) -> list[memoryview]:
+    few = bytes(0x3C - (n & 0x7F).bit_length() % 4 | n & 0x80 for n in range(256))  # sign, and what is likely of an exponent
+    block = bytearray(BLOCK)
+    block[0::2], block[1::2] = os.urandom(BLOCK // 2), os.urandom(BLOCK // 2).translate(few)
+    return shifted(bytes(block), mebibytes, 4098)
+
+
 def large(mebibytes: str) -> list[memoryview]:
-    noise = os.urandom(BLOCK) * 2
+    return shifted(os.urandom(BLOCK), mebibytes, 4099)
+
+
+def shifted(content: bytes, mebibytes: str, step: int) -> list[memoryview]:
+    twice = content * 2
     held = []
     for n in range((int(mebibytes) << 20) // BLOCK):
         block = mmap.mmap(-1, BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        at = n * 4099 % BLOCK
-        block[:] = noise[at : at + BLOCK]
+        at = n * step % BLOCK
+        block[:] = twice[at : at + BLOCK]
         held.append(memoryview(block))
     return held
 
