@@ -317,6 +317,7 @@ class _Tree:
 
     def end(self) -> None:
         """Kill it; what it said does not count any more."""
+        keeper.kill_all(keeper.descendants(self.pid))  # before its root: with that the daemon removes its cgroup, if it is empty
         keeper.kill_tree(self.pid)
         if self._kept:
             self._kept.kill()
