@@ -68,7 +68,8 @@ class Stores:
             "SECRET_ACCESS_KEY": self.server.secret_access_key, "NO_CHECK_BUCKET": "true", "CHUNK_SIZE": "8Mi",
         }  # fmt: skip
         path = os.pathsep.join([str(_CRIU), os.environ.get("PATH", os.defpath)])
-        return {"PATH": path, "RCLONE_CONFIG": "", **{f"RCLONE_CONFIG_PEER_{name}": value for name, value in rclone.items()}}
+        said = {"RCLONE_CONFIG": "", "RCLONE_LOG_LEVEL": "ERROR"}
+        return {"PATH": path, **said, **{f"RCLONE_CONFIG_PEER_{name}": value for name, value in rclone.items()}}
 
 
 def words(line: str) -> list[str]:
