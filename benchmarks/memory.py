@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ class Taken:
     memory: int = 0  # bytes, ours: resident at the most, without the arena
     stored: int = 0  # bytes
     load: float = 0.0  # of the machine, before
+    steps: dict[str, float] = field(default_factory=dict)  # ours, as the daemon says: seconds of each phase
 
 
 def measure(*, quick: bool, size: int = 0, rounds: int = 0, kinds: str = "") -> dict[str, Any]:
@@ -221,9 +222,11 @@ class _Tree:
         taken.durable, taken.cpu = time.time() - began, _cpu(daemon.pid) - cpu
         taken.pause = held.pause(self.lines, began)
         taken.said_pause, taken.stored = event.profile.pause_ns / 1e9, event.profile.stored_bytes
+        taken.steps = {f"checkpoint: {name}": cost.seconds for name, cost in event.profile.phases.items()}
         self.end()
         cpu, began = _cpu(daemon.pid), time.time()
-        ready(daemon.restore(event.checkpoint_id, directory=directory))
+        restored = ready(daemon.restore(event.checkpoint_id, directory=directory))
+        taken.steps |= {f"restore: {name}": cost.seconds for name, cost in restored.profile.phases.items()}
         taken.restore = self._back(planted, began)
         taken.restore_cpu, taken.memory = _cpu(daemon.pid) - cpu, _peak(daemon.pid) - self._bench.arena
         store = self._bench.stores.place("S3", "ours") if directory else self._bench.disk / "store"

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.plots FILE DIRECTORY`: plots (SVG) of what `benchmarks/run memory --json FILE` has found, for docs/performance.md.
+"""`python -m benchmarks.plots FILE... DIRECTORY`: plots (SVG) for docs/performance.md.
+
+A file is what `benchmarks/run memory --json FILE` has found; of several, of one size, each may have some of the kinds.
 
 A bar is a median, the line over it goes from the least to the greatest of the rounds. Written by hand: a few rectangles need no library.
 """
@@ -35,18 +37,21 @@ _STYLE = "font-family='sans-serif' font-size='11' fill='#222'"
 
 
 def main(words: Sequence[str]) -> int:
-    if len(words) != 2:
-        sys.stderr.write("plots: FILE DIRECTORY\n")
+    if len(words) < 2:
+        sys.stderr.write("plots: FILE... DIRECTORY\n")
         return 2
-    found, into = json.loads(Path(words[0]).read_text())["memory"], Path(words[1])
+    results = [json.loads(Path(word).read_text())["memory"] for word in words[:-1]]
+    (mebibytes,) = {found["mebibytes"] for found in results}
+    taken = {kind: of for found in results for kind, of in found["taken"].items()}
+    into = Path(words[-1])
     into.mkdir(parents=True, exist_ok=True)
     for name, (title, measure, for_each) in PLOTS.items():
-        gigabytes = (found["mebibytes"] << 20) / 1e9 if for_each else 1.0
+        gigabytes = (mebibytes << 20) / 1e9 if for_each else 1.0
         values = {
             kind: {variant: [one[measure] / gigabytes for one in rounds] for variant, rounds in of.items() if rounds}
-            for kind, of in found["taken"].items()
+            for kind, of in taken.items()
         }
-        (into / f"{name}.svg").write_text(_plot(f"{title} ({found['mebibytes']} MiB)", values))
+        (into / f"{name}.svg").write_text(_plot(f"{title} ({mebibytes} MiB)", values))
     return 0
 
 
