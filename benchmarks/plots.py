@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plots FILE... DIRECTORY`: plots (SVG) for docs/performance.md.
+"""`python -m benchmarks.plots FILE... DIRECTORY`: plots (SVG) and tables for docs/performance.md.
 
 A file is what `benchmarks/run memory --json FILE` has found; of several, of one size, each may have some of the kinds.
 
@@ -13,6 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
+
+from benchmarks.tables import spread, table
 
 PLOTS = {  # file -> title, what is taken, whether for each GB of memory
     "memory-pause": ("pause, seconds", "pause", False),
@@ -20,7 +23,7 @@ PLOTS = {  # file -> title, what is taken, whether for each GB of memory
     "memory-restore": ("restore, seconds", "restore", False),
     "memory-cpu": ("CPU seconds for each GB, checkpoint", "cpu", True),
 }
-_COLOURS = {  # blues are ours
+_COLOURS = {  # blues are ours. Without gzip, which would leave no room for the others
     "ours, directory": "#1f5fa8",
     "ours, S3": "#7fb2e5",
     "criu, tar, zstd -3, directory": "#5b5b5b",
@@ -30,7 +33,6 @@ _COLOURS = {  # blues are ours
     "streamer, zstd -1, directory": "#b4581a",
     "streamer, zstd -1, S3": "#e0904f",
     "streamer, lz4, directory": "#8c7a1f",
-    "streamer, gzip, directory": "#c9b458",
 }
 _WIDTH, _LEFT, _RIGHT, _BAR, _GAP, _LEGEND, _TOP = 720, 80, 60, 9, 12, 15, 28
 _STYLE = "font-family='sans-serif' font-size='11' fill='#222'"
@@ -48,11 +50,45 @@ def main(words: Sequence[str]) -> int:
     for name, (title, measure, for_each) in PLOTS.items():
         gigabytes = (mebibytes << 20) / 1e9 if for_each else 1.0
         values = {
-            kind: {variant: [one[measure] / gigabytes for one in rounds] for variant, rounds in of.items() if rounds}
+            kind: {
+                variant: [one[measure] / gigabytes for one in rounds]
+                for variant, rounds in of.items()
+                if rounds and variant in _COLOURS
+            }
             for kind, of in taken.items()
         }
         (into / f"{name}.svg").write_text(_plot(f"{title} ({mebibytes} MiB)", values))
+    print(
+        "\n".join(
+            [*_medians(mebibytes, taken), "", *_ratios({kind: of for found in results for kind, of in found["pairs"].items()})]
+        )
+    )
     return 0
+
+
+def _medians(mebibytes: int, taken: Mapping[str, Any]) -> list[str]:
+    gigabytes = (mebibytes << 20) / 1e9
+    rows = {
+        f"{kind}: {name}": [
+            *(spread([one[each] for one in rounds]) for each in ("pause", "durable", "restore")),
+            *(f"{statistics.median(one[each] for one in rounds) / gigabytes:.2f}" for each in ("cpu", "restore_cpu")),
+            f"{int(statistics.median(one['stored'] for one in rounds)) >> 20}",
+        ]
+        for kind, of in taken.items()
+        for name, rounds in of.items()
+        if rounds
+    }
+    return table("", ["pause", "durable", "restore", "CPU s/GB", "restore, CPU s/GB", "stored, MiB"], rows)
+
+
+def _ratios(pairs: Mapping[str, Any]) -> list[str]:
+    rows = {
+        f"{kind}: {ours} / {peer}": [spread(of[each], "") for each in ("pause", "durable", "restore")]
+        for kind, found in pairs.items()
+        for ours, peers in found.items()
+        for peer, of in peers.items()
+    }
+    return table("ours / peer", ["pause", "durable", "restore"], rows)
 
 
 def _plot(title: str, values: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
