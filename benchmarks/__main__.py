@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import containers, events, frames, keys, machine
+from benchmarks import containers, events, frames, keys, machine, memory
 
-QUESTIONS = {keys.NAME: keys, events.NAME: events, containers.NAME: containers, frames.NAME: frames}
+QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, frames)}
+_OPTIONS = {containers.NAME: ("size", "rounds"), memory.NAME: ("size", "rounds", "kinds")}  # what else they can be told
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -29,8 +30,10 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"{told['machine']}\nGB/s of one thread: {told['gb_per_s_of_one_thread']}", flush=True)
     for name in arguments.names or QUESTIONS:
         began = time.monotonic()
-        more = {"size": arguments.size, "rounds": arguments.rounds} if name == containers.NAME else {}
+        more = {option: getattr(arguments, option) for option in _OPTIONS.get(name, ())}
         told[name] = found = QUESTIONS[name].measure(quick=arguments.quick, **more)
+        if name == memory.NAME:
+            told["ratios"] = found["ratios"]  # where others look for them
         print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{QUESTIONS[name].render(found)}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")
@@ -45,8 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="all questions if none is named")
     parser.add_argument("--quick", action="store_true", help="less memory, fewer rounds: a look, and no figure to quote")
-    parser.add_argument("--size", type=int, default=0, metavar="MIB", help="containers: the memory that the container holds")
-    parser.add_argument("--rounds", type=int, default=0, metavar="N", help="containers: how often each variant has its turn")
+    parser.add_argument("--size", type=int, default=0, metavar="MIB", help="containers, memory: what the workload holds")
+    parser.add_argument(
+        "--rounds", type=int, default=0, metavar="N", help="containers, memory: how often each variant has its turn"
+    )
+    parser.add_argument("--kinds", default="", metavar="KIND,...", help=f"memory: some of {', '.join(memory.KINDS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with facts of the machine")
     return parser
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hibernode.children import Children
-from hibernode.drivers.workloads import proc, trees
+from hibernode.drivers.workloads import cgroup, proc, trees
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
 from hibernode.model import Cancel, JobSpec, Target, TaskFacts, WorkloadFacts
@@ -83,6 +85,33 @@ def node(tmp_path: Path) -> Iterator[Node]:
     made = Node(tmp_path / "jobs")
     yield made
     made.end()
+
+
+def test_the_place_of_a_tree_goes_when_its_last_child_has(node: Node) -> None:
+    argv = [sys.executable, "-S", "-c", "import os, time; os.fork(); time.sleep(60)"]
+    root, uid = os.spawnv(os.P_NOWAIT, argv[0], argv), str(uuid.uuid4())
+    wait_until(lambda: len(keeper.descendants(root)) == 1, 10, "the child")
+    (child,) = keeper.descendants(root)
+    procs = cgroup.create(uid)
+    places = [Path(each).parent for each in procs]
+    assert places, "there are no cgroups to write to"
+
+    def gone() -> bool:
+        node.jobs.reap()
+        return not any(place.exists() for place in places)
+
+    try:
+        for pid in (root, child):
+            cgroup.join(procs, pid)
+        node.jobs.adopt(root, uid)
+        os.kill(root, signal.SIGKILL)
+        wait_until(node.jobs.reap, 10, "its end")
+        assert all(place.exists() for place in places)
+        os.kill(child, signal.SIGKILL)
+        wait_until(gone, 10, "the end of its place")
+    finally:
+        for pid in cgroup.members(uid):
+            os.kill(pid, signal.SIGKILL)
 
 
 # --- the place of a restore ---------------------------------------------------------------------------------------------------

@@ -68,13 +68,15 @@ def kill(uid: str) -> None:
             continue
 
 
-def remove(uid: str) -> None:
-    """Remove the empty cgroups of `uid`; those in use stay."""
-    for hierarchy in _hierarchies():
+def remove(uid: str) -> bool:
+    """Remove the empty cgroups of `uid`; False: some are in use, and stay."""
+    gone = True
+    for place in (hierarchy / _PARENT / uid for hierarchy in _hierarchies()):
         try:
-            os.rmdir(hierarchy / _PARENT / uid)
+            os.rmdir(place)
         except OSError:
-            continue
+            gone = gone and not place.exists()
+    return gone
 
 
 def remove_empty() -> None:

@@ -120,6 +120,7 @@ class Jobs:
     def __init__(self, directory: Path, children: Children, clock: Callable[[], float] = time.time) -> None:
         self._directory, self._children, self._clock = directory, children, clock
         self._guests: dict[int, str] = {}
+        self._left: set[str] = set()  # whose roots have ended, and in whose cgroups somebody may still live: a child
         self._lock = threading.RLock()  # held while the book is read and changed, never while anything is waited for
         self._reserved: set[tuple[str, str]] = set()  # names of jobs that are about to run
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -230,6 +231,12 @@ class Jobs:
         jobs = [(job.pid, job.start_time) for job in self.all() if job.uid != but]
         return jobs + [(pid, proc.start_time(pid)) for pid, uid in list(self._guests.items()) if uid != but]
 
+    def make_place(self, uid: str) -> tuple[str, ...]:
+        """cgroup.create, for who comes back: it is nobody's to remove any more."""
+        with self._lock:
+            self._left.discard(uid)
+            return cgroup.create(uid)
+
     def reap(self) -> bool:
         """Wait for children that have ended: keep the exit codes of those that were jobs, remove the cgroups. Never blocks."""
         self._children.reap()
@@ -238,9 +245,9 @@ class Jobs:
             for job in self.all() if exits else ():
                 if job.pid in exits and not proc.alive(job.pid, job.start_time):
                     self.save(replace(job, exit_code=exits[job.pid]))
-                    cgroup.remove(job.uid)
-        for pid in exits.keys() & self._guests.keys():
-            cgroup.remove(self._guests.pop(pid))
+                    self._left.add(job.uid)
+            self._left.update(self._guests.pop(pid) for pid in exits.keys() & self._guests.keys())
+            self._left = {uid for uid in self._left if not cgroup.remove(uid)}
         return bool(exits)
 
     def view(self, job: Job) -> WorkloadView:
@@ -471,7 +478,7 @@ class PreparedProcess:
             if facts.logs:
                 self._new_log = not Path(jobs.log_path(self._uid)).exists()
                 self._log = jobs.open_log(self._uid)
-            self._procs = cgroup.create(self._uid)
+            self._procs = jobs.make_place(self._uid)
         except BaseException:
             self.discard()
             raise
