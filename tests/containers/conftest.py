@@ -13,15 +13,7 @@ from hibernode.drivers.workloads.cri import Cri
 from tests.containers.containerd import STATES, Containerd, real_directory
 from tests.containers.restoring import HOLD, RUNC, SOCKET, WRAPPER
 from tests.daemon import Daemon
-
-_FAILED = pytest.StashKey[bool]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report: pytest.TestReport = yield  # type: ignore[misc,assignment]
-    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
-    return report  # type: ignore[return-value]
+from tests.failing import failed, pytest_runtest_makereport  # noqa: F401 - pytest finds the hook here
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +27,7 @@ def containerd(shared_containerd: Containerd, request: pytest.FixtureRequest) ->
     """A containerd without pods."""
     at = len(shared_containerd.log)
     yield shared_containerd
-    if request.node.stash.get(_FAILED, False):
+    if failed(request):
         print(f"--- containerd's log of this test:\n{shared_containerd.log[at:][-8000:]}")
         shared_containerd.remove_pods()
     assert not (left := shared_containerd.remove_pods()), left
@@ -75,7 +67,7 @@ def shared_node() -> Iterator[Containerd]:
 def node(shared_node: Containerd, request: pytest.FixtureRequest) -> Iterator[Containerd]:
     """A node for restores, without pods."""
     yield shared_node
-    if request.node.stash.get(_FAILED, False):
+    if failed(request):
         shared_node.remove_pods()
     assert not (left := shared_node.remove_pods()), left
     assert not (left := shared_node.leftovers()), left

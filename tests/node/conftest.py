@@ -7,15 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.daemon import Daemon
-
-_FAILED = pytest.StashKey[bool]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report: pytest.TestReport = yield  # type: ignore[misc,assignment]
-    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
-    return report  # type: ignore[return-value]
+from tests.failing import failed, pytest_runtest_makereport  # noqa: F401 - pytest finds the hook here
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +21,6 @@ def daemon(shared_daemon: Daemon, request: pytest.FixtureRequest) -> Iterator[Da
     """A daemon with an empty store and no jobs."""
     at = len(shared_daemon.log)
     yield shared_daemon
-    if request.node.stash.get(_FAILED, False):
+    if failed(request):
         print(f"--- the daemon's log of this test:\n{shared_daemon.log[at:]}")
     shared_daemon.empty()
