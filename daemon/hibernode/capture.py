@@ -95,9 +95,9 @@ class Capture(AbstractContextManager["Capture"]):
         return time.monotonic_ns() - since if since else held_ns
 
     def _dump(self, name: str) -> int:
+        (self._work / name).mkdir()
         ours, theirs = page_sockets()
         collecting = self._threads.start(f"{name} collect", self._collect, name, ours)
-        (self._work / name).mkdir()
         ending = Cancel()  # also of what no cancel has ended: a stream that failed, the page socket
         self._threads.on_stop(lambda: ending.set("the transfer has ended"))
         try:

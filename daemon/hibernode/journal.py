@@ -223,7 +223,8 @@ class Journal:
         entry = self._entries.get(action_id)
         if entry is None:
             return action_id in self._restored
-        return (entry.record.type, entry.record.status) == ("restore", Status.READY)
+        record = entry.record
+        return (record.type, record.status) == ("restore", Status.READY)
 
     def all(self) -> list[Entry]:
         return sorted(self._entries.values(), key=lambda entry: entry.began_at)
