@@ -7,7 +7,7 @@ still reports success, which is why `Wire` is chosen by version and a capture is
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 OPEN2, PARENT, ADD_F, GET = 4, 5, 6, 7
 CLOSE, FORCE_CLOSE = 0x1023, 0x1024
@@ -19,8 +19,7 @@ NO_PARENT = struct.pack("=i", 0)  # answer to PARENT
 CLOSED = struct.pack("=i", 0)  # answer to CLOSE; anything else fails the dump and the tree runs on
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):  # made for each segment while a workload is frozen: a third of what a frozen dataclass costs
     command: int
     flags: int
     pages: int
