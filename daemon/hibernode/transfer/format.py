@@ -39,6 +39,7 @@ FRAME = np.dtype(
 SegmentTable = npt.NDArray[Any]
 FrameTable = npt.NDArray[Any]
 KeepMap = npt.NDArray[np.bool_]
+Stretches = npt.NDArray[np.int64]  # of page numbers: a row is (first, end); in order, and no two touch
 
 # bytes, inflated. A TiB of memory is 17 MiB of frames, 50 MiB if all of them have zero pages, and 32 bytes for each segment: with 64 KiB
 # of memory per segment, which is very scattered, 7 TiB fit.
@@ -48,6 +49,7 @@ _MAX_VALUES = 2 << 20  # in a manifest; those tasks are 1.7 million. 60 MiB of `
 _MAGIC = b"HNINDEX1"
 _HEADER = struct.Struct("<8sQQQ")  # magic, segments, frames, keep maps
 _KEEP_BYTES = FRAME_PAGES // 8
+_STRETCH = FRAME_PAGES // 4
 _KEEPS_AT_ONCE = 4096  # maps that are unpacked together, to be compared: 4 MiB
 _MIN_STORED = 10  # bytes; no zstd frame that holds a page is shorter
 MAX_STORED = FRAME_PAGES * PAGE * 2  # no zstd frame of 4 MiB is this long
@@ -121,6 +123,21 @@ class Index:
         present = (self.segments["flags"] & PRESENT) != 0
         return int(self.segments["pages"][present].sum())
 
+    def filled(self) -> Stretches:
+        """The page numbers that frames keep, but for those in short pieces: of a frame with zero pages, what is shorter than a quarter."""
+        whole = self.frames[self.frames["kept"] == self.frames["pages"]]
+        rows = [np.stack([whole["first_page"], whole["first_page"] + whole["pages"]], axis=1).astype(np.int64)]
+        long = (self.frames["kept"] < self.frames["pages"]) & (self.frames["kept"] >= _STRETCH)
+        rows += [_runs(self.keeps[first]) + first for first in self.frames[long]["first_page"].tolist()]
+        found = np.concatenate(rows)
+        found = found[np.argsort(found[:, 0])]
+        cuts = np.flatnonzero(found[1:, 0] != found[:-1, 1])
+        return (
+            np.stack([found[np.append(0, cuts + 1), 0], found[np.append(cuts, len(found) - 1), 1]], axis=1)
+            if len(found)
+            else found
+        )
+
 
 def encode_index(index: Index) -> bytes:
     """The index as bytes. DumpFailed if no reader would take it."""
@@ -142,6 +159,12 @@ def encode_index(index: Index) -> bytes:
 def pack_keep(keep: KeepMap) -> bytes:
     """As it is stored: one bit for each page that a frame can have."""
     return np.packbits(np.pad(keep, (0, FRAME_PAGES - len(keep)))).tobytes()
+
+
+def _runs(keep: KeepMap) -> Stretches:
+    """Runs of kept pages, the short ones left out."""
+    edges = np.flatnonzero(np.diff(np.pad(keep, 1).astype(np.int8))).reshape(-1, 2).astype(np.int64)
+    return edges[edges[:, 1] - edges[:, 0] >= _STRETCH]
 
 
 class KeepMaps(Mapping[int, KeepMap]):

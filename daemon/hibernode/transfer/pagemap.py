@@ -6,7 +6,6 @@ offsets in any order; pages that no frame holds stay holes, which read as zeros 
 
 from __future__ import annotations
 
-import os
 import resource
 import struct
 from collections.abc import Iterator
@@ -21,26 +20,29 @@ from pycriu.images import pagemap_pb2
 from hibernode.errors import Corrupt, NoRoom
 from hibernode.model import PAGE
 from hibernode.transfer import pageproto
-from hibernode.transfer.format import SegmentTable
+from hibernode.transfer.format import SegmentTable, Stretches
+from hibernode.transfer.pagefile import Feed, PageFile
 
 _COMMON_MAGIC, _PAGEMAP_MAGIC = 0x54564319, 0x56084025
 _WIDE = "compat_nr_pages" in pagemap_pb2.pagemap_entry.DESCRIPTOR.fields_by_name  # CRIU 4.2 and newer
 _MAX_ADDRESS_SPACES = 200_000
 _AT_ONCE = 1 << 14  # segments that are Python objects at a time, which takes six times the room
-# Page numbers `first` to `end` lie in `descriptor` from file page `at` on.
-_PIECE = np.dtype([("first", "<i8"), ("end", "<i8"), ("at", "<i8"), ("descriptor", "<i8")])
+# Page numbers `first` to `end` lie in that file, from its page `at` on.
+_PIECE = np.dtype([("first", "<i8"), ("end", "<i8"), ("at", "<i8"), ("file", "<i8")])
+_NOWHERE: Stretches = np.zeros((0, 2), np.int64)
 _Rows = npt.NDArray[np.int64]
 
 
 class PageFiles:
     """The pages files of one image, open for writing from any thread. A context manager: leaving it closes them."""
 
-    def __init__(self, directory: Path, segments: SegmentTable) -> None:
+    def __init__(self, directory: Path, segments: SegmentTable, filled: Stretches = _NOWHERE) -> None:
+        """`filled`: as `Index.filled` has it; whatever is written beside it costs more time, and nothing else."""
         self._directory = directory
         self._pieces = np.empty(0, _PIECE)
-        self._descriptors: list[int] = []
+        self._files: list[PageFile] = []
         try:
-            self._lay_out(segments)
+            self._lay_out(segments, filled)
         except BaseException as e:
             self.__exit__(type(e), e, e.__traceback__)
             if isinstance(e, FileExistsError):
@@ -48,7 +50,7 @@ class PageFiles:
             raise
         self._starts = np.ascontiguousarray(self._pieces["first"])
 
-    def _lay_out(self, segments: SegmentTable) -> None:
+    def _lay_out(self, segments: SegmentTable, filled: Stretches) -> None:
         spaces = _spaces(segments["dst_id"])
         self._insist_room(len(spaces))
         present = (segments["flags"] & pageproto.PRESENT) != 0
@@ -57,11 +59,11 @@ class PageFiles:
         pieces = [np.empty(0, _PIECE)]
         for pages_id, (dst_id, rows) in enumerate(spaces, 1):
             self._write_pagemap(pages_id, dst_id, segments, rows)
-            descriptor = os.open(self._directory / f"pages-{pages_id}.img", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            self._descriptors.append(descriptor)
+            file = PageFile(self._directory / f"pages-{pages_id}.img")
+            self._files.append(file)
             full = rows[present[rows]]
-            pieces.append(_pieces(descriptor, numbers[full], sizes[full]))
-            os.ftruncate(descriptor, int(sizes[full].sum()) * PAGE)
+            pieces.append(_pieces(len(self._files) - 1, numbers[full], sizes[full]))
+            file.lay_out(int(sizes[full].sum()), _filled(pieces[-1], filled))
         unsorted = np.concatenate(pieces)
         self._pieces = unsorted[np.argsort(unsorted["first"])]
 
@@ -92,54 +94,26 @@ class PageFiles:
         cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
         starts = numbers[np.concatenate(([0], cuts))].tolist()
         ends = (numbers[np.concatenate((cuts - 1, [len(numbers) - 1]))] + 1).tolist()
-        feed = _Feed(content)
+        feed = Feed(content)
         for first, end in zip(starts, ends, strict=True):
-            for descriptor, offset, pages in self._places(first, end):
-                _write_all(descriptor, feed.take(pages * PAGE), offset * PAGE)
+            for file, at, pages in self._places(first, end):
+                self._files[file].write(feed.take(pages * PAGE), at, pages)
 
     def _places(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         at = int(np.searchsorted(self._starts, first, side="right")) - 1
         while first < end:
-            number, last, there, descriptor = self._pieces[at].item()
+            number, last, there, file = self._pieces[at].item()
             stop = min(end, last)
-            yield descriptor, there + first - number, stop - first
+            yield file, there + first - number, stop - first
             first, at = stop, at + 1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
-
-
-class _Feed:
-    """Takes bytes off the front of a list of views, without copying."""
-
-    def __init__(self, views: list[memoryview]) -> None:
-        self._views = list(reversed(views))
-
-    def take(self, size: int) -> list[memoryview]:
-        taken = []
-        while size:
-            view = self._views.pop()
-            if len(view) > size:
-                self._views.append(view[size:])
-                view = view[:size]
-            taken.append(view)
-            size -= len(view)
-        return taken
-
-
-def _write_all(descriptor: int, views: list[memoryview], offset: int) -> None:
-    while views:
-        n = os.pwritev(descriptor, views[:1024], offset)  # 1024: IOV_MAX
-        offset += n
-        while views and n >= len(views[0]):
-            n -= len(views.pop(0))
-        if n:
-            views[0] = views[0][n:]
+        for file in self._files:
+            file.close()
+        self._files.clear()
 
 
 def _spaces(ids: npt.NDArray[np.uint64]) -> list[tuple[int, _Rows]]:
@@ -152,14 +126,26 @@ def _spaces(ids: npt.NDArray[np.uint64]) -> list[tuple[int, _Rows]]:
     return sorted(((int(ids[mine[0]]), mine) for mine in rows), key=lambda space: int(space[1][0]))
 
 
-def _pieces(descriptor: int, numbers: _Rows, sizes: _Rows) -> npt.NDArray[np.void]:
+def _pieces(file: int, numbers: _Rows, sizes: _Rows) -> npt.NDArray[np.void]:
     """The pieces of one file. Runs of numbers that follow each other are one piece: it is written in one call."""
     ends, places = numbers + sizes, np.cumsum(sizes) - sizes
     starts = np.flatnonzero(np.concatenate(([True], numbers[1:] != ends[:-1]))) if len(numbers) else np.empty(0, np.int64)
     pieces = np.empty(len(starts), _PIECE)
-    pieces["first"], pieces["at"], pieces["descriptor"] = numbers[starts], places[starts], descriptor
+    pieces["first"], pieces["at"], pieces["file"] = numbers[starts], places[starts], file
     pieces["end"] = ends[np.append(starts[1:], len(numbers)) - 1] if len(starts) else 0
     return pieces
+
+
+def _filled(pieces: npt.NDArray[np.void], filled: Stretches) -> Iterator[tuple[int, int]]:
+    """The parts of one file that lie in a stretch of page numbers that is filled: as pages of the file, in order."""
+    starts = filled[:, 0]
+    for first, end, at, _ in pieces.tolist() if len(filled) else ():
+        row = max(0, int(np.searchsorted(starts, first, side="right")) - 1)
+        while row < len(filled) and filled[row, 0] < end:
+            low, high = max(first, int(filled[row, 0])), min(end, int(filled[row, 1]))
+            if low < high:
+                yield at + low - first, at + high - first
+            row += 1
 
 
 def _entry(_: int, vaddr: int, pages: int, flags: int) -> bytes:

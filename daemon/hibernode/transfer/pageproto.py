@@ -34,7 +34,7 @@ class Wire:
         self._struct = struct.Struct("=I4xQQQ" if criu_version >= 40200 else "=IIQQ")
         self.size = self._struct.size
 
-    def decode(self, data: bytes | bytearray) -> Header:
+    def decode(self, data: bytes | bytearray | memoryview) -> Header:
         command, pages, vaddr, dst_id = self._struct.unpack(data)
         return Header(command & 0xFFFF, command >> 16, pages, vaddr, dst_id)
 

@@ -164,7 +164,7 @@ class Receiver(_Pages[ImageRef]):
 
     def fetch_pages(self, index: Index, directory: Path, threads: Threads) -> None:
         """All pages into pages files in `directory`, verified; returns when they are there."""
-        with PageFiles(directory, index.segments) as pages:
+        with PageFiles(directory, index.segments, index.filled()) as pages:
             self._each_frame(index, threads, pages)
 
 
