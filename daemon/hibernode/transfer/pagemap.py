@@ -94,8 +94,15 @@ class PageFiles:
         ends = (numbers[np.concatenate((cuts - 1, [len(numbers) - 1]))] + 1).tolist()
         feed = _Feed(content)
         for first, end in zip(starts, ends, strict=True):
-            for descriptor, offset, pages in self._places(first, end):
-                _write_all(descriptor, feed.take(pages * PAGE), offset * PAGE)
+            self._write(first, end, feed)
+
+    def write_run(self, first: int, pages: int, content: list[memoryview]) -> None:
+        """So many pages, which follow each other."""
+        self._write(first, first + pages, _Feed(content))
+
+    def _write(self, first: int, end: int, feed: _Feed) -> None:
+        for descriptor, offset, pages in self._places(first, end):
+            _write_all(descriptor, feed.take(pages * PAGE), offset * PAGE)
 
     def _places(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         at = int(np.searchsorted(self._starts, first, side="right")) - 1
