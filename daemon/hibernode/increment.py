@@ -60,7 +60,10 @@ def origin(node: Node, store: Store, command: CheckpointCommand, workload: Workl
             except (Refused, NotFound, Corrupt, Busy) as e:
                 if wanted != "auto":
                     raise
-                _log.info("checkpoint %s is no increment of %s: %s", command.checkpoint_id, candidate, e)
+                level = logging.WARNING if isinstance(e, Corrupt) else logging.INFO
+                _log.log(level, "checkpoint %s is no increment of %s: %s", command.checkpoint_id, candidate, e)
+                if e.code == "increment_bases":  # an older one would do, again and again
+                    break
         yield found or Origin(seal, {name: Known(new_seed()) for name in workload.roots()})
 
 

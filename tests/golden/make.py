@@ -1,4 +1,4 @@
-"""Writes `tests/golden/v<n>` and `v<n>-encrypted`, up to version 2 also `v<n>-layer`: one checkpoint each of the newest format version, and the
+"""Writes `tests/golden/v<n>`, `v<n>-encrypted` and `v<n>-layer`: one checkpoint each of the newest format version, and the
 digests of what has to come out of it.
 
     python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH; as root
@@ -37,7 +37,6 @@ from tests.fakes.machine import CHILD, ROOT, Run
 from tests.flow.rig import Rig, new_id
 from tests.golden import HERE, SIGNER, WRAPPER, restored
 from tests.layers import sent
-
 
 _OF_LAYERS = 2  # the newest version of which there are layers
 

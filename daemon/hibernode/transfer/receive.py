@@ -105,7 +105,8 @@ class _Pages(Generic[R]):
         if self._ref.digests is None:
             raise Corrupt(f"{self._named}{self._ref.name} has no digests of its pages")
         limit = known.digests_size(self._ref.pages)
-        return known.decode(codec.inflate(self._fetch_small(self._ref.digests, limit), limit=limit), self._ref.pages)
+        stored = self._fetch_small(self._ref.digests, codec.deflated_bound(limit))
+        return known.decode(codec.inflate(stored, limit=limit), self._ref.pages)
 
     def verify_pages(self, index: Index, threads: Threads) -> int:
         """Read, compare and inflate every frame, and keep nothing; how many they were."""
