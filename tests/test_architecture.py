@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "structlog": ("",),
     "typing_extensions": ("api/schema.py",),
     "uvicorn": ("api/server.py",),
+    "xxhash": ("transfer/fingerprint.py",),
     "urllib3": ("drivers/kubernetes.py", "drivers/s3.py"),
     "zstandard": ("transfer/codec.py",),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,14 @@ from hibernode.preflight import Options
 from hibernode.transfer import files, layer
 from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.filling import Held
+from hibernode.transfer.known import Known
 from hibernode.transfer.layer import LayerCollector
 from hibernode.transfer.pageproto import Wire
 from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import Seal
 from hibernode.transfer.send import LayerSender, Packing, Sender
+
+_NOTHING_KNOWN: Mapping[str, Known] = {}
 
 
 class Captured(NamedTuple):
@@ -50,8 +53,18 @@ class Capture(AbstractContextManager["Capture"]):
     Left without `keep`, nothing stays in the store."""
 
     def __init__(
-        self, node: Node, store: Store, seal: Seal, workload: Workload, kind: Kind, options: Options, attempt: Attempt, work: Path
+        self,
+        node: Node,
+        store: Store,
+        seal: Seal,
+        workload: Workload,
+        kind: Kind,
+        options: Options,
+        attempt: Attempt,
+        work: Path,
+        known: Mapping[str, Known] = _NOTHING_KNOWN,
     ) -> None:
+        """`known`: by image, pages that need not be stored; of an image that is not there no digests are kept."""
         self._node, self._workload, self._options, self._work = node, workload, options, work
         self._layers = workload.layers() if kind != "simple" else {}
         self._store, self._seal = store, seal
@@ -59,7 +72,8 @@ class Capture(AbstractContextManager["Capture"]):
         self._threads = Threads(attempt.cancel)
         packing = Packing(options.streams, options.level)
         to = (packing, node.arena, self._threads, attempt.meter)
-        self._senders = {name: Sender(store, seal, name, *to) for name in workload.roots() if kind != "rootfsonly"}
+        names = workload.roots() if kind != "rootfsonly" else ()
+        self._senders = {name: Sender(store, seal, name, *to, known.get(name)) for name in names}
         self._layer_senders = {name: LayerSender(store, seal, name, *to) for name in self._layers}
         self._held = Held(node.arena)  # of all: each alone could wait for room that the others hold
         self._collected: dict[str, Collector] = {}

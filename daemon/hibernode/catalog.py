@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hibernode.errors import Corrupt, KeyService, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
-from hibernode.model import Cancel, CheckpointCommand, GpuImage, ImageRef, LayerRef, Manifest, Meter, Verdict
+from hibernode.model import (
+    BaseRef,
+    Cancel,
+    CheckpointCommand,
+    GpuImage,
+    ImageRef,
+    LayerRef,
+    Manifest,
+    Meter,
+    ObjectRef,
+    Verdict,
+)
 from hibernode.node import Node, insist
 from hibernode.ports import Keyring, Notary, Store, Workload
 from hibernode.preflight import Options
@@ -53,10 +64,20 @@ def new_seal(keyring: Keyring, checkpoint_id: str) -> Seal:
 
 
 def seal_of(manifest: Manifest, keyring: Keyring) -> Seal:
-    """What its objects are opened with. Raises as `Keyring.unwrap` does."""
+    """What its objects are opened with, and those of its bases. Raises as `Keyring.unwrap` does."""
     wrapped = manifest.encryption
     data_key = keyring.unwrap(wrapped, manifest.checkpoint_id) if wrapped is not None else None
-    return Seal(manifest.checkpoint_id, data_key, wrapped)
+    return Seal(manifest.checkpoint_id, data_key, wrapped, seals_of(manifest.bases, keyring))
+
+
+def seals_of(bases: Iterable[BaseRef], keyring: Keyring) -> Mapping[str, Seal]:
+    """By checkpoint id, of those that are encrypted; each is asked for once."""
+    seals: dict[str, Seal] = {}
+    for base in bases:
+        key, owner = base.encryption, base.checkpoint_id
+        if key is not None and owner not in seals:
+            seals[owner] = Seal(owner, keyring.unwrap(key, owner), key)
+    return seals
 
 
 def describe(
@@ -143,15 +164,26 @@ def _may_be_of(store: Store, manifest: Manifest, notary: Notary) -> bool:
 
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
-    """Every object that the manifest names is there with the size it names, or Corrupt."""
+    """Every object that the manifest names, of its bases, too, is there with the size it names, or Corrupt."""
     for part in manifest.parts:
         for ref in part.objects:
-            try:
-                size = store.stat(f"{manifest.checkpoint_id}/{ref.key}").size
-            except NotFound as e:
-                raise Corrupt(f"{ref.key} is not in the store", key=ref.key) from e
-            if size != ref.size:
-                raise Corrupt(f"{ref.key} has {size} bytes, the manifest says {ref.size}", key=ref.key)
+            _check_size(store, manifest.checkpoint_id, ref, ref.key)
+    seen = set()
+    for base in manifest.bases:
+        for ref in base.objects:
+            key = f"{base.checkpoint_id}/{ref.key}"
+            if ref != base.digests and key not in seen:  # those no restore needs
+                _check_size(store, base.checkpoint_id, ref, key)
+            seen.add(key)
+
+
+def _check_size(store: Store, checkpoint_id: str, ref: ObjectRef, name: str) -> None:
+    try:
+        size = store.stat(f"{checkpoint_id}/{ref.key}").size
+    except NotFound as e:
+        raise Corrupt(f"{name} is not in the store", key=name) from e
+    if size != ref.size:
+        raise Corrupt(f"{name} has {size} bytes, the manifest says {ref.size}", key=name)
 
 
 def read(store: Store, checkpoint_id: str, notary: Notary) -> Manifest:
@@ -187,8 +219,8 @@ def verify(
     cancel: Cancel,
     tell: Callable[[Verdict], None],
 ) -> Verdict:
-    """Read every byte and compare it with its digest, decrypt and inflate every frame. Raises Corrupt at the first that does not
-    hold."""
+    """Read every byte and compare it with its digest, decrypt and inflate every frame; of the bases, every frame that it needs. Raises
+    Corrupt at the first that does not hold."""
     began, meter = time.monotonic(), Meter()
     manifest, frames = read(store, checkpoint_id, notary), 0
     seal = seal_of(manifest, keyring)
@@ -207,9 +239,10 @@ def _verify_part(store: Store, seal: Seal, part: ImageRef | LayerRef, threads: i
         receiver = Receiver(store, seal, part, threads, meter)
         receiver.verify_files()
     index = receiver.fetch_index()
+    if part.digests is not None:
+        receiver.fetch_digests()
     with Threads(cancel) as scope:
-        receiver.verify_pages(index, scope)
-    return len(index.frames)
+        return receiver.verify_pages(index, scope)
 
 
 def delete(store: Store, checkpoint_id: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 
-from hibernode import catalog, gc, gpus, preflight
+from hibernode import catalog, gc, gpus, increment, preflight
 from hibernode.capture import Capture, survey
 from hibernode.journal import Tree
 from hibernode.model import CheckpointCommand, Status
@@ -41,10 +41,12 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             meter.bytes_total = sum(process.rss for process in processes) + on_gpus
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
-            seal = catalog.new_seal(node.keyring, command.checkpoint_id)
+            origin = undo.enter_context(increment.origin(node, store, command, workload, options))
         node.arena.wait_for_room(meter.bytes_total, attempt.cancel)  # for as long as it takes: nobody is frozen for it
         with attempt.phase("preflight", limits.preflight):  # a store that hangs now hangs before anybody is frozen
-            capture = undo.enter_context(Capture(node, store, seal, workload, command.kind, options, attempt, work))
+            capture = undo.enter_context(
+                Capture(node, store, origin.seal, workload, command.kind, options, attempt, work, origin.known)
+            )
             processes = workload.processes()  # again: the wait may have been long, and who was stopped then may run now
             gpu_image, on_gpus = gpus.look(node, gpu, workload, processes if command.kind != "rootfsonly" else ())
         gpu_limit = limits.gpu_of(on_gpus)
@@ -71,9 +73,10 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             images, layers = capture.finish()
         with attempt.phase("committing", limits.commit), attempt.cancel.waking(let_go):
             on_gpu = gpus.saved(gpu_image, gpu, workload, images)
-            manifest = catalog.describe(node, command, workload, options, meter, images, layers, seal, on_gpu)
+            manifest = catalog.describe(node, command, workload, options, meter, images, layers, origin.seal, on_gpu)
             with capture.keeping():
                 catalog.commit(store, manifest, node.notary, attempt.cancel)
+                origin.references.keep(manifest)
         attempt.report(Status.READY)
         if options.kill:
             stopped.pop_all()  # somebody may restore it now: it never goes on again, also if it cannot be killed at once

@@ -78,6 +78,14 @@ class Transfer(Section):
     compression: Annotated[str, StringConstraints(pattern=r"^(none|zstd(:(-[1-7]|[0-9]|1[0-9]))?)$")] = "zstd"
 
 
+class Increments(Section):
+    """Checkpoints that refer to pages of earlier ones."""
+
+    bases: int = Field(
+        default=8, ge=0, le=64
+    )  # that one refers to at most; one more, and it is a full one. 0: heartbeats are full ones
+
+
 class Criu(Section):
     path: str = ""  # empty: beside the interpreter, else PATH
     timeout: int = Field(default=120, ge=1)  # seconds CRIU gives a tree to stop
@@ -233,6 +241,7 @@ class Config(Section):
     store: Store = Store()
     arena: Arena = Arena()
     transfer: Transfer = Transfer()
+    increments: Increments = Increments()
     criu: Criu = Criu()
     gpu: Gpu = Gpu()
     containers: Containers = Containers()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
 
@@ -159,11 +160,13 @@ class Courier:
         return True
 
     async def _delete(self, command: DeleteCommand) -> None:
-        """Transient while somebody uses it, or the store is away. What nobody can do is said and over."""
+        """Transient while somebody uses it, or the store is away; to which others refer goes with the last of them. What nobody can do is
+        said and over."""
         key, who = f"checkpoint {command.checkpoint_id}", f"delete {command.action_id}"
         try:
             with self._node.claims.claim(key, who):
-                await in_thread(gc.remove, self._node.open_store(command.directory), command.checkpoint_id)
+                store = self._node.open_store(command.directory)
+                await in_thread(functools.partial(gc.remove, later=True), store, self._node.notary, command.checkpoint_id)
         except NotFound:
             pass  # it was done before
         except Permanent as e:

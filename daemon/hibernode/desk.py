@@ -111,7 +111,7 @@ class Desk:
     async def delete(self, checkpoint_id: str) -> None:
         """Remove it; Busy while an action writes it or reads it."""
         with self._node.claims.claim(f"checkpoint {checkpoint_id}", f"delete {uuid.uuid4()}"):
-            await in_thread(gc.remove, self._node.open_store(""), checkpoint_id)
+            await in_thread(gc.remove, self._node.open_store(""), self._node.notary, checkpoint_id)
 
     async def doctor(self) -> list[Check]:
         connected = self._courier.connected if self._courier else None

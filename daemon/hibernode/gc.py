@@ -1,18 +1,23 @@
-"""What no checkpoint needs: found, decided on, removed. And the three small objects that tell others what must stay.
+"""What no checkpoint needs: found, decided on, removed. And the small objects that tell others what must stay.
 
 Under a checkpoint's id there may be, beside what its manifest names,
 
 - `attempt`: put by the action that writes it before anything else, with that action's id. A store gives a key to one only, so that
   one id has one writer, on whatever node, and whatever lies beside the mark is that action's: `sweep` needs no clock to know it.
 - `uses/<action>`: put by a restore before it reads.
-- `removing`: put by whoever removes a checkpoint, before he looks for uses. A restore puts its use before it looks for this one:
-  of two that meet, at least one sees the other.
+- `refs/<checkpoint>`: put by the action that writes that checkpoint, before it freezes anybody, because it may refer to pages of this one.
+  It stays for as long as that checkpoint, and counts for as long as that has an `attempt` or a manifest. What has neither is stale: a mark
+  is put after `attempt`, and `attempt` goes after the manifest has come.
+- `removing`: put by whoever removes a checkpoint, before he looks for uses and references. Who restores it, or refers to it, puts his
+  mark before he looks for this one: of two that meet, at least one sees the other.
+- `unwanted`: somebody has deleted it while others referred to it. It goes with the last of them.
 
-None of them makes a checkpoint, and none is missed by one.
+None of them makes a checkpoint, and none but `refs` is missed by one.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -35,10 +40,12 @@ _USE = 86400.0  # seconds a use counts: an older one is of a node that does not 
 _REMOVAL = 3600.0  # seconds a mark of a removal counts
 _REMOVAL_BEGINS = 600.0  # seconds after its mark within which the manifest goes: while every restore still sees the mark
 _DAY = 86400.0  # seconds
+_REFERENCED = "referenced"  # the code of the refusal to remove what others need
 
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
-_IMAGE = r"[A-Za-z0-9][A-Za-z0-9._-]*/(?:pages-[0-9]+\.zst|index\.zst|images\.tar\.zst|rootfs\.tar\.zst)"
-_OURS = re.compile(rf"{_UUID}/(?:manifest\.json|attempt|removing|uses/{_UUID}|{_IMAGE})")
+_OBJECTS = r"(?:pages|layer)-[0-9]+\.zst|(?:layer-)?index\.zst|digests\.zst|images\.tar\.zst|rootfs\.tar\.zst"
+_IMAGE = rf"[A-Za-z0-9][A-Za-z0-9._-]*/(?:{_OBJECTS})"
+_OURS = re.compile(rf"{_UUID}/(?:manifest\.json|attempt|removing|unwanted|(?:uses|refs)/{_UUID}|{_IMAGE})")
 _UNDER_AN_ID = re.compile(rf"({_UUID})/.*", re.DOTALL)
 
 _log = logging.getLogger("hibernode.gc")
@@ -88,6 +95,26 @@ class Place:
         key = catalog.manifest_key(self.checkpoint_id)
         return next((facts.modified for facts in self.objects if facts.key == key), 0.0)
 
+    @property
+    def alive(self) -> bool:
+        """It is a checkpoint, or may become one: what it refers to has to stay."""
+        return self.whole or any(facts.key == _mark(self.checkpoint_id) for facts in self.objects)
+
+    @property
+    def marks(self) -> dict[str, ObjectFacts]:
+        """Of who refers to it, by their ids: some may be stale."""
+        start = _reference(self.checkpoint_id, "")
+        return {facts.key.removeprefix(start): facts for facts in self.objects if facts.key.startswith(start)}
+
+    @property
+    def bases(self) -> set[str]:
+        """To whom it refers."""
+        return {base.checkpoint_id for base in self.manifest.bases} if self.manifest else set()
+
+    @property
+    def unwanted(self) -> bool:
+        return any(facts.key == _unwanted(self.checkpoint_id) for facts in self.objects)
+
     def used(self, now: float) -> bool:
         uses = (facts.modified for facts in self.objects if facts.key.startswith(f"{self.checkpoint_id}/uses/"))
         return any(now - modified < _USE for modified in uses)
@@ -124,27 +151,68 @@ def _place(store: Store, notary: Notary, checkpoint_id: str, objects: list[Objec
 class Removal:
     """One thing that goes, and why."""
 
-    what: Literal["upload", "attempt", "checkpoint"]
+    what: Literal["upload", "attempt", "checkpoint", "mark"]
     place: Place
     age: float  # seconds
-    reason: Literal["orphaned_upload", "no_manifest", "beyond_last", "too_old"]
+    reason: Literal["orphaned_upload", "no_manifest", "beyond_last", "too_old", "unwanted", "no_referrer"]
     upload: OpenUpload | None = None
+    key: str = ""  # of a mark
+
+    @property
+    def whole(self) -> bool:
+        """Nothing of its place stays."""
+        return self.what in ("attempt", "checkpoint")
 
 
 def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collection[str]) -> list[Removal]:
-    """What goes, in order of the ids, the uploads of one before its objects. Pure.
+    """What goes, in order of the ids, the uploads of one before its objects; but who refers to another before that. Pure.
 
-    Nothing that is younger than `policy.grace`, that somebody uses, that is not ours, or whose manifest cannot be read or believed.
-    What either rule of the retention keeps stays; a checkpoint that is not believed does not count for one that is kept."""
+    Nothing that is younger than `policy.grace`, that somebody uses, that is not ours, or whose manifest cannot be read or believed; nor
+    what another refers to that stays. What either rule of the retention keeps stays; a checkpoint that is not believed does not count for
+    one that is kept."""
     places = sorted(found, key=lambda place: place.checkpoint_id)
-    last = _last(places, policy.keep_last)
-    return [
+    last, alive = _last(places, policy.keep_last), {place.checkpoint_id for place in places if place.alive}
+    removals = [
         removal
         for place in places
         if not (place.checkpoint_id in in_use or place.trouble or place.foreign or place.used(now))
         for removal in (_checkpoint(place, now, policy, last) if place.manifest else _attempt(place, now))
         if removal.age >= policy.grace
     ]
+    removals = _referrers_first(_unreferenced(removals, places, alive))
+    going = {removal.place.checkpoint_id for removal in removals if removal.whole}
+    return removals + [
+        Removal("mark", place, now - facts.modified, "no_referrer", key=facts.key)
+        for place in places
+        if place.checkpoint_id not in going and not place.foreign
+        for referrer, facts in place.marks.items()
+        if referrer not in alive and now - facts.modified >= policy.grace
+    ]
+
+
+def _unreferenced(removals: list[Removal], places: Iterable[Place], alive: Collection[str]) -> list[Removal]:
+    """Those to which none refers that stays. A mark says it, and the manifest of who refers, should its mark be lost."""
+    places = list(places)
+    while True:
+        staying = set(alive) - {removal.place.checkpoint_id for removal in removals if removal.whole}
+        held = {place.checkpoint_id for place in places if place.marks.keys() & staying}
+        held |= {base for place in places if place.checkpoint_id in staying for base in place.bases}
+        left = [removal for removal in removals if not removal.whole or removal.place.checkpoint_id not in held]
+        if len(left) == len(removals):
+            return left
+        removals = left
+
+
+def _referrers_first(removals: list[Removal]) -> list[Removal]:
+    ordered: list[Removal] = []
+    while removals:
+        going = {removal.place.checkpoint_id for removal in removals if removal.whole}
+        first = [each for each in removals if not (each.whole and each.place.marks.keys() & going - {each.place.checkpoint_id})]
+        if not first:  # a circle, which nobody has written by us
+            return ordered + removals
+        ordered += first
+        removals = [each for each in removals if each not in first]
+    return ordered
 
 
 def _attempt(place: Place, now: float) -> list[Removal]:
@@ -157,6 +225,8 @@ def _attempt(place: Place, now: float) -> list[Removal]:
 def _checkpoint(place: Place, now: float, policy: Retention, last: Collection[str]) -> list[Removal]:
     uploads = [Removal("upload", place, now - upload.began, "orphaned_upload", upload) for upload in place.uploads]
     age, days = now - max(place.created, place.committed), policy.keep_days * _DAY
+    if place.unwanted:
+        return [*uploads, Removal("checkpoint", place, age, "unwanted")]
     if not (policy.keep_last or days) or place.checkpoint_id in last or age < days:
         return uploads
     return [*uploads, Removal("checkpoint", place, age, "too_old" if days else "beyond_last")]
@@ -221,14 +291,19 @@ def _remove(node: Node, store: Store, removal: Removal) -> Garbage:
                 raise Busy(f"an action of this node is at work on {checkpoint_id}")
             if removal.upload is not None:
                 store.abort_upload(removal.upload)
+            elif removal.what == "mark":
+                _remove_mark(store, removal.key)
             elif removal.what == "attempt":
                 _remove_attempt(store, removal.place)
             else:
                 with _removing_alone(store, checkpoint_id):
                     catalog.delete(store, checkpoint_id)
+                _let_go(store, node.notary, checkpoint_id, removal.place.bases)
     except Busy as e:
         return _told(removal, "in_use", e)
     except HibernodeError as e:
+        if e.code == _REFERENCED:  # since it was looked at
+            return _told(removal, "in_use", e)
         _log.warning("%s %s could not be removed: %s", removal.what, checkpoint_id, e)
         return _told(removal, "failed", e)
     _log.info("%s %s is removed: %s", removal.what, checkpoint_id, removal.reason)
@@ -244,15 +319,29 @@ def _remove_attempt(store: Store, place: Place) -> None:
         store.delete(facts.key)
 
 
+def _remove_mark(store: Store, key: str) -> None:
+    """Of who refers to another, if he is not there still."""
+    if _alive(store, key.rpartition("/")[2]):
+        raise Busy(f"somebody has begun to refer: {key}")
+    store.delete(key)
+
+
 @contextmanager
 def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
-    """Inside it is removed, manifest first; Busy if somebody uses it. No mark stays on what stays."""
+    """Inside it is removed, manifest first; Busy if somebody uses it, Refused("referenced") if somebody refers to it. No mark stays on what
+    stays."""
     began = time.monotonic()
     _put_removing(store, checkpoint_id)
     try:
         there = tuple(store.list(f"{checkpoint_id}/"))
         if Place(checkpoint_id, there).used(time.time()):
             raise Busy(f"a restore uses {checkpoint_id}", hint="wait for it; what a node left that died counts for a day")
+        if referrers := [each for each in Place(checkpoint_id, there).marks if _alive(store, each)]:
+            raise Refused(
+                "referenced", f"{len(referrers)} checkpoints have pages in {checkpoint_id}, and could not be restored without it: "
+                + ", ".join(referrers[:3]), prop="checkpoint_id", found=referrers[:100], wanted="none that refers to it",
+                hint="delete those first",
+            )  # fmt: skip
         if time.monotonic() - began > _REMOVAL_BEGINS:
             raise StoreUnavailable(f"the store is too slow to remove {checkpoint_id} safely", hint="try again")
         yield
@@ -261,11 +350,47 @@ def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
         raise
 
 
-def remove(store: Store, checkpoint_id: str) -> None:
-    """Somebody has asked for it: remove this checkpoint. NotFound if there is none, Busy if a restore, on whatever node, uses it."""
+def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = False) -> None:
+    """Somebody has asked for it: remove this checkpoint. NotFound if there is none, Busy if a restore, on whatever node, uses it,
+    Refused("referenced") if others refer to it; `later`: then it goes with the last of them."""
     store.stat(catalog.manifest_key(checkpoint_id))
-    with _removing_alone(store, checkpoint_id):
-        catalog.delete(store, checkpoint_id)
+    bases = _bases(store, notary, checkpoint_id)
+    try:
+        with _removing_alone(store, checkpoint_id):
+            catalog.delete(store, checkpoint_id)
+    except Refused as e:
+        if e.code != _REFERENCED or not later:
+            raise
+        _log.info("%s, and goes with the last of them", e.message)
+        with suppress(Refused):  # it is there
+            store.put(_unwanted(checkpoint_id), b"")
+        return
+    _let_go(store, notary, checkpoint_id, bases)
+
+
+def _bases(store: Store, notary: Notary, checkpoint_id: str) -> set[str]:
+    """To whom it refers; none of one that cannot be read: its marks are stale when it has gone, and `collect` finds them."""
+    try:
+        return {base.checkpoint_id for base in catalog.read(store, checkpoint_id, notary).bases}
+    except (Corrupt, Refused):
+        return set()
+
+
+def _let_go(store: Store, notary: Notary, checkpoint_id: str, bases: Iterable[str]) -> None:
+    """It is gone, and refers to nobody: who was there for it alone goes, too."""
+    for base in sorted(bases):
+        calmly(f"removing the mark in {base}", functools.partial(_let_one_go, store, notary, checkpoint_id, base))()
+
+
+def _let_one_go(store: Store, notary: Notary, checkpoint_id: str, base: str) -> None:
+    store.delete(_reference(base, checkpoint_id))
+    if _is_there(store, _unwanted(base)):
+        remove(store, notary, base, later=True)
+
+
+def _alive(store: Store, checkpoint_id: str) -> bool:
+    """`attempt` first: while it is looked for the other may come, and the one go."""
+    return _is_there(store, _mark(checkpoint_id)) or _is_there(store, catalog.manifest_key(checkpoint_id))
 
 
 def _put_removing(store: Store, checkpoint_id: str) -> None:
@@ -287,8 +412,8 @@ def _told(
     return Garbage(
         what=removal.what,
         checkpoint_id=place.checkpoint_id,
-        key=upload.key if upload else "",
-        bytes=0 if upload else place.bytes,
+        key=upload.key if upload else removal.key,
+        bytes=place.bytes if removal.whole else 0,
         age=removal.age,
         reason=removal.reason,
         workload=_name(place),
@@ -371,7 +496,9 @@ def sweep(store: Store, checkpoint_id: str, action_id: str) -> None:
     there = [facts.key for facts in store.list(f"{checkpoint_id}/")]
     whole = catalog.manifest_key(checkpoint_id) in there
     for upload in list(store.open_uploads(f"{checkpoint_id}/")):
-        if not whole or not upload.key.startswith(_use(checkpoint_id, "")):  # a restore may be saying that it reads
+        if not whole or not upload.key.startswith(
+            (_use(checkpoint_id, ""), _reference(checkpoint_id, ""))
+        ):  # somebody says that he reads
             store.abort_upload(upload)
     if not whole:
         for key in there:
@@ -387,7 +514,7 @@ def tidy(node: Node, record: Record) -> None:
 
 
 def _tidy(node: Node, record: Record) -> None:
-    command = _command(record)
+    command = command_of(record)
     if command is None:
         return
     store = node.open_store(command.overrides.directory)
@@ -401,11 +528,12 @@ def _tidy(node: Node, record: Record) -> None:
         sweep(store, command.checkpoint_id, command.action_id)
 
 
-def _command(record: Record) -> ActionCommand | None:
+def command_of(record: Record) -> ActionCommand | None:
+    """None of an entry that could not be read."""
     try:
         kind = CheckpointCommand if record.type == "checkpoint" else RestoreCommand
         return kind.model_validate_json(record.command)
-    except ValueError:  # of an entry that could not be read
+    except ValueError:
         return None
 
 
@@ -461,12 +589,55 @@ def _insist_stays(store: Store, checkpoint_id: str) -> None:
         raise NotFound(f"checkpoint {checkpoint_id} was removed", hint="`hibernode list` shows those that are", id=checkpoint_id)
 
 
+class References:
+    """The marks that a checkpoint on its way has in those to which it may refer."""
+
+    def __init__(self, bases: Collection[str] = ()) -> None:
+        self.unneeded = set(bases)
+
+    def keep(self, manifest: Manifest) -> None:
+        """It is committed: those to which it does refer keep their marks for as long as it is there."""
+        self.unneeded -= {base.checkpoint_id for base in manifest.bases}
+
+
+@contextmanager
+def referring(store: Store, bases: Collection[str], checkpoint_id: str) -> Iterator[References]:
+    """While inside, none of these is removed by any node; afterwards none of those that were kept. Inside of `attempting`. Busy or NotFound
+    if one is being removed or was; what the store says if it cannot be written: without a mark nothing is referred to."""
+    references = References(bases)
+
+    def release() -> None:
+        for base in sorted(references.unneeded):
+            store.delete(_reference(base, checkpoint_id))
+
+    try:
+        for base in sorted(bases):
+            with suppress(Refused):  # of a try before
+                store.put(_reference(base, checkpoint_id), b"")
+            _insist_stays(store, base)
+        yield references
+    except OutcomeUnknown:
+        raise
+    except BaseException:
+        calmly("taking back references", lambda: None if _is_there(store, catalog.manifest_key(checkpoint_id)) else release())()
+        raise
+    calmly("taking back references that are not needed", release)()
+
+
 def _mark(checkpoint_id: str) -> str:
     return f"{checkpoint_id}/attempt"
 
 
 def _use(checkpoint_id: str, action_id: str) -> str:
     return f"{checkpoint_id}/uses/{action_id}"
+
+
+def _reference(base: str, checkpoint_id: str) -> str:
+    return f"{base}/refs/{checkpoint_id}"
+
+
+def _unwanted(checkpoint_id: str) -> str:
+    return f"{checkpoint_id}/unwanted"
 
 
 def _removing(checkpoint_id: str) -> str:

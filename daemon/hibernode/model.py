@@ -28,9 +28,11 @@ MAX_ENTRIES = 2_000_000  # of one writable layer: a minute and a half of pause, 
 MAX_LISTED = 500  # workloads in a node's record: under 400 KiB with the longest names, of the 1 MiB that a broker takes
 MAX_WISHES = 250  # and heartbeats that its pods ask for: under 250 KiB more; a kubelet has 110 pods, where nobody says otherwise
 MAX_GPUS = 64  # of one node; NVIDIA's driver takes 32
-FORMAT_VERSION = 2  # the newest that is read; 1 is written where that is enough
+MAX_BASES = 64  # other checkpoints whose pages one image may have
+FORMAT_VERSION = 3  # the newest that is read; 1 or 2 is written where that is enough
 
-Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+_UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+Id = Annotated[str, StringConstraints(pattern=rf"^{_UUID}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
@@ -115,6 +117,11 @@ class CriuOpts(Value):
     link_remap: bool = False
     ghost_limit: Annotated[int, Field(ge=0, le=1 << 30)] | None = None  # bytes of one deleted-but-open file
     timeout: Annotated[int, Field(ge=1, le=86400)] | None = None  # seconds CRIU gives the tree to stop
+    # Of a checkpoint, and not kept in its manifest: whose pages are not stored again. "auto": of the last one of this workload that can
+    # be had; or a checkpoint id. None: "auto" for a heartbeat, else "none".
+    increment: Annotated[str, StringConstraints(pattern=rf"^(auto|none|{_UUID})$")] | None = Field(
+        default=None, exclude_if=operator.not_
+    )
 
 
 class CheckpointCommand(Value):
@@ -311,16 +318,38 @@ class PagesRef(Value):
     index: ObjectRef
     # Frames whose floats are stored in planes (`transfer/planes.py`). From format version 2 on; with none it is not written.
     in_planes: Annotated[Count, Field(exclude_if=operator.not_)] = 0
+    # Pages that are stored in other checkpoints, and which of these have which is in the index. From version 3 on, as the next.
+    referenced: Annotated[Count, Field(exclude_if=operator.not_)] = 0
+    digests: Annotated[ObjectRef | None, Field(exclude_if=operator.not_)] = (
+        None  # of its own pages: a later one may refer to them
+    )
 
     @property
     def objects(self) -> tuple[ObjectRef, ...]:
         """All that it consists of."""
-        return (*self.streams, self.index)
+        return (*self.streams, self.index, *([self.digests] if self.digests else []))
+
+
+class WrappedKey(Value):
+    """The data key of an encrypted checkpoint, as only the holder of another key can read it."""
+
+    cipher: Literal["AES-256-GCM"]
+    key: Annotated[str, StringConstraints(max_length=1024)]  # which one wrapped it, in words of the keyring
+    wrapped: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/=]{1,8192}$")]  # base64
+
+
+class BaseRef(PagesRef):
+    """Another checkpoint that stores pages of this one, with all that is needed to read and compare them."""
+
+    checkpoint_id: Id
+    encryption: WrappedKey | None = None
 
 
 class ImageRef(PagesRef):
-    """Everything needed to restore one process tree. Its pages are memory."""
+    """Everything needed to restore one process tree. Its pages are memory. `bases` in the order in which the index counts them: all that
+    store pages of it, so that no restore has to follow one checkpoint to the next."""
 
+    bases: Annotated[list[BaseRef], Field(max_length=MAX_BASES, exclude_if=operator.not_), FailFast()] = []
     tasks: Annotated[list[TaskFacts], Field(min_length=1, max_length=MAX_TASKS), FailFast()]
     files: ObjectRef  # images.tar.zst
     files_bytes: Count = 0  # what is in it, unpacked; 0: by a writer that did not say yet
@@ -451,14 +480,6 @@ class Signature(Value):
     ed25519: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{128}$")]
 
 
-class WrappedKey(Value):
-    """The data key of an encrypted checkpoint, as only the holder of another key can read it."""
-
-    cipher: Literal["AES-256-GCM"]
-    key: Annotated[str, StringConstraints(max_length=1024)]  # which one wrapped it, in words of the keyring
-    wrapped: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/=]{1,8192}$")]  # base64
-
-
 class Manifest(Value):
     """The last object written. A checkpoint without it does not exist."""
 
@@ -497,6 +518,11 @@ class Manifest(Value):
     @property
     def parts(self) -> tuple[ImageRef | LayerRef, ...]:
         return (*self.images, *self.layers)
+
+    @property
+    def bases(self) -> tuple[BaseRef, ...]:
+        """Of all its images."""
+        return tuple(base for image in self.images for base in image.bases)
 
 
 # --- what people ask for ------------------------------------------------------------------------------------------------
@@ -567,12 +593,14 @@ class GarbageRequest(Value):
 class Garbage(Value):
     """Something that `gc` has found: to be removed, or worth telling that it stays."""
 
-    what: Literal["upload", "attempt", "checkpoint"]
+    what: Literal["upload", "attempt", "checkpoint", "mark"]  # a mark: of a reference, which tells `key`
     checkpoint_id: str
-    key: str = ""  # of an upload
+    key: str = ""  # of an upload, or a mark
     bytes: int = 0  # an upload's are not known
     age: float  # seconds
-    reason: Literal["orphaned_upload", "no_manifest", "beyond_last", "too_old", "unreadable", "foreign"]
+    reason: Literal[
+        "orphaned_upload", "no_manifest", "beyond_last", "too_old", "unwanted", "no_referrer", "unreadable", "foreign"
+    ]
     workload: str = ""  # namespace/name, or the process's name
     state: Literal["found", "removed", "in_use", "failed", "kept"]
     code: str = ""  # why it failed, or cannot be read

@@ -49,13 +49,15 @@ class Options:
     streams: int
     kill: bool
     criu_opts: CriuOpts
+    increment: str = ""  # as `CriuOpts` has it; empty: not said
 
 
 def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts = _NO_OPTS) -> Options:
     """Merge: the command's overrides over those a checkpoint was `made_with` over the configuration. Refused names the key."""
     opts = _criu_opts(overrides.criu_opts)
-    inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - {"leave_running"})
-    opts = opts.model_copy(update=inherited)
+    inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - {"leave_running", "increment"})
+    increment = opts.increment or ""
+    opts = opts.model_copy(update={**inherited, "increment": None})  # older readers do not know it
     opts = opts.model_copy(update={"tcp": opts.tcp or config.criu.tcp})  # in the manifest, too: a restore needs the same
     compression = overrides.compression or config.transfer.compression
     if not 0 <= overrides.streams <= MAX_STREAMS:
@@ -80,6 +82,7 @@ def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts
         streams=overrides.streams or config.transfer.streams or min(cpus, 8),
         kill=not opts.leave_running,
         criu_opts=opts,
+        increment=increment,
     )
 
 

@@ -485,4 +485,5 @@ def _summary(manifest: Manifest) -> pb.Checkpoint:
         pause_ns=manifest.pause_ns,
         images=len(manifest.images),
         streams=sum(len(part.streams) for part in manifest.parts),
+        bases=sorted({base.checkpoint_id for base in manifest.bases}),
     )

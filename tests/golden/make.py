@@ -5,8 +5,9 @@ digests of what has to come out of it.
 
 Run once when a format version is released; never again for that version. The memory is scripted (tests/fakes), the format is real:
 two address spaces and a shared memory, segments that lie in two frames, zero pages inside a frame and in a frame's place, raw frames
-and compressed ones, two streams; from version 2 on frames in planes of both widths. The layer has entries of each kind. The manifest is
-signed, by a key that nobody has any more: its public half lies beside it.
+and compressed ones, two streams; from version 2 on frames in planes of both widths. From version 3 on it is the third checkpoint of a
+chain, with pages in both others, and its memory has moved between them; no layer refers to others, so there is none of version 3. The layer
+has entries of each kind. The manifest is signed, by a key that nobody has any more: its public half lies beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,8 @@ from tests.fakes.machine import CHILD, ROOT, Run
 from tests.flow.rig import Rig, new_id
 from tests.golden import HERE, SIGNER, WRAPPER, restored
 from tests.layers import sent
+
+_OF_LAYERS = 2  # the newest version of which there are layers
 
 
 def scripted() -> list[Run]:
@@ -64,9 +68,25 @@ def with_floats() -> list[Run]:
     return [*runs, Run(ROOT << 8 | TASK, 0x4000000, fill + floats(2) + room), Run(CHILD << 8 | TASK, 0x4000000, floats(4) + room)]
 
 
+def later(runs: list[Run], seed: int) -> list[Run]:
+    """The same memory some time after: a mapping before all others is new, so that every page has another number, and of the rest one page
+    of twenty has changed."""
+    chance = random.Random(seed)
+
+    def page(content: bytes, at: int) -> bytes:
+        return content[at : at + PAGE] if chance.random() > 0.05 else chance.randbytes(64) * (PAGE // 64)
+
+    kept = [
+        run if run.content is None
+        else replace(run, content=b"".join(page(run.content, at) for at in range(0, len(run.content), PAGE)))
+        for run in runs
+    ]  # fmt: skip
+    return [Run(ROOT << 8 | TASK, 0x10000 * seed, chance.randbytes(seed * PAGE)), *kept]
+
+
 def main() -> None:
     for kind in ("", "-encrypted", "-layer"):
-        place = HERE / f"v{FORMAT_VERSION}{kind}"
+        place = HERE / f"v{_OF_LAYERS if kind == '-layer' else FORMAT_VERSION}{kind}"
         if place.exists():
             sys.stderr.write(f"{place} is there: a released version never changes\n")
         elif kind == "-layer":
@@ -88,7 +108,11 @@ def make(place: Path, *, encrypted: bool) -> None:
         rig = Rig(Path(directory), with_floats(), signing={"key": key}, encryption=encryption)
         store = LocalDir(place)
         rig.store = store  # type: ignore[assignment]
-        _complete(place, rig.checkpoint(streams=2), Path(directory))
+        checkpoint_id = rig.checkpoint(streams=2, criu_opts=json.dumps({"increment": "auto"}))
+        for seed in (3, 5):
+            rig.machine.runs = later(rig.machine.runs, seed)
+            checkpoint_id = rig.checkpoint(streams=2, criu_opts=json.dumps({"increment": checkpoint_id}))
+        _complete(place, checkpoint_id, Path(directory))
 
 
 def make_layer(place: Path) -> None:

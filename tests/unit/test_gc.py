@@ -625,12 +625,12 @@ def test_what_this_node_works_on_stays(rig: Rig) -> None:
 def test_what_another_node_restores_cannot_be_deleted(rig: Rig) -> None:
     checkpoint_id = finished(rig)
     with gc.using(rig.store, checkpoint_id, OTHER), pytest.raises(Busy, match="uses"):
-        gc.remove(rig.store, checkpoint_id)
+        gc.remove(rig.store, rig.node.notary, checkpoint_id)
     assert not [key for key in keys(rig.store) if "removing" in key]
-    gc.remove(rig.store, checkpoint_id)
+    gc.remove(rig.store, rig.node.notary, checkpoint_id)
     assert not rig.store.objects
     with pytest.raises(NotFound):
-        gc.remove(rig.store, checkpoint_id)
+        gc.remove(rig.store, rig.node.notary, checkpoint_id)
 
 
 def test_what_an_open_entry_of_the_journal_names_is_not_even_planned(rig: Rig) -> None:

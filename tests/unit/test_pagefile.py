@@ -6,7 +6,8 @@ import itertools
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from hibernode.flow import Threads
 from hibernode.model import PAGE, Cancel
-from hibernode.transfer.format import FRAME, SEGMENT, Index
+from hibernode.transfer.format import FRAME, REFERENCE, SEGMENT, Index
 from hibernode.transfer.pagefile import BLOCK_PAGES, PageFile
 from hibernode.transfer.pageproto import PRESENT
 
@@ -52,11 +53,10 @@ def test_any_cuts_in_any_order(memory: Path, data: st.DataObject) -> None:
     left = data.draw(st.sets(st.sampled_from(range(len(cuts) - 1)), max_size=2))
     parts = [part for n, part in enumerate(itertools.pairwise(cuts)) if n not in left]
     path = Path(tempfile.mkdtemp(dir=memory)) / "pages-1.img"
-    file = PageFile(path)
-    file.lay_out(PAGES, zip(said[::2], said[1::2], strict=False))
-    for first, end in data.draw(st.permutations(parts)):
-        put(file, first, end, piece=data.draw(st.sampled_from([1000, PAGE, 3 * PAGE, 1 << 20, 1 << 30])))
-    file.close()
+    with closing(PageFile(path)) as file:
+        file.lay_out(PAGES, zip(said[::2], said[1::2], strict=False))
+        for first, end in data.draw(st.permutations(parts)):
+            put(file, first, end, piece=data.draw(st.sampled_from([1000, PAGE, 3 * PAGE, 1 << 20, 1 << 30])))
     wanted = bytearray(PAGES * PAGE)
     for first, end in parts:
         wanted[first * PAGE : end * PAGE] = CONTENT[first * PAGE : end * PAGE]
@@ -136,24 +136,35 @@ def test_never_over_another_file(memory: Path) -> None:
 # --- what the index says of it ------------------------------------------------------------------------------------------------
 
 
-def index(*frames: tuple[int, int, list[int]]) -> Index:
-    """Of (first page, pages, which of them are zero)."""
-    table = np.zeros(len(frames), FRAME)
+def index(*frames: tuple[int, int, list[int]], references: Sequence[tuple[int, int]] = ()) -> Index:
+    """Of (first page, pages, which of them are zero or elsewhere), and of (first page, pages)."""
+    table, elsewhere = np.zeros(len(frames), FRAME), np.zeros(len(references), REFERENCE)
     keeps = {}
     for row, (first, pages, zeros) in zip(table, frames, strict=True):
         row["first_page"], row["pages"], row["kept"] = first, pages, pages - len(zeros)
         if zeros:
             keeps[first] = ~np.isin(np.arange(pages), zeros)
-    return Index(np.array([(1 << 8 | 1, 0, 1 << 20, PRESENT)], SEGMENT), table, keeps)
+    for row, (first, pages) in zip(elsewhere, references, strict=True):
+        row["first_page"], row["pages"] = first, pages
+    return Index(np.array([(1 << 8 | 1, 0, 1 << 20, PRESENT)], SEGMENT), table, keeps, elsewhere)
 
 
 def test_frames_that_touch_are_one_stretch() -> None:
-    found = index((0, 1024, []), (1024, 1024, []), (3000, 500, []), (3500, 1024, [0]), (4524, 10, [])).filled()
-    assert found.tolist() == [[0, 2048], [3000, 3500], [3501, 4534]]
+    found = index((0, 1024, []), (1024, 1024, []), (3000, 600, []), (3600, 1024, [0]), (4624, 10, [])).filled()
+    assert found.tolist() == [[0, 2048], [3000, 3600], [3601, 4634]]
 
 
 def test_zero_pages_cut_a_stretch_and_short_pieces_are_left_out() -> None:
-    assert index((0, 1024, [300, 400, 1000])).filled().tolist() == [[0, 300], [401, 1000]]
+    assert index((0, 1024, [511])).filled().tolist() == [[512, 1024]]
+    assert index((0, 1024, [300, 813])).filled().tolist() == [[301, 813]]
     assert index((0, 1024, list(range(0, 1024, 2)))).filled().tolist() == []
-    assert index((0, 1024, list(range(900)))).filled().tolist() == []  # too few to be looked at
     assert index().filled().tolist() == []
+
+
+def test_what_earlier_checkpoints_store_counts() -> None:
+    """Of an increment most is elsewhere: every twentieth page is its own."""
+    own = [n for n in range(1024) if n % 20]
+    runs = [(n, min(19, 1024 - n)) for n in range(1, 1024, 20)]
+    assert index((0, 1024, own), references=runs).filled().tolist() == [[0, 1024]]
+    assert index((0, 1024, own), references=runs[:-1]).filled().tolist() == [[0, 1021]]
+    assert index(references=[(7, 2000)]).filled().tolist() == [[7, 2007]]

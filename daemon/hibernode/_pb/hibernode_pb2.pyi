@@ -419,7 +419,7 @@ class StopRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., namespace: _Optional[str] = ..., signal: _Optional[str] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
-    __slots__ = ("checkpoint_id", "workload", "kind", "node", "created_at", "raw_bytes", "stored_bytes", "pause_ns", "images", "streams")
+    __slots__ = ("checkpoint_id", "workload", "kind", "node", "created_at", "raw_bytes", "stored_bytes", "pause_ns", "images", "streams", "bases")
     CHECKPOINT_ID_FIELD_NUMBER: _ClassVar[int]
     WORKLOAD_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -430,6 +430,7 @@ class Checkpoint(_message.Message):
     PAUSE_NS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     STREAMS_FIELD_NUMBER: _ClassVar[int]
+    BASES_FIELD_NUMBER: _ClassVar[int]
     checkpoint_id: str
     workload: str
     kind: str
@@ -440,7 +441,8 @@ class Checkpoint(_message.Message):
     pause_ns: int
     images: int
     streams: int
-    def __init__(self, checkpoint_id: _Optional[str] = ..., workload: _Optional[str] = ..., kind: _Optional[str] = ..., node: _Optional[str] = ..., created_at: _Optional[float] = ..., raw_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., pause_ns: _Optional[int] = ..., images: _Optional[int] = ..., streams: _Optional[int] = ...) -> None: ...
+    bases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, checkpoint_id: _Optional[str] = ..., workload: _Optional[str] = ..., kind: _Optional[str] = ..., node: _Optional[str] = ..., created_at: _Optional[float] = ..., raw_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., pause_ns: _Optional[int] = ..., images: _Optional[int] = ..., streams: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Checkpoints(_message.Message):
     __slots__ = ("checkpoints",)

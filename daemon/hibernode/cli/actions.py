@@ -45,6 +45,10 @@ wait_option = click.option("--wait/--no-wait", default=True, help="Wait for the 
 @click.option("--streams", default=0, type=click.IntRange(0, 64), metavar="N", help="Parallel streams; 0 = as configured.")
 @directory_option
 @criu_option
+@click.option(
+    "--increment", is_flag=False, flag_value="auto", default="", metavar="[ID]",
+    help="Store only pages that an earlier checkpoint of it has not: the last one, or ID.",
+)  # fmt: skip
 @click.option("--checkpoint-id", type=click.UUID, help="Its id, if you want to choose it.")
 @wait_option
 def checkpoint(
@@ -61,6 +65,7 @@ def checkpoint(
     streams: int,
     directory: str,
     criu_opts: str,
+    increment: str,
     checkpoint_id: uuid.UUID | None,
     wait: bool,
 ) -> None:
@@ -78,8 +83,12 @@ def checkpoint(
       hibernode checkpoint team-a/web-0                a pod: all its containers at one moment
       hibernode checkpoint --container 3f0c1c          one container, of a pod or of none
       hibernode checkpoint --pid 4242 --compression zstd:9
+      hibernode checkpoint trainer --increment         again and again: the first is a full one
       hibernode checkpoint trainer --no-wait --json | jq -r .action_id
     """
+    chosen = ({"leave_running": ("--kill", False)} if kill else {}) | (
+        {"increment": ("--increment", increment)} if increment else {}
+    )
     command = pb.CheckpointCommand(
         action_id=str(uuid.uuid4()),
         checkpoint_id=str(checkpoint_id or uuid.uuid4()),
@@ -89,7 +98,7 @@ def checkpoint(
         overrides=pb.Overrides(
             asynchronous=asynchronous,
             compression=compression,
-            criu_opts=_criu_opts(criu_opts, {"leave_running": False} if kill else None),
+            criu_opts=_criu_opts(criu_opts, chosen),
             directory=directory,
             streams=streams,
         ),
@@ -305,15 +314,15 @@ def cancel(session: Session, action_id: str) -> None:
         session.screen.say(("  see it end:  ", "dim"), f"hibernode watch {action_id}")
 
 
-def _criu_opts(value: str, more: Mapping[str, object] | None = None) -> str:
-    """`value` checked to be a JSON object, with `more` in it, as the daemon wants it."""
+def _criu_opts(value: str, more: Mapping[str, tuple[str, object]] | None = None) -> str:
+    """`value` checked to be a JSON object, with `more` in it (key -> which option says so, and what), as the daemon wants it."""
     try:
         options = json.loads(value) if value else {}
     except ValueError as e:
         raise click.UsageError(f"--criu-opts is not JSON: {e}") from None
     if not isinstance(options, dict):
         raise click.UsageError('--criu-opts is not a JSON object, such as {"tcp": "close"}')
-    for key, wanted in (more or {}).items():
+    for key, (option, wanted) in (more or {}).items():
         if options.setdefault(key, wanted) != wanted:
-            raise click.UsageError(f"--kill and --criu-opts disagree about {key}")
+            raise click.UsageError(f"{option} and --criu-opts disagree about {key}")
     return json.dumps(options) if options else ""

@@ -33,6 +33,7 @@ def list_checkpoints(session: Session) -> None:
     if session.screen.as_json:
         session.screen.document(text.plain(answer))
         return
+    bases = any(c.bases for c in answer.checkpoints)
     columns = [
         Column("CHECKPOINT"),
         Column("OF", flexible=True),
@@ -40,18 +41,19 @@ def list_checkpoints(session: Session) -> None:
         Column("MEMORY", right=True, keep=5),
         Column("STORED", right=True),
         Column("RATIO", right=True, keep=3),
+        *([Column("BASES", right=True, keep=1)] if bases else []),
         Column("PAUSE", right=True, keep=4),
         Column("NODE", keep=2, flexible=True),
         Column("KIND", keep=1),
     ]
     session.screen.table(
         columns,
-        [_checkpoint_row(c) for c in sorted(answer.checkpoints, key=lambda c: -c.created_at)],
+        [_checkpoint_row(c, bases=bases) for c in sorted(answer.checkpoints, key=lambda c: -c.created_at)],
         empty="no checkpoints yet; make one with: hibernode checkpoint NAME",
     )
 
 
-def _checkpoint_row(c: pb.Checkpoint) -> list[Cell]:
+def _checkpoint_row(c: pb.Checkpoint, *, bases: bool) -> list[Cell]:
     return [
         c.checkpoint_id,
         text.shown(c.workload.removeprefix("default/")),
@@ -59,6 +61,7 @@ def _checkpoint_row(c: pb.Checkpoint) -> list[Cell]:
         text.size(c.raw_bytes),
         text.size(c.stored_bytes),
         text.ratio(c.raw_bytes, c.stored_bytes),
+        *([str(len(c.bases) or "")] if bases else []),
         text.pause(c.pause_ns),
         c.node,
         c.kind,
@@ -90,6 +93,7 @@ def inspect(session: Session, checkpoint_id: str) -> None:
         Column("PROCESSES", right=True),
         Column("MEMORY", right=True),
         Column("ZEROS", right=True),
+        Column("IN BASES", right=True),
         Column("STREAMS", right=True),
         Column("STORED", right=True),
     ]
@@ -102,6 +106,7 @@ def _manifest_fields(m: Mapping[str, Any], location: str) -> list[tuple[str, Cel
     smaller = text.ratio(m["raw_bytes"], m["stored_bytes"])
     options = ", ".join(f"{key}={json.dumps(value)}" for key, value in m["criu_opts"].items() if value is not None)
     name = f"{workload['namespace']}/{workload['name']}" if workload["kind"] == "job" else workload["name"]
+    bases = sorted({base["checkpoint_id"] for image in m["images"] for base in image.get("bases", ())})
     return [
         ("checkpoint", m["checkpoint_id"]),
         ("of", text.shown(f"{workload['kind']} {name}")),
@@ -115,6 +120,7 @@ def _manifest_fields(m: Mapping[str, Any], location: str) -> list[tuple[str, Cel
             "stored",
             f"{text.size(m['stored_bytes'])} with {m['compression']}" + (f", {smaller} smaller" if smaller else ""),
         ),
+        ("bases", text.shown(", ".join(bases))),
         (
             "made with",
             f"CRIU {version // 10000}.{version // 100 % 100}.{version % 100}, hibernode {host['hibernode'] or '?'}",
@@ -133,6 +139,7 @@ def _image_row(image: Mapping[str, Any]) -> list[Cell]:
         str(len(image["tasks"])),
         text.size(image["pages"] * 4096),
         text.size(image["zero_pages"] * 4096),
+        text.size(image["referenced"] * 4096) if "referenced" in image else "",
         str(len(image["streams"])),
         text.size(stored),
     ]

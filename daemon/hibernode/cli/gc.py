@@ -20,6 +20,8 @@ _REASONS = {
     "no_manifest": "never became a checkpoint",
     "beyond_last": "there are newer ones",
     "too_old": "too old",
+    "unwanted": "deleted while others needed it",
+    "no_referrer": "says that one needs it which is gone",
     "unreadable": "its manifest cannot be read",
     "foreign": "holds what hibernode did not write",
 }
@@ -110,7 +112,7 @@ def _row(garbage: pb.Garbage) -> list[Cell]:
         text.shown(garbage.checkpoint_id),
         text.shown(garbage.workload.removeprefix("default/")),
         text.duration(max(0.0, garbage.age)),
-        text.size(garbage.bytes) if garbage.what != "upload" else "",
+        text.size(garbage.bytes) if garbage.what not in ("upload", "mark") else "",
         _REASONS.get(garbage.reason, text.shown(garbage.reason)),
     ]
 

@@ -184,6 +184,11 @@ def deflate(data: bytes) -> bytes:
     return zstandard.ZstdCompressor(level=3).compress(data)
 
 
+def deflated_bound(size: int) -> int:
+    """Bytes that `deflate` makes of so many at most: what does not shrink grows by some."""
+    return size + (size >> 8) + 64  # zstd's own bound is less, ZSTD_COMPRESSBOUND
+
+
 def inflate(data: Buffer, *, limit: int) -> bytes:
     """The content of one frame written by `deflate`; Corrupt if it is empty, larger than `limit` (or memory), or damaged."""
     try:

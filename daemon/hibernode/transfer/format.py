@@ -1,7 +1,8 @@
-"""Format versions 1 and 2, pure: index, seek table, manifest; encode and decode, no I/O. `docs/image-format.md` says it in words.
+"""Format versions 1 to 3, pure: index, seek table, manifest; encode and decode, no I/O. `docs/image-format.md` says it in words.
 
 An image's pages with content are numbered from 0 in the order CRIU sent them: segments take numbers in turn, a frame covers a run of
-numbers. A frame stores the pages of its run that are not all zero, in order; its keep map says which. Numbers in no frame are zeros.
+numbers. A frame stores the pages of its run that are not all zero, in order; its keep map says which. Pages that another checkpoint
+stores are references: runs of numbers here that are runs of numbers there. What is neither kept nor referenced is zeros.
 Everything here takes hostile bytes: sizes are compared with limits before anything is allocated, and every sum is checked.
 """
 
@@ -11,7 +12,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -20,7 +21,7 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from hibernode.errors import Corrupt, DumpFailed, Refused
-from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, Manifest, PagesRef, Signature
+from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, ImageRef, Manifest, PagesRef, Signature
 from hibernode.ports import Notary
 from hibernode.transfer.pageproto import PRESENT
 
@@ -36,8 +37,11 @@ FRAME = np.dtype(
         ("digest", "u1", 32),
     ]
 )
+# Pages `first_page` on of this image are pages `source_page` on of the image that number `source` of its bases describes.
+REFERENCE = np.dtype([("first_page", "<u8"), ("source_page", "<u8"), ("pages", "<u8"), ("source", "<u8")])
 SegmentTable = npt.NDArray[Any]
 FrameTable = npt.NDArray[Any]
+ReferenceTable = npt.NDArray[Any]
 KeepMap = npt.NDArray[np.bool_]
 Stretches = npt.NDArray[np.int64]  # of page numbers: a row is (first, end); in order, and no two touch
 
@@ -46,10 +50,11 @@ Stretches = npt.NDArray[np.int64]  # of page numbers: a row is (first, end); in 
 MAX_INDEX = 4 << 30
 MAX_MANIFEST = 64 << 20  # bytes; 100,000 tasks with ten threads each are about 15 MiB
 _MAX_VALUES = 2 << 20  # in a manifest; those tasks are 1.7 million. 60 MiB of `[],` would be 3 GB of Python's objects
-_MAGIC = b"HNINDEX1"
+_MAGIC, _MAGIC_3 = b"HNINDEX1", b"HNINDEX3"  # of an index without references, and with
 _HEADER = struct.Struct("<8sQQQ")  # magic, segments, frames, keep maps
+_COUNT = struct.Struct("<Q")  # behind it, where there are references: how many
 _KEEP_BYTES = FRAME_PAGES // 8
-_STRETCH = FRAME_PAGES // 4
+_STRETCH = FRAME_PAGES // 2  # a huge page
 _KEEPS_AT_ONCE = 4096  # maps that are unpacked together, to be compared: 4 MiB
 _MIN_STORED = 10  # bytes; no zstd frame that holds a page is shorter
 MAX_STORED = FRAME_PAGES * PAGE * 2  # no zstd frame of 4 MiB is this long
@@ -109,6 +114,10 @@ def stream_digest(frame_digests: Iterable[bytes], table: bytes) -> str:
 # --- index ------------------------------------------------------------------------------------------------------------------
 
 
+def no_references() -> ReferenceTable:
+    return np.zeros(0, REFERENCE)
+
+
 @dataclass(frozen=True)
 class Index:
     """Segments in order, frames by page number, and for frames that dropped zero pages which pages they kept."""
@@ -116,6 +125,7 @@ class Index:
     segments: SegmentTable
     frames: FrameTable
     keeps: Mapping[int, KeepMap]  # first_page -> bool per page of that frame's run
+    references: ReferenceTable = field(default_factory=no_references)  # by first page
 
     @property
     def pages(self) -> int:
@@ -124,36 +134,32 @@ class Index:
         return int(self.segments["pages"][present].sum())
 
     def filled(self) -> Stretches:
-        """The page numbers that frames keep, but for those in short pieces: of a frame with zero pages, what is shorter than a quarter."""
+        """The page numbers that have content, here or by reference; but for short stretches, in which nobody is interested."""
         whole = self.frames[self.frames["kept"] == self.frames["pages"]]
-        rows = [np.stack([whole["first_page"], whole["first_page"] + whole["pages"]], axis=1).astype(np.int64)]
-        long = (self.frames["kept"] < self.frames["pages"]) & (self.frames["kept"] >= _STRETCH)
-        rows += [_runs(self.keeps[first]) + first for first in self.frames[long]["first_page"].tolist()]
-        found = np.concatenate(rows)
+        partial = self.frames[self.frames["kept"] < self.frames["pages"]]["first_page"].tolist()
+        rows = [_rows(whole), _rows(self.references), *(_runs(self.keeps[first]) + first for first in partial)]
+        found: Stretches = np.concatenate(rows)
         found = found[np.argsort(found[:, 0])]
-        cuts = np.flatnonzero(found[1:, 0] != found[:-1, 1])
-        return (
-            np.stack([found[np.append(0, cuts + 1), 0], found[np.append(cuts, len(found) - 1), 1]], axis=1)
-            if len(found)
-            else found
-        )
+        cuts = np.flatnonzero(found[1:, 0] != found[:-1, 1])  # else they touch
+        if not len(found):
+            return found
+        joined = np.stack([found[np.append(0, cuts + 1), 0], found[np.append(cuts, len(found) - 1), 1]], axis=1)
+        long: Stretches = joined[joined[:, 1] - joined[:, 0] >= _STRETCH]
+        return long
 
 
 def encode_index(index: Index) -> bytes:
     """The index as bytes. DumpFailed if no reader would take it."""
     frames = np.sort(index.frames, order="first_page")
     keeps = [pack_keep(index.keeps[int(f["first_page"])]) for f in frames if f["kept"] < f["pages"]]
-    size = _HEADER.size + index.segments.nbytes + frames.nbytes + len(keeps) * _KEEP_BYTES
+    references, many = np.sort(index.references, order="first_page"), len(index.references)
+    head = _HEADER.pack(_MAGIC_3 if many else _MAGIC, len(index.segments), len(frames), len(keeps)) + (
+        _COUNT.pack(many) if many else b""
+    )
+    size = len(head) + index.segments.nbytes + frames.nbytes + len(keeps) * _KEEP_BYTES + references.nbytes
     if size > MAX_INDEX:
         raise DumpFailed(f"the memory is too scattered: its index would have {size} bytes, at most {MAX_INDEX} can be stored")
-    return b"".join(
-        [
-            _HEADER.pack(_MAGIC, len(index.segments), len(frames), len(keeps)),
-            index.segments.tobytes(),
-            frames.tobytes(),
-            *keeps,
-        ]
-    )
+    return b"".join([head, index.segments.tobytes(), frames.tobytes(), *keeps, references.tobytes()])
 
 
 def pack_keep(keep: KeepMap) -> bytes:
@@ -162,9 +168,12 @@ def pack_keep(keep: KeepMap) -> bytes:
 
 
 def _runs(keep: KeepMap) -> Stretches:
-    """Runs of kept pages, the short ones left out."""
-    edges = np.flatnonzero(np.diff(np.pad(keep, 1).astype(np.int8))).reshape(-1, 2).astype(np.int64)
-    return edges[edges[:, 1] - edges[:, 0] >= _STRETCH]
+    """Runs of kept pages."""
+    return np.flatnonzero(np.diff(np.pad(keep, 1).astype(np.int8))).reshape(-1, 2).astype(np.int64)
+
+
+def _rows(table: FrameTable | ReferenceTable) -> Stretches:
+    return np.stack([table["first_page"], table["first_page"] + table["pages"]], axis=1).astype(np.int64)
 
 
 class KeepMaps(Mapping[int, KeepMap]):
@@ -187,6 +196,16 @@ class KeepMaps(Mapping[int, KeepMap]):
             raise KeyError(first_page)
         return np.unpackbits(self._packed[at], count=int(self._pages[at])).astype(bool)
 
+    def before(self, first_pages: npt.NDArray[Any], places: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Of runs that have a map: how many of the first `places` pages are kept."""
+        rows, found = np.searchsorted(self._first, first_pages), np.empty(len(places), np.int64)
+        for at in range(0, len(rows), _KEEPS_AT_ONCE):
+            some = slice(at, at + _KEEPS_AT_ONCE)
+            keep = np.unpackbits(self._packed[rows[some]], axis=1)
+            keep[np.arange(FRAME_PAGES) >= places[some, None]] = 0
+            found[some] = keep.sum(axis=1, dtype=np.int64)
+        return found
+
     def __iter__(self) -> Iterator[int]:
         return map(int, self._first)
 
@@ -198,8 +217,10 @@ def index_limit(image: PagesRef) -> int:
     """The largest index that is read for this image. The manifest's own counts bound it, because a segment has a page at least and a
     frame a page that is not zero; but counts can lie, and pages of zeros cost nothing, so there is a ceiling. Segments without content
     are bounded by the address space in use, which no fragmentation makes larger than the pages themselves by more than this."""
-    kept = image.pages - image.zero_pages
-    return min(MAX_INDEX, _HEADER.size + (image.pages + (1 << 20)) * SEGMENT.itemsize + kept * (FRAME.itemsize + _KEEP_BYTES))
+    kept = image.pages - image.zero_pages - image.referenced
+    tables = (image.pages + (1 << 20)) * SEGMENT.itemsize + kept * (FRAME.itemsize + _KEEP_BYTES)
+    references = _COUNT.size + image.referenced * REFERENCE.itemsize if image.referenced else 0
+    return min(MAX_INDEX, _HEADER.size + tables + references)
 
 
 def decode_index(data: bytes, image: PagesRef) -> Index:
@@ -207,16 +228,21 @@ def decode_index(data: bytes, image: PagesRef) -> Index:
     if len(data) < _HEADER.size:
         raise Corrupt("index: too short")
     magic, n_segments, n_frames, n_keeps = _HEADER.unpack_from(data)
-    want = _HEADER.size + n_segments * SEGMENT.itemsize + n_frames * FRAME.itemsize + n_keeps * _KEEP_BYTES
-    if magic != _MAGIC or len(data) != want:
-        raise Corrupt("index: not an index of format version 1, or of the wrong length")
-    at = _HEADER.size
+    at, n_references = _HEADER.size, 0
+    if image.referenced and len(data) >= at + _COUNT.size:
+        (n_references,) = _COUNT.unpack_from(data, at)
+        at += _COUNT.size
+    sizes = (n_segments * SEGMENT.itemsize, n_frames * FRAME.itemsize, n_keeps * _KEEP_BYTES, n_references * REFERENCE.itemsize)
+    if magic != (_MAGIC_3 if image.referenced else _MAGIC) or len(data) != at + sum(sizes):
+        raise Corrupt("index: not an index of its manifest's format version, or of the wrong length")
     segments = np.frombuffer(data, SEGMENT, n_segments, at)
     frames = np.frombuffer(data, FRAME, n_frames, at := at + segments.nbytes)
-    keeps = np.frombuffer(data, np.uint8, n_keeps * _KEEP_BYTES, at + frames.nbytes).reshape(-1, _KEEP_BYTES)
-    index = Index(segments, frames, _keep_maps(frames, keeps))
+    keeps = np.frombuffer(data, np.uint8, n_keeps * _KEEP_BYTES, at := at + frames.nbytes).reshape(-1, _KEEP_BYTES)
+    references = np.frombuffer(data, REFERENCE, n_references, at + keeps.nbytes)
+    index = Index(segments, frames, _keep_maps(frames, keeps), references)
     _check_segments(index, image)
     _check_frames(index, image)
+    _check_references(index, image)
     return index
 
 
@@ -255,7 +281,7 @@ def _check_segments(index: Index, image: PagesRef) -> None:
 def _check_frames(index: Index, image: PagesRef) -> None:
     if len(index.frames):
         _check_runs(index.frames, image)
-    elif image.zero_pages != image.pages:
+    elif image.zero_pages + image.referenced != image.pages:
         raise Corrupt("index: no frames, the manifest knows some")
     for n, stream in enumerate(image.streams):
         _check_stream(index.frames[index.frames["stream"] == n], stream.frames, stream.size, stream.digest)
@@ -273,10 +299,69 @@ def _check_runs(frames: FrameTable, image: PagesRef) -> None:
     ends = frames["first_page"] + frames["pages"]
     if (ends[:-1] > frames["first_page"][1:]).any() or ends[-1] > image.pages:
         raise Corrupt("index: frames overlap or reach beyond the image")
-    if image.pages - int(frames["kept"].sum()) != image.zero_pages:
+    if image.pages - int(frames["kept"].sum()) - image.referenced != image.zero_pages:
         raise Corrupt("index: the count of zero pages differs from the manifest's")
     if (frames["stream"] >= len(image.streams)).any():
         raise Corrupt("index: a frame names a stream that is not there")
+
+
+def _check_references(index: Index, image: PagesRef) -> None:
+    """Runs within the image, each page at most once and none that a frame keeps; as many as the manifest says. Whether there is such a
+    source, and keeps such pages, is for `places.insist`: that takes the source's index."""
+    table = index.references
+    if not len(table):
+        if image.referenced:
+            raise Corrupt("index: no references, the manifest knows some")
+        return
+    first, pages = table["first_page"], table["pages"]
+    if max(first.max(), pages.max(), table["source_page"].max()) > _PAGES_LIMIT or pages.min() < 1:
+        raise Corrupt("index: a reference is of impossible pages")
+    ends = first + pages
+    if (ends[:-1] > first[1:]).any() or ends[-1] > image.pages:
+        raise Corrupt("index: references overlap or reach beyond the image")
+    if int(pages.sum()) != image.referenced:
+        raise Corrupt("index: the count of referenced pages differs from the manifest's")
+    ranks = Ranks(index)
+    if (ranks.before(ends) != ranks.before(first)).any():
+        raise Corrupt("index: a page is kept and referenced")
+
+
+class Ranks:
+    """Of the pages that the frames of an index keep: how many come before a page number. Looked up as often as one likes: what is summed
+    up is kept, 32 bytes a frame."""
+
+    def __init__(self, index: Index) -> None:
+        frames = index.frames
+        self._keeps = index.keeps
+        self.first, self.pages, self._kept = (frames[name].astype(np.int64) for name in ("first_page", "pages", "kept"))
+        self.sums = np.concatenate(([0], np.cumsum(self._kept)))  # before each frame
+
+    def frames(self, numbers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """The frame that begins last, not after each number; -1: none does."""
+        return np.searchsorted(self.first, numbers, side="right") - 1
+
+    def before(self, numbers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """For each page number: how many pages with a smaller one are kept."""
+        numbers = numbers.astype(np.int64)
+        if not len(self.first):
+            return np.zeros(len(numbers), np.int64)
+        rows = self.frames(numbers)
+        places = np.clip(numbers - self.first[rows], 0, self.pages[rows])
+        within = places.copy()
+        partial = np.flatnonzero((self._kept < self.pages)[rows] & (rows >= 0) & (places > 0))
+        if len(partial):
+            within[partial] = _before(self._keeps, self.first[rows[partial]], places[partial])
+        return np.where(rows < 0, 0, self.sums[rows] + within)
+
+
+def _before(
+    keeps: Mapping[int, KeepMap], first_pages: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    if isinstance(keeps, KeepMaps):
+        return keeps.before(first_pages, places)
+    return np.array(
+        [keeps[first][:place].sum() for first, place in zip(first_pages.tolist(), places.tolist(), strict=True)], np.int64
+    )
 
 
 def _check_stream(frames: FrameTable, count: int, size: int, wanted: str) -> None:
@@ -306,7 +391,11 @@ _DOMAIN = b"hibernode manifest v1\0"  # what is signed is a manifest, and nothin
 
 
 def version_of(parts: Iterable[PagesRef]) -> int:
-    """The oldest format version whose readers understand all of it."""
+    """The oldest format version whose readers understand all of it. Digests of pages take version 3, too, though a restore needs none:
+    readers of versions 1 and 2 would say `corrupt` of the key, and not that a newer one is needed."""
+    parts = list(parts)
+    if any(part.referenced or part.digests or (isinstance(part, ImageRef) and part.bases) for part in parts):
+        return 3
     return 2 if any(part.in_planes for part in parts) else 1
 
 
@@ -391,14 +480,37 @@ def _check_images(manifest: Manifest) -> None:
     for layer in manifest.layers:
         if not MIN_LAYER <= layer.bytes <= layer.pages * PAGE < layer.bytes + PAGE or layer.entries * MIN_ENTRY > layer.bytes:
             raise Corrupt(f"manifest: layer {layer.name} has impossible sizes")
-    if manifest.format_version < version_of(manifest.parts):
-        raise Corrupt(f"manifest: format version {manifest.format_version} has no frames in planes")
+    if manifest.format_version < (needed := version_of(manifest.parts)):
+        what = "frames in planes" if needed == 2 else "references to other checkpoints"
+        raise Corrupt(f"manifest: format version {manifest.format_version} has no {what}")
     for part in manifest.parts:
-        if part.in_planes > sum(stream.frames for stream in part.streams):
-            raise Corrupt(f"manifest: {part.name} has more frames in planes than frames")
-        if len(part.streams) > MAX_STREAMS or part.zero_pages > part.pages or part.pages > _PAGES_LIMIT:
-            raise Corrupt(f"manifest: {part.name} has impossible counts")
-        if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in part.streams):
-            raise Corrupt(f"manifest: {part.name} has a stream that cannot hold its frames")
-        if any(not ref.key.startswith(f"{part.name}/") for ref in part.objects):
-            raise Corrupt(f"manifest: {part.name} names objects outside of its folder")
+        _check_part(part)
+    for image in manifest.images:
+        _check_bases(image, manifest.checkpoint_id)
+    for layer in manifest.layers:
+        if layer.referenced or layer.digests:
+            raise Corrupt(f"manifest: layer {layer.name} refers to other checkpoints")
+
+
+def _check_part(part: PagesRef) -> None:
+    if part.in_planes > sum(stream.frames for stream in part.streams):
+        raise Corrupt(f"manifest: {part.name} has more frames in planes than frames")
+    if len(part.streams) > MAX_STREAMS or part.zero_pages + part.referenced > part.pages or part.pages > _PAGES_LIMIT:
+        raise Corrupt(f"manifest: {part.name} has impossible counts")
+    if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in part.streams):
+        raise Corrupt(f"manifest: {part.name} has a stream that cannot hold its frames")
+    if any(not ref.key.startswith(f"{part.name}/") for ref in part.objects):
+        raise Corrupt(f"manifest: {part.name} names objects outside of its folder")
+
+
+def _check_bases(image: ImageRef, checkpoint_id: str) -> None:
+    if bool(image.bases) != bool(image.referenced):
+        raise Corrupt(f"manifest: {image.name} has bases without references, or references without bases")
+    owners = [base.checkpoint_id for base in image.bases]
+    if len({*owners, checkpoint_id}) != len(owners) + 1:
+        raise Corrupt(f"manifest: {image.name} names a base twice, or itself")
+    for base in image.bases:
+        _check_part(base)
+        keys = [ref.key for ref in base.objects]
+        if len(set(keys)) != len(keys) or base.digests is None:
+            raise Corrupt(f"manifest: a base of {image.name} has two objects of one key, or no digests")

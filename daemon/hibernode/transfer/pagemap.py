@@ -96,8 +96,15 @@ class PageFiles:
         ends = (numbers[np.concatenate((cuts - 1, [len(numbers) - 1]))] + 1).tolist()
         feed = Feed(content)
         for first, end in zip(starts, ends, strict=True):
-            for file, at, pages in self._places(first, end):
-                self._files[file].write(feed.take(pages * PAGE), at, pages)
+            self._write(first, end, feed)
+
+    def write_run(self, first: int, pages: int, content: list[memoryview]) -> None:
+        """So many pages, which follow each other."""
+        self._write(first, first + pages, Feed(content))
+
+    def _write(self, first: int, end: int, feed: Feed) -> None:
+        for file, at, pages in self._places(first, end):
+            self._files[file].write(feed.take(pages * PAGE), at, pages)
 
     def _places(self, first: int, end: int) -> Iterator[tuple[int, int, int]]:
         at = int(np.searchsorted(self._starts, first, side="right")) - 1

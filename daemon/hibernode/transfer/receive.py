@@ -1,6 +1,7 @@
 """Ranged reads on N streams -> frames, verified -> inflated -> pages files. Twin: `send.py`.
 
-Every frame is compared with its digest before it is inflated, so damaged or foreign bytes reach neither zstd nor CRIU. Memory beside
+Every frame is compared with its digest before it is inflated, so damaged or foreign bytes reach neither zstd nor CRIU. Of other
+checkpoints that store pages of this image only those frames are read that have one. Memory beside
 the pages files themselves (tmpfs, the image's pages that are not zero): threads * (2 * batch) for reads, decrypted and inflated frames;
 for a layer, which is used as it comes, `_AHEAD` windows of frames more, 48 MiB.
 """
@@ -11,7 +12,7 @@ import io
 import itertools
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,11 +21,13 @@ import numpy as np
 
 from hibernode.errors import Corrupt
 from hibernode.flow import Channel, Stopped, Threads
-from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef
+from hibernode.model import FRAME_PAGES, MAX_STREAMS, PAGE, BaseRef, ImageRef, LayerRef, Meter, ObjectRef, PagesRef
 from hibernode.ports import Store
-from hibernode.transfer import codec, files, format
+from hibernode.transfer import codec, files, format, known
+from hibernode.transfer.fingerprint import Digests
 from hibernode.transfer.format import FrameTable, Index
 from hibernode.transfer.pagemap import PageFiles
+from hibernode.transfer.places import Loan, Source, insist
 from hibernode.transfer.seal import PIECE, ObjectSeal, Seal, opened
 
 R = TypeVar("R", bound=PagesRef)
@@ -40,9 +43,16 @@ _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
 class _Batch:
     """Frames that lie end to end in one stream."""
 
-    key: str  # relative to the checkpoint
+    seal: Seal  # of the checkpoint that they lie in
+    key: str  # relative to it
     first: int  # number of the first one in its stream
     frames: FrameTable
+    loan: Loan | None = None  # what is wanted of them, where they are another checkpoint's
+
+    @property
+    def name(self) -> str:
+        """For people, who know what checkpoint they asked for."""
+        return self.key if self.loan is None else f"{self.seal.checkpoint_id}/{self.key}"
 
     @property
     def offset(self) -> int:
@@ -68,6 +78,7 @@ class _Pages(Generic[R]):
     def __init__(self, store: Store, seal: Seal, ref: R, threads: int, meter: Meter) -> None:
         self._store, self._seal, self._ref, self._meter = store, seal, ref, meter
         self._prefix = seal.checkpoint_id
+        self._named = f"{self._prefix}/" if isinstance(ref, BaseRef) else ""  # before keys, for people
         self._threads = max(1, threads)
 
     def fetch_index(self) -> Index:
@@ -80,41 +91,46 @@ class _Pages(Generic[R]):
     def _fetch_small(self, ref: ObjectRef, limit: int) -> memoryview:
         seal = self._seal.of(ref.key)
         if ref.size > limit + (limit // PIECE + 1) * seal.extra:
-            raise Corrupt(f"{ref.key} is larger than it can be")
+            raise Corrupt(f"{self._named}{ref.key} is larger than it can be")
         data = memoryview(bytearray(ref.size))
         if data:
             self._store.read_into(f"{self._prefix}/{ref.key}", 0, data)
         if format.digest(data).hex() != ref.digest:
-            raise Corrupt(f"{ref.key} is damaged: its digest is not the manifest's", key=ref.key)
+            raise Corrupt(f"{self._named}{ref.key} is damaged: its digest is not the manifest's", key=f"{self._named}{ref.key}")
         self._meter.add(io=len(data))
         return _opened(seal, data) if seal.extra else data
 
-    def verify_pages(self, index: Index, threads: Threads) -> None:
-        """Read, compare and inflate every frame, and keep nothing."""
-        self._each_frame(index, threads, None)
+    def fetch_digests(self) -> tuple[Digests, int]:
+        """The digests of the pages that it stores, for an increment, and the seed of their chain. Corrupt where there are none."""
+        if self._ref.digests is None:
+            raise Corrupt(f"{self._named}{self._ref.name} has no digests of its pages")
+        limit = known.digests_size(self._ref.pages)
+        stored = self._fetch_small(self._ref.digests, codec.deflated_bound(limit))
+        return known.decode(codec.inflate(stored, limit=limit), self._ref.pages)
 
-    def _each_frame(self, index: Index, threads: Threads, pages: PageFiles | None) -> None:
-        batches: Channel[_Batch | _Table] = threads.channel(1 << 20)
+    def verify_pages(self, index: Index, threads: Threads) -> int:
+        """Read, compare and inflate every frame, and keep nothing; how many they were."""
+        return self._each_frame(index, threads, None)
+
+    def _each_frame(self, index: Index, threads: Threads, pages: PageFiles | None) -> int:
+        planned = [*_planned(self._ref, self._seal, index.frames)]
+        for loan in self._loans(index):
+            planned += _planned(loan.source.ref, loan.source.seal, loan.source.index.frames, loan)
+        batches: Channel[_Batch | _Table] = threads.channel(len(planned) + MAX_STREAMS)
         workers = [threads.start(f"{self._ref.name} read {n}", self._work, batches, index, pages) for n in range(self._threads)]
-        for batch in self._plan(index):
+        for _, batch in sorted(planned, key=lambda row: row[0]):
             batches.put(batch)
         for table in self._tables(index):
             batches.put(table)
         batches.close()
         threads.join(workers)
-        holes = (self._ref.pages - int(index.frames["pages"].sum())) * PAGE  # runs of zero pages have no frame at all
-        self._meter.add(raw=holes, zero=holes)
+        zeros = self._ref.zero_pages * PAGE
+        self._meter.add(raw=zeros, zero=zeros)
+        return sum(len(batch.frames) for _, batch in planned)
 
-    def _plan(self, index: Index) -> list[_Batch]:
-        """Batches of every stream in turn, so that the threads read from all of them at once."""
-        rows = []
-        for n, stream in enumerate(self._ref.streams):
-            frames = _of_stream(index, n)
-            cuts = np.flatnonzero(np.diff(frames["offset"] // BATCH)) + 1 if len(frames) else np.array([], np.int64)
-            for turn, (first, part) in enumerate(zip((0, *cuts), np.split(frames, cuts), strict=True)):
-                if len(part):
-                    rows.append((turn, n, _Batch(stream.key, int(first), part)))
-        return [batch for _, _, batch in sorted(rows, key=lambda row: row[:2])]
+    def _loans(self, index: Index) -> Iterable[Loan]:  # noqa: ARG002 - an image has some
+        """What it has of other checkpoints."""
+        return ()
 
     def _tables(self, index: Index) -> list[_Table]:
         """What no frame's digest covers of a stream. No restore needs it, but a stream of which a byte has changed is damaged."""
@@ -126,16 +142,20 @@ class _Pages(Generic[R]):
         return found
 
     def _work(self, batches: Channel[_Batch | _Table], index: Index, pages: PageFiles | None) -> None:
-        reader = _Reader(self._store, self._seal, self._meter)
+        reader = _Reader(self._store, self._meter)
         for batch in batches:
             if isinstance(batch, _Table):
                 self._compare(batch)
                 continue
             for frame, content in reader.read(batch):
+                if batch.loan is not None:
+                    self._meter.add(raw=PAGE * _hand_out(batch.loan, frame, content, pages))
+                    continue
                 if pages is not None:
                     first, count = int(frame["first_page"]), int(frame["pages"])
                     numbers = np.arange(first, first + count, dtype=np.int64)
                     pages.write(numbers if frame["kept"] == count else numbers[index.keeps[first]], content)
+                self._meter.add(raw=int(frame["kept"]) * PAGE)
 
     def _compare(self, table: _Table) -> None:
         data = memoryview(bytearray(len(table.content)))
@@ -146,7 +166,28 @@ class _Pages(Generic[R]):
 
 
 class Receiver(_Pages[ImageRef]):
-    """One image on its way out of the store."""
+    """One image on its way out of the store. `sources`, when its index is fetched: itself and its bases, as `places.find` takes them."""
+
+    sources: Sequence[Source] = ()
+
+    def fetch_index(self) -> Index:
+        """Likewise; and of the bases, by what the manifest says of them. Every reference is to pages that are there."""
+        index = super().fetch_index()
+        self.sources = [Source(self._ref, self._seal, index), *map(self._source, self._ref.bases)]
+        insist(self.sources)
+        return index
+
+    def _source(self, base: BaseRef) -> Source:
+        seal = self._seal.base(base.checkpoint_id)
+        return Source(base, seal, _Pages(self._store, seal, base, 1, self._meter).fetch_index())
+
+    def digests_of(self, base: Source) -> tuple[Digests, int]:
+        """`fetch_digests` of one of its bases."""
+        return _Pages(self._store, base.seal, base.ref, 1, self._meter).fetch_digests()
+
+    def _loans(self, index: Index) -> Iterable[Loan]:
+        for number, source in enumerate(self.sources[1:]):
+            yield Loan(index.references[index.references["source"] == number], source)
 
     def fetch_files(self, packed: Path, directory: Path) -> None:
         """CRIU's small images into `directory`; `packed` is where the tar lies meanwhile, and is gone afterwards."""
@@ -220,7 +261,7 @@ class LayerReceiver(_Pages[LayerRef]):
             yield (
                 window,
                 [
-                    _Batch(self._ref.streams[int(ordered["stream"][a])].key, int(its[a]), ordered[a:b])
+                    _Batch(self._seal, self._ref.streams[int(ordered["stream"][a])].key, int(its[a]), ordered[a:b])
                     for a, b in itertools.pairwise(cuts)
                 ],
             )
@@ -231,13 +272,15 @@ class LayerReceiver(_Pages[LayerRef]):
             yield _ZEROS[: min(FRAME_PAGES, pages - at) * PAGE]
 
     def _read_ahead(self, jobs: Channel[_Batch | _Table], index: Index, ready: _Ready) -> None:
-        reader = _Reader(self._store, self._seal, self._meter)
+        reader = _Reader(self._store, self._meter)
         for job in jobs:
             if isinstance(job, _Table):
                 self._compare(job)
                 continue
             for frame, content in reader.read(job):
                 ready.put(int(frame["first_page"]), _dense(frame, content, index))
+                count, kept = int(frame["pages"]), int(frame["kept"])
+                self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
 
 
 class _Ready:
@@ -269,27 +312,26 @@ class _Ready:
 class _Reader:
     """Reads batches, verified, decrypted and inflated. Of one thread: buffers and contexts are used again."""
 
-    def __init__(self, store: Store, seal: Seal, meter: Meter) -> None:
-        self._store, self._seal, self._meter = store, seal, meter
+    def __init__(self, store: Store, meter: Meter) -> None:
+        self._store, self._meter = store, meter
         self._unpacker = codec.Unpacker()
-        self._opened_into = seal.of("").scratch(format.MAX_STORED)
+        self._opened_into = memoryview(b"")  # made when it is needed
         self._buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
 
     def read(self, batch: _Batch) -> Iterator[tuple[np.void, list[memoryview]]]:
         """Each frame with the pages that it kept, in pieces, which are good until the next frame is asked for."""
         if batch.size > len(self._buffer):
-            raise Corrupt(f"{batch.key}: frames are larger than they can be")
+            raise Corrupt(f"{batch.name}: frames are larger than they can be")
         data = self._buffer[: batch.size]
-        self._store.read_into(f"{self._seal.checkpoint_id}/{batch.key}", batch.offset, data)
+        self._store.read_into(f"{batch.seal.checkpoint_id}/{batch.key}", batch.offset, data)
         self._meter.add(io=batch.size, stored=batch.size)
-        seal = self._seal.of(batch.key)
+        seal = batch.seal.of(batch.key)
+        self._opened_into = self._opened_into or seal.scratch(format.MAX_STORED)
         for number, frame in enumerate(batch.frames, batch.first):
             at = int(frame["offset"]) - batch.offset
             stored = data[at : at + int(frame["stored"])]
-            _insist_whole(frame, stored, batch.key)
-            count, kept = int(frame["pages"]), int(frame["kept"])
-            yield frame, self._unpacker.unpack(seal.open(number, stored, self._opened_into), kept * PAGE)
-            self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
+            _insist_whole(frame, stored, batch.name)
+            yield frame, self._unpacker.unpack(seal.open(number, stored, self._opened_into), int(frame["kept"]) * PAGE)
 
 
 def _dense(frame: np.void, content: list[memoryview], index: Index) -> memoryview:
@@ -305,6 +347,41 @@ def _dense(frame: np.void, content: list[memoryview], index: Index) -> memoryvie
     pages = np.zeros((count, PAGE), np.uint8)
     pages[index.keeps[first]] = packed.reshape(-1, PAGE)
     return pages.reshape(-1).data
+
+
+def _planned(ref: PagesRef, seal: Seal, frames: FrameTable, loan: Loan | None = None) -> Iterator[tuple[tuple[int, int], _Batch]]:
+    """Batches of every stream, each with its turn: taken by turns, the threads read from all streams at once."""
+    wanted = np.ones(len(frames), bool) if loan is None else loan.wanted()
+    for n, stream in enumerate(ref.streams):
+        rows = np.flatnonzero(frames["stream"] == n)
+        rows = rows[np.argsort(frames["offset"][rows])]
+        numbers = np.flatnonzero(wanted[rows])
+        mine = frames[rows[numbers]]
+        cuts = np.flatnonzero((np.diff(mine["offset"] // BATCH) != 0) | (np.diff(numbers) != 1)) + 1
+        for turn, (first, part) in enumerate(zip(np.split(numbers, cuts), np.split(mine, cuts), strict=True)):
+            if len(part):
+                yield (turn, n), _Batch(seal, stream.key, int(first[0]), part, loan)
+
+
+def _hand_out(loan: Loan, frame: np.void, content: list[memoryview], pages: PageFiles | None) -> int:
+    """The pages of a frame that are wanted to where they belong, if there is such a place; how many they are."""
+    count = 0
+    for part in loan.parts(frame):
+        count += part.pages
+        if pages is not None:
+            pages.write_run(part.first_page, part.pages, _cut(content, part.place * PAGE, part.pages * PAGE))
+    return count
+
+
+def _cut(content: list[memoryview], offset: int, size: int) -> list[memoryview]:
+    """So many bytes out of the middle."""
+    taken = []
+    for piece in content:
+        if offset < len(piece) and size:
+            taken.append(piece[offset : offset + size])
+            size -= len(taken[-1])
+        offset = max(0, offset - len(piece))
+    return taken
 
 
 def _of_stream(index: Index, number: int) -> FrameTable:

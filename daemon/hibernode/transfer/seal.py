@@ -9,7 +9,7 @@ which number, and of a small object whether it is the last. Nothing can be put i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
@@ -35,6 +35,10 @@ class Seal:
     checkpoint_id: str
     data_key: bytes | None = field(default=None, repr=False)
     wrapped: WrappedKey | None = None  # what the manifest says of it
+    bases: Mapping[str, Seal] = field(default_factory=dict)  # of those of its bases that are encrypted, by checkpoint id
+
+    def base(self, checkpoint_id: str) -> Seal:
+        return self.bases.get(checkpoint_id) or Seal(checkpoint_id)
 
     def of(self, key: str) -> ObjectSeal:
         """For the object of that key, which is relative to its checkpoint."""

@@ -4,10 +4,11 @@ Each stream is one thread with one upload and one zstd context; all of them take
 frozen. Memory while sending is bounded by
 
     arena + streams * (frames + zstd contexts + (parts in flight + 1) * part size) + 2 * socket buffer
-        + 4 * 32 bytes * segments + 768 bytes * frames
+        + 4 * 32 bytes * segments + 768 bytes * frames + 88 bytes * pages + 4 * 32 bytes * references
 
-which is `memory_bound`, beside the interpreter and its libraries. A stream has five frames at most: the kept pages,
-their planes, both compressed, and, where frames are encrypted, the one on its way.
+which is `memory_bound`, beside the interpreter and its libraries; the last two where pages have digests, of this image or the earlier
+one, whichever has more. A stream has five frames at most: the kept pages, their planes, both compressed, and, where frames are encrypted,
+the one on its way.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from types import TracebackType
 from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from hibernode.errors import HibernodeError, Internal
 from hibernode.flow import Channel, Threads
 from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef, StreamRef, TaskFacts
 from hibernode.ports import Store, Upload
-from hibernode.transfer import codec, format
+from hibernode.transfer import codec, fingerprint, format
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
 from hibernode.transfer.collect import SOCKET_BUFFER
-from hibernode.transfer.format import FRAME, SEGMENT, Digester, Index, KeepMap, KeepMaps, SegmentTable
+from hibernode.transfer.fingerprint import Digests
+from hibernode.transfer.format import FRAME, REFERENCE, SEGMENT, Digester, Index, KeepMap, KeepMaps, ReferenceTable, SegmentTable
+from hibernode.transfer.known import KNOWN_PAGE, MAX_PAGES, OWN_PAGE, Known, encode, joined, numbered
+from hibernode.transfer.places import Numbers
 from hibernode.transfer.seal import TAG, Closer, Seal
 
 T = TypeVar("T")
@@ -38,15 +43,27 @@ _QUEUE = 1 << 16  # chunks waiting: more than any arena has, so that the arena a
 _FRAMES = 5  # of each stream, see above
 _ZSTD_CONTEXT = 8 << 20  # level 1 to 9 with a 4 MiB input; measured by zstd's own estimate
 _SEGMENT_COPIES = 4  # while the index is encoded: what was collected, as a table, joined with the rest, on its way
+_REFERENCE_COPIES = 4  # likewise
 _FRAME_FACTS = 768  # bytes: digest, sizes and keep map as Python objects (554 measured), and what the index has of it (192)
 _log = logging.getLogger("hibernode.send")
 
 
-def memory_bound(arena: int, streams: int, parts_in_flight: int, part_size: int, segments: int, frames: int) -> int:
-    """Bytes that a checkpoint needs at most, whatever the size of the workload (without the interpreter itself)."""
+def memory_bound(
+    arena: int,
+    streams: int,
+    parts_in_flight: int,
+    part_size: int,
+    segments: int,
+    frames: int,
+    pages: int = 0,
+    references: int = 0,
+) -> int:
+    """Bytes that a checkpoint needs at most, whatever the size of the workload (without the interpreter itself). `pages`: 0 where there are
+    no increments."""
     per_stream = _FRAMES * CHUNK + _ZSTD_CONTEXT + (parts_in_flight + 1) * part_size
     index = _SEGMENT_COPIES * SEGMENT.itemsize * segments + _FRAME_FACTS * frames  # frames: memory / 4 MiB, and a few more
-    return arena + streams * per_stream + 2 * SOCKET_BUFFER + index
+    increments = (KNOWN_PAGE + OWN_PAGE) * pages + _REFERENCE_COPIES * REFERENCE.itemsize * references
+    return arena + streams * per_stream + 2 * SOCKET_BUFFER + index + increments
 
 
 @dataclass(frozen=True)
@@ -59,18 +76,27 @@ class Packing:
 
 class _Pages(AbstractContextManager["_Pages"]):
     """Pages on their way into the store. Inside its `with`, chunks put into `chunks` end up in the streams; `finish` completes them and
-    says what they consist of. Left without `keep`, nothing of it stays in the store."""
+    says what they consist of. Left without `keep`, nothing of it stays in the store. `known`: pages that need not be stored again, and
+    digests are stored of the others; None: no digests."""
 
     _STREAM: ClassVar[str]  # names of the objects in the folder
     _INDEX: ClassVar[str]
 
     def __init__(
-        self, store: Store, seal: Seal, name: str, packing: Packing, arena: Arena, threads: Threads, meter: Meter
+        self,
+        store: Store,
+        seal: Seal,
+        name: str,
+        packing: Packing,
+        arena: Arena,
+        threads: Threads,
+        meter: Meter,
+        known: Known | None = None,
     ) -> None:
         self._store, self._seal, self._name, self._arena = store, seal, name, arena
-        self._threads, self._meter = threads, meter
+        self._threads, self._meter, self._known = threads, meter, known
         keys = [f"{name}/{self._STREAM.format(n)}" for n in range(packing.streams)]
-        self._streams = [_Stream(key, n, packing.level, seal, arena, meter) for n, key in enumerate(keys)]
+        self._streams = [_Stream(key, n, packing.level, seal, arena, meter, known) for n, key in enumerate(keys)]
         self._uploads: list[_Object] = []
         self._kept = False
         self.chunks: Channel[Chunk] = threads.channel(_QUEUE)
@@ -99,16 +125,18 @@ class _Pages(AbstractContextManager["_Pages"]):
         self.chunks.close()
         self._threads.join([stream.thread for stream in self._streams if stream.thread])
 
-    def _put_index(self, table: SegmentTable, pages: int) -> PagesRef:
+    def _put_index(self, table: SegmentTable, pages: int, references: ReferenceTable) -> PagesRef:
         frames = np.concatenate([s.table() for s in self._streams])
         keeps = KeepMaps.of({page: keep for s in self._streams for page, keep in s.keeps.items()})
-        index = format.encode_index(Index(table, frames, keeps))
+        index = format.encode_index(Index(table, frames, keeps, references))
         index_ref, _ = self._put(self._INDEX, lambda write: write(codec.deflate(index)))
-        zero_pages = pages - int(frames["kept"].sum())
+        referenced = int(references["pages"].sum())
+        zero_pages = pages - int(frames["kept"].sum()) - referenced
         streams, in_planes = [s.ref() for s in self._streams], sum(s.in_planes for s in self._streams)
         return PagesRef(
-            name=self._name, pages=pages, zero_pages=zero_pages, streams=streams, index=index_ref, in_planes=in_planes
-        )
+            name=self._name, pages=pages, zero_pages=zero_pages, streams=streams, index=index_ref, in_planes=in_planes,
+            referenced=referenced,
+        )  # fmt: skip
 
     def keep(self) -> None:
         """It is part of a committed checkpoint now."""
@@ -157,8 +185,20 @@ class Sender(_Pages):
         the index."""
         self._join()
         files, files_bytes = self._put("images.tar.zst", pack)
-        ref = self._put_index(table, pages)
-        return ImageRef(**dict(ref), tasks=tasks, files=files, files_bytes=files_bytes)
+        references, used = numbered(joined([table for s in self._streams for table in s.references]))
+        ref = self._put_index(table, pages, references)
+        bases = [self._known.bases[each] for each in used] if self._known else []
+        more = {"digests": self._put_digests(self._known.seed, pages)} if self._known and pages <= MAX_PAGES else {}
+        return ImageRef(**(dict(ref) | more), bases=bases, tasks=tasks, files=files, files_bytes=files_bytes)
+
+    def _put_digests(self, seed: int, pages: int) -> ObjectRef:
+        """Of the pages that are stored here."""
+        table = np.zeros((pages, 2), np.uint64)
+        for stream in self._streams:
+            for numbers, digests in stream.digests:
+                table[numbers] = digests
+            stream.digests.clear()
+        return self._put("digests.zst", lambda write: write(codec.deflate(encode(table, seed))))[0]
 
 
 class LayerSender(_Pages):
@@ -169,7 +209,7 @@ class LayerSender(_Pages):
     def finish(self, pages: int, size: int, entries: int) -> LayerRef:
         """No more chunks: wait for the streams, and write the index. `size` is the length of the tar in bytes."""
         self._join()
-        ref = self._put_index(format.layer_segments(pages), pages)
+        ref = self._put_index(format.layer_segments(pages), pages, format.no_references())
         return LayerRef(**dict(ref), bytes=size, entries=entries)
 
 
@@ -189,8 +229,13 @@ class _Object:
 class _Stream:
     """One stream: a thread, an upload, a zstd context, and the frames it has written."""
 
-    def __init__(self, key: str, number: int, level: int | None, seal: Seal, arena: Arena, meter: Meter) -> None:
+    def __init__(
+        self, key: str, number: int, level: int | None, seal: Seal, arena: Arena, meter: Meter, known: Known | None
+    ) -> None:
         self.key = key
+        self.references: list[ReferenceTable] = []
+        self.digests: list[tuple[Numbers, Digests]] = []  # of what is stored: page numbers, and a row for each
+        self._known, self._step = known, 0
         self.keeps: dict[int, tuple[int, bytes]] = {}  # first page -> pages, packed keep map
         self.made: _Object | None = None
         self.thread: threading.Thread | None = None
@@ -213,7 +258,12 @@ class _Stream:
         self.made.commit()
 
     def _send(self, chunk: Chunk, upload: Upload) -> None:
-        data, keep = self._drop_zeros(chunk)
+        pages = np.frombuffer(chunk.data, np.uint64).reshape(-1, PAGE // 8)
+        keep = np.bitwise_or.reduce(pages, axis=1) != 0  # 25 GB/s here: cheaper than asking the first words first
+        zeros = chunk.pages - int(keep.sum())
+        if self._known is not None:
+            keep = self._new(chunk.first_page, pages, keep, self._known)
+        data = self._drop(pages, keep)
         kept, stored = len(data) // PAGE, 0
         if kept:
             pieces = self._seal.close(len(self._frames), self._packer.pack(data), self._sealed)
@@ -224,16 +274,26 @@ class _Stream:
             for piece in pieces:
                 upload.write(piece)
             self._offset += stored
-        self._meter.add(raw=chunk.pages * PAGE, zero=(chunk.pages - kept) * PAGE, stored=stored, io=stored)
+        self._meter.add(raw=chunk.pages * PAGE, zero=zeros * PAGE, stored=stored, io=stored)
 
-    def _drop_zeros(self, chunk: Chunk) -> tuple[memoryview, KeepMap]:
-        """The pages that are not all zero, end to end, and which ones they are."""
-        pages = np.frombuffer(chunk.data, np.uint64).reshape(-1, PAGE // 8)
-        keep = np.bitwise_or.reduce(pages, axis=1) != 0  # 25 GB/s here: cheaper than asking the first words first
+    def _new(self, first_page: int, pages: npt.NDArray[np.uint64], keep: KeepMap, known: Known) -> KeepMap:
+        """Of the pages that are not all zero, those that no earlier checkpoint has."""
+        rows = np.flatnonzero(keep)
+        numbers, digests = first_page + rows, fingerprint.digests(pages, keep, known.seed)
+        found, self._step = known.find(numbers, digests, self._step)
+        self.references.append(known.references(numbers, found))
+        new = found < 0
+        self.digests.append((numbers[new], digests[new]))
+        keep = np.zeros(len(pages), bool)
+        keep[rows[new]] = True
+        return keep
+
+    def _drop(self, pages: npt.NDArray[np.uint64], keep: KeepMap) -> memoryview:
+        """The pages that are kept, end to end."""
         if keep.all():
-            return chunk.data, keep
+            return pages.reshape(-1).data.cast("B")
         kept = np.compress(keep, pages, axis=0, out=self._scratch[: int(keep.sum())])
-        return kept.reshape(-1).data.cast("B"), keep
+        return kept.reshape(-1).data.cast("B")
 
     @property
     def in_planes(self) -> int:
