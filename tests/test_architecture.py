@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "typing_extensions": ("api/schema.py",),
     "uvicorn": ("api/server.py",),
     "urllib3": ("drivers/kubernetes.py", "drivers/s3.py"),
+    "zlib_ng": ("drivers/s3.py",),
     "zstandard": ("transfer/codec.py",),
 }
 
