@@ -28,7 +28,7 @@ MAX_ENTRIES = 2_000_000  # of one writable layer: a minute and a half of pause, 
 MAX_LISTED = 500  # workloads in a node's record: under 400 KiB with the longest names, of the 1 MiB that a broker takes
 MAX_WISHES = 250  # and heartbeats that its pods ask for: under 250 KiB more; a kubelet has 110 pods, where nobody says otherwise
 MAX_GPUS = 64  # of one node; NVIDIA's driver takes 32
-FORMAT_VERSION = 2  # the newest that is read; 1 is written where that is enough
+FORMAT_VERSION = 3  # the newest that is read; 1 is written where that is enough
 
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$")]
@@ -311,6 +311,8 @@ class PagesRef(Value):
     index: ObjectRef
     # Frames whose floats are stored in planes (`transfer/planes.py`). From format version 2 on; with none it is not written.
     in_planes: Annotated[Count, Field(exclude_if=operator.not_)] = 0
+    # Frames that are LZ4's. From format version 3 on; with none it is not written.
+    in_lz4: Annotated[Count, Field(exclude_if=operator.not_)] = 0
 
     @property
     def objects(self) -> tuple[ObjectRef, ...]:

@@ -1,4 +1,4 @@
-"""Writes `tests/golden/v<n>`, `v<n>-encrypted` and `v<n>-layer`: one checkpoint each of the newest format version, and the
+"""Writes `tests/golden/v<n>`, `v<n>-encrypted`, `v<n>-layer` and `v<n>-lz4`: one checkpoint each of the newest format version, and the
 digests of what has to come out of it.
 
     python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH; as root
@@ -36,6 +36,8 @@ from tests.flow.rig import Rig, new_id
 from tests.golden import HERE, SIGNER, WRAPPER, restored
 from tests.layers import sent
 
+KINDS = ("-lz4",)  # what is new in version 3; one that all frames may have takes "", "-encrypted" and "-layer", as 1 and 2 did
+
 
 def scripted() -> list[Run]:
     """Three chunks of 1024 pages or less: text with holes of zeros, nothing but zeros, random."""
@@ -65,17 +67,17 @@ def with_floats() -> list[Run]:
 
 
 def main() -> None:
-    for kind in ("", "-encrypted", "-layer"):
+    for kind in KINDS:
         place = HERE / f"v{FORMAT_VERSION}{kind}"
         if place.exists():
             sys.stderr.write(f"{place} is there: a released version never changes\n")
         elif kind == "-layer":
             make_layer(place)
         else:
-            make(place, encrypted=place.name.endswith("-encrypted"))
+            make(place, encrypted=kind == "-encrypted", compression="lz4" if kind == "-lz4" else "zstd")
 
 
-def make(place: Path, *, encrypted: bool) -> None:
+def make(place: Path, *, encrypted: bool, compression: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         key, public = keys.pair(Path(directory))
         place.mkdir()
@@ -88,7 +90,7 @@ def make(place: Path, *, encrypted: bool) -> None:
         rig = Rig(Path(directory), with_floats(), signing={"key": key}, encryption=encryption)
         store = LocalDir(place)
         rig.store = store  # type: ignore[assignment]
-        _complete(place, rig.checkpoint(streams=2), Path(directory))
+        _complete(place, rig.checkpoint(streams=2, compression=compression), Path(directory))
 
 
 def make_layer(place: Path) -> None:

@@ -419,13 +419,13 @@ def test_a_manifest_with_an_unknown_key_is_corrupt(path: tuple[Any, ...]) -> Non
         decoded(changed((*path, "surprise"), lambda inner, key: inner.__setitem__(key, 1)))
 
 
-@pytest.mark.parametrize("version", [3, 99, 0, -1])
+@pytest.mark.parametrize("version", [4, 99, 0, -1])
 def test_another_format_version_is_refused_by_name_even_if_nothing_else_is_known(version: int) -> None:
     for text in (seal({"format_version": version}), seal({**plain(), "format_version": version, "new": {"a": [1]}})):
         with pytest.raises(Refused) as refused:
             decoded(text)
         assert refused.value.code == "format_version"
-        assert (refused.value.details["found"], refused.value.details["wanted"]) == (version, 2)
+        assert (refused.value.details["found"], refused.value.details["wanted"]) == (version, 3)
 
 
 def in_planes(count: int) -> dict[str, Any]:
@@ -450,6 +450,26 @@ def test_frames_in_planes_take_version_2() -> None:
         decoded(seal({**in_planes(1), "format_version": 1}))
     with pytest.raises(Corrupt, match="more frames in planes"):
         decoded(seal(in_planes(1000)))
+
+
+def in_lz4(count: int, planes: int = 0) -> dict[str, Any]:
+    data = in_planes(planes)
+    data["images"][0]["in_lz4"] = count
+    return {**data, "format_version": 3}
+
+
+def test_frames_in_lz4_take_version_3() -> None:
+    found = decoded(seal(in_lz4(1)))
+    assert (found.images[0].in_lz4, format.version_of(found.parts)) == (1, 3)
+    assert decoded(format.encode_manifest(found, NOBODY)) == found
+    assert b"in_lz4" not in encoded()
+    for version in (1, 2):
+        with pytest.raises(Corrupt, match=f"version {version}"):
+            decoded(seal({**in_lz4(1), "format_version": version}))
+    frames = sum(stream.frames for stream in found.images[0].streams)
+    for lz4, planes in ((frames + 1, 0), (frames, 1), (1000, 0)):
+        with pytest.raises(Corrupt, match="more frames in planes, or in LZ4"):
+            decoded(seal(in_lz4(lz4, planes)))
 
 
 @pytest.mark.parametrize("version", ["1", "2", None, 1.0, True, [], {}, "x" * 10000])

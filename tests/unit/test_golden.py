@@ -23,9 +23,9 @@ VERSIONS = sorted(path.parent for path in HERE.glob("v*/golden.json"))
 
 
 def test_every_version_so_far_has_one() -> None:
-    assert [path.name for path in VERSIONS] == [
-        f"v{n}{kind}" for n in range(1, FORMAT_VERSION + 1) for kind in ("", "-encrypted", "-layer")
-    ]
+    both = [f"v{n}{kind}" for n in (1, 2) for kind in ("", "-encrypted", "-layer")]
+    assert [path.name for path in VERSIONS] == [*both, "v3-lz4"]
+    assert int(VERSIONS[-1].name[1]) == FORMAT_VERSION
 
 
 @pytest.mark.parametrize("place", VERSIONS, ids=lambda path: path.name)
@@ -64,7 +64,9 @@ def test_from_version_2_on_it_has_frames_in_planes(place: Path, tmp_path: Path) 
     manifest = catalog.read(LocalDir(place), golden["checkpoint_id"], reader(place, tmp_path))
     (part,) = manifest.parts
     assert manifest.format_version == int(place.name[1])
-    assert part.in_planes == (0 if manifest.format_version == 1 else 1 if part in manifest.layers else 2)
+    lz4 = place.name.endswith("-lz4")
+    assert part.in_planes == (0 if manifest.format_version == 1 or lz4 else 1 if part in manifest.layers else 2)
+    assert bool(part.in_lz4) is lz4
 
 
 def test_the_layer_has_one_entry_of_each_kind(tmp_path: Path) -> None:

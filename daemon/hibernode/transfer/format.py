@@ -1,4 +1,4 @@
-"""Format versions 1 and 2, pure: index, seek table, manifest; encode and decode, no I/O. `docs/image-format.md` says it in words.
+"""Format versions 1 to 3, pure: index, seek table, manifest; encode and decode, no I/O. `docs/image-format.md` says it in words.
 
 An image's pages with content are numbered from 0 in the order CRIU sent them: segments take numbers in turn, a frame covers a run of
 numbers. A frame stores the pages of its run that are not all zero, in order; its keep map says which. Numbers in no frame are zeros.
@@ -284,7 +284,7 @@ _DOMAIN = b"hibernode manifest v1\0"  # what is signed is a manifest, and nothin
 
 def version_of(parts: Iterable[PagesRef]) -> int:
     """The oldest format version whose readers understand all of it."""
-    return 2 if any(part.in_planes for part in parts) else 1
+    return max((3 if part.in_lz4 else 2 if part.in_planes else 1 for part in parts), default=1)
 
 
 def encode_manifest(manifest: Manifest, notary: Notary) -> bytes:
@@ -369,10 +369,10 @@ def _check_images(manifest: Manifest) -> None:
         if not MIN_LAYER <= layer.bytes <= layer.pages * PAGE < layer.bytes + PAGE or layer.entries * MIN_ENTRY > layer.bytes:
             raise Corrupt(f"manifest: layer {layer.name} has impossible sizes")
     if manifest.format_version < version_of(manifest.parts):
-        raise Corrupt(f"manifest: format version {manifest.format_version} has no frames in planes")
+        raise Corrupt(f"manifest: format version {manifest.format_version} has no frames of that kind")
     for part in manifest.parts:
-        if part.in_planes > sum(stream.frames for stream in part.streams):
-            raise Corrupt(f"manifest: {part.name} has more frames in planes than frames")
+        if part.in_planes + part.in_lz4 > sum(stream.frames for stream in part.streams):
+            raise Corrupt(f"manifest: {part.name} has more frames in planes, or in LZ4, than frames")
         if len(part.streams) > MAX_STREAMS or part.zero_pages > part.pages or part.pages > _PAGES_LIMIT:
             raise Corrupt(f"manifest: {part.name} has impossible counts")
         if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in part.streams):
