@@ -70,6 +70,46 @@ def test_only_what_shrinks_is_compressed(name: str, raw: bool) -> None:
     assert (len(pack(data)) > len(data)) is raw
 
 
+# --- a quick look before a slow level ---------------------------------------------------------------------------------------
+
+
+def few(count: int, width: int) -> bytes:
+    """Numbers of so many bytes out of a few: each byte as frequent as any other, as in noise."""
+    table = np.frombuffer(RANDOM[: count * width], np.uint8).reshape(count, width)
+    return table[np.random.default_rng(1).integers(0, count, FRAME // width)].tobytes()[:FRAME]
+
+
+EVEN = {
+    "noise": RANDOM,
+    "a MiB of noise, again and again": (RANDOM[: (1 << 20) + 17] * 4)[:FRAME],
+    "half of it again, at an odd place": RANDOM[: FRAME // 2 - 3] + RANDOM[: FRAME // 2 + 3],
+    "few numbers of four bytes": few(100_000, 4),
+    "fewer": few(10_000, 4),
+    "few of eight": few(10_000, 8),
+    "a frame's end again": RANDOM[:-70_000] + RANDOM[:70_000],
+}
+
+
+@pytest.mark.parametrize("level", [5, 9, 15])
+@pytest.mark.parametrize("name", EVEN)
+def test_what_is_even_loses_nothing_by_the_quick_look(name: str, level: int) -> None:
+    """At most a hundredth of what the level alone would store, or it is as good as raw anyway."""
+    data = EVEN[name]
+    alone = zstandard.ZstdCompressor(level=level).compress(data)
+    stored = pack(data, level)
+    assert unpack(stored, len(data)) == data
+    assert len(stored) <= 1.01 * len(alone) or (len(stored) < 1.001 * len(data) and len(alone) > 0.97 * len(data))
+
+
+@pytest.mark.parametrize("width", planes.WIDTHS)
+@pytest.mark.parametrize("level", [5, 12])
+def test_floats_lose_nothing_by_it(width: int, level: int) -> None:
+    data = floats(width, FRAME)
+    split = planes.Planes().split(memoryview(data), width)
+    alone = [len(zstandard.ZstdCompressor(level=level).compress(each)) for each in split]
+    assert len(pack(data, level)) <= 1.01 * sum(alone)
+
+
 # --- LZ4 -------------------------------------------------------------------------------------------------------------------
 
 LZ4 = bytes.fromhex("04224d18607073")  # magic, blocks by themselves, of 4 MiB at most, the checksum of these two bytes
