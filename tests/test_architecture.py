@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "grpc": ("rpc.py", "cli.py", "cli/", "__main__.py", "drivers/workloads/cri.py", GENERATED),
     "grpc_health": ("rpc.py", "cli.py", "cli/"),
     "grpc_reflection": ("rpc.py",),
+    "lz4": ("transfer/codec.py",),
     "mypy_boto3_s3": ("drivers/s3.py",),  # types only
     "nats": ("drivers/nats.py",),
     "numpy": ("transfer/",),
@@ -56,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "uvicorn": ("api/server.py",),
     "xxhash": ("transfer/fingerprint.py",),
     "urllib3": ("drivers/kubernetes.py", "drivers/s3.py"),
+    "zlib_ng": ("drivers/s3.py",),
     "zstandard": ("transfer/codec.py",),
 }
 

@@ -75,7 +75,7 @@ class Arena(Section):
 
 class Transfer(Section):
     streams: int = Field(default=0, ge=0, le=64)  # 0: one per CPU, at most 8
-    compression: Annotated[str, StringConstraints(pattern=r"^(none|zstd(:(-[1-7]|[0-9]|1[0-9]))?)$")] = "zstd"
+    compression: Annotated[str, StringConstraints(pattern=r"^(none|lz4|zstd(:(-[1-7]|[0-9]|1[0-9]))?)$")] = "zstd"
 
 
 class Increments(Section):

@@ -323,6 +323,8 @@ class PagesRef(Value):
     digests: Annotated[ObjectRef | None, Field(exclude_if=operator.not_)] = (
         None  # of its own pages: a later one may refer to them
     )
+    # Frames that are LZ4's. From format version 3 on; with none it is not written.
+    in_lz4: Annotated[Count, Field(exclude_if=operator.not_)] = 0
 
     @property
     def objects(self) -> tuple[ObjectRef, ...]:

@@ -31,7 +31,7 @@ from hibernode.model import (
 )
 from hibernode.ports import CriuFacts, CriuOptions, Load, ProcessFacts, show_version
 from hibernode.transfer import format
-from hibernode.transfer.codec import parse_compression
+from hibernode.transfer.codec import Level, parse_compression
 
 REMAPS = 13  # of CUDA: its driver (580) can bring state back onto another GPU
 BEST_RATIO = 50  # no memory compresses better in practice: a store with less room than this leaves cannot hold the image
@@ -45,7 +45,7 @@ class Options:
 
     criu: CriuOptions
     compression: str
-    level: int | None
+    level: Level
     streams: int
     kill: bool
     criu_opts: CriuOpts

@@ -93,7 +93,9 @@ def seeds() -> dict[str, bytes]:
     text = b"".join(n.to_bytes(4, "little") * (PAGE // 4) for n in range(4))
     packed = b"".join(bytes(piece) for piece in codec.Packer(1).pack(memoryview(text)))
     one_page = b"".join(bytes(piece) for piece in codec.Packer(None).pack(memoryview(text[:PAGE])))
+    in_lz4 = b"".join(bytes(piece) for piece in codec.Packer("lz4").pack(memoryview(text)))
     return {
+        "lz4": bytes([_RAW, 1, 3, 0]) + in_lz4,
         "packed": bytes([_RAW, 1, 3, 0]) + packed,
         "raw": bytes([_RAW, 0, 0]) + one_page,
         "stream": bytes([_RAW, 0, 3]) + golden.stream(1),

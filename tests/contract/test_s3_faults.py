@@ -3,13 +3,16 @@ after abort, nothing visible that was not committed."""
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
+import hashlib
 import http.client
 import ipaddress
 import logging
 import ssl
 import threading
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -231,6 +234,48 @@ def test_etags_that_are_no_md5_are_answered_with_content_md5(proxy: FaultProxy, 
     sent = ["content-md5" in r.headers for r in proxy.seen("UploadPart")]
     assert sum(sent) >= 1
     assert sent[-1]
+
+
+def test_a_server_that_does_not_know_crc32_gets_content_md5_from_then_on(proxy: FaultProxy, store: S3) -> None:
+    """Which it must check; its ETag, an MD5, is compared all the same."""
+    proxy.play("UploadPart", Rewrite({"x-amz-checksum-crc32": None}))
+    proxy.play("CreateMultipartUpload", Rewrite({"x-amz-checksum-algorithm": None}))
+    recovers(proxy, store)
+    store.delete("c1/a")
+    proxy.play("UploadPart", Rewrite({"x-amz-checksum-crc32": None}))
+    proxy.play("CreateMultipartUpload", Rewrite({"x-amz-checksum-algorithm": None}))
+    recovers(proxy, store)
+    sent = [("x-amz-checksum-crc32" in r.headers, "content-md5" in r.headers) for r in proxy.seen("UploadPart")]
+    assert sent[0] == (True, False)
+    assert sent[-3:] == [(False, True)] * 3
+    proxy.play("UploadPart", Rewrite({"etag": MD5_OF_SOMETHING_ELSE, "x-amz-checksum-crc32": None}))
+    store.delete("c1/a")
+    fails(store)
+    assert_clean(proxy, store)
+
+
+def test_a_server_that_knows_crc32_is_not_sent_md5(proxy: FaultProxy, store: S3) -> None:
+    def answers(crc: str) -> None:
+        proxy.play("UploadPart", Rewrite({"etag": '"opaque"', "x-amz-checksum-crc32": crc}), times=1)
+
+    data = pattern(3 * PART)
+    for start in range(0, len(data), PART):
+        answers(base64.b64encode(zlib.crc32(data[start : start + PART]).to_bytes(4, "big")).decode())
+    upload = client(proxy, store.location.split("/")[2], parts_in_flight=1).upload("c1/a")
+    upload.write(data)  # waits for all parts but the last
+    upload.abort()
+    sent = [("x-amz-checksum-crc32" in r.headers, "content-md5" in r.headers) for r in proxy.seen("UploadPart")]
+    assert sent[:2] == [(True, False)] * 2
+
+
+def test_over_plain_http_only_parts_go_unsigned(proxy: FaultProxy, store: S3) -> None:
+    """Small objects say what digests the parts must have: whoever could change both on their way would not be found out."""
+    recovers(proxy, store)
+    written(store, "c1/b", pattern(1000))
+    store.put("c1/m", b"manifest")
+    assert {r.headers["x-amz-content-sha256"] for r in proxy.seen("UploadPart")} == {"UNSIGNED-PAYLOAD"}
+    bodies = [pattern(1000), b"manifest"]
+    assert [r.headers["x-amz-content-sha256"] for r in proxy.seen("PutObject")] == [hashlib.sha256(b).hexdigest() for b in bodies]
 
 
 def test_an_echoed_checksum_is_enough(proxy: FaultProxy, store: S3) -> None:

@@ -23,7 +23,7 @@ ALL = [Status.CHECKPOINT_CREATED, Status.READY]
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 4])
-@pytest.mark.parametrize("compression", ["zstd", "none", "zstd:-3"])
+@pytest.mark.parametrize("compression", ["zstd", "none", "zstd:-3", "lz4"])
 @pytest.mark.parametrize("pages", [0, 1, 1023, 1024, 1025, 9000])
 def test_what_comes_back_is_what_was_there(tmp_path: Path, pages: int, compression: str, streams: int) -> None:
     rig = Rig(tmp_path, memory(pages))

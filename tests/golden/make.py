@@ -1,4 +1,4 @@
-"""Writes `tests/golden/v<n>`, `v<n>-encrypted` and `v<n>-layer`: one checkpoint each of the newest format version, and the
+"""Writes `tests/golden/v<n>`, `v<n>-encrypted`, `v<n>-layer` and `v<n>-lz4`: one checkpoint each of the newest format version, and the
 digests of what has to come out of it.
 
     python -m tests.golden.make        from the project's root, with daemon/ on PYTHONPATH; as root
@@ -38,7 +38,7 @@ from tests.flow.rig import Rig, new_id
 from tests.golden import HERE, SIGNER, WRAPPER, restored
 from tests.layers import sent
 
-_OF_LAYERS = 2  # the newest version of which there are layers
+KINDS = ("", "-encrypted", "-lz4")  # of version 3; one that all frames may have takes "-layer", too, as 1 and 2 did
 
 
 def scripted() -> list[Run]:
@@ -85,17 +85,17 @@ def later(runs: list[Run], seed: int) -> list[Run]:
 
 
 def main() -> None:
-    for kind in ("", "-encrypted", "-layer"):
-        place = HERE / f"v{_OF_LAYERS if kind == '-layer' else FORMAT_VERSION}{kind}"
+    for kind in KINDS:
+        place = HERE / f"v{FORMAT_VERSION}{kind}"
         if place.exists():
             sys.stderr.write(f"{place} is there: a released version never changes\n")
         elif kind == "-layer":
             make_layer(place)
         else:
-            make(place, encrypted=place.name.endswith("-encrypted"))
+            make(place, encrypted=kind == "-encrypted", compression="lz4" if kind == "-lz4" else "zstd")
 
 
-def make(place: Path, *, encrypted: bool) -> None:
+def make(place: Path, *, encrypted: bool, compression: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         key, public = keys.pair(Path(directory))
         place.mkdir()
@@ -108,11 +108,13 @@ def make(place: Path, *, encrypted: bool) -> None:
         rig = Rig(Path(directory), with_floats(), signing={"key": key}, encryption=encryption)
         store = LocalDir(place)
         rig.store = store  # type: ignore[assignment]
+        if place.name.endswith("-lz4"):
+            return _complete(place, rig.checkpoint(streams=2, compression=compression), Path(directory))
         checkpoint_id = rig.checkpoint(streams=2, criu_opts=json.dumps({"increment": "auto"}))
         for seed in (3, 5):
             rig.machine.runs = later(rig.machine.runs, seed)
             checkpoint_id = rig.checkpoint(streams=2, criu_opts=json.dumps({"increment": checkpoint_id}))
-        _complete(place, checkpoint_id, Path(directory))
+        return _complete(place, checkpoint_id, Path(directory))
 
 
 def make_layer(place: Path) -> None:

@@ -118,6 +118,28 @@ def test_floats_are_stored_in_planes_and_come_back(daemon: Daemon, tmp_path: Pat
     assert inflated == (image["pages"] - image["zero_pages"]) * 4096
 
 
+def test_lz4_is_of_version_3_comes_back_and_is_read_by_the_zstd_tool(daemon: Daemon, tmp_path: Path) -> None:
+    with Program(tmp_path, python("memory.py", "half-zero", "32")) as program:
+        before = program.beat()
+        done = checkpointed(daemon, program, streams=2, compression="lz4")
+        *_, verdict = daemon.stub.Verify(pb.CheckpointId(checkpoint_id=done.checkpoint_id), timeout=30)
+        assert verdict.ok
+        ready(daemon.restore(done.checkpoint_id))
+        goes_on(program, before)
+    manifest = daemon.manifest(done.checkpoint_id)
+    (image,) = manifest["images"]
+    assert (manifest["format_version"], manifest["compression"]) == (3, "lz4")
+    assert 0 < image["in_lz4"] < sum(stream["frames"] for stream in image["streams"]), "half of the pages are noise, and raw"
+    inflated, marks = 0, 0
+    for stream in image["streams"]:
+        path = daemon.store_dir / done.checkpoint_id / stream["key"]
+        zstd("-t", path)
+        inflated += len(zstd("-d", "-c", path))
+        marks += path.read_bytes().count(bytes.fromhex("04224d18607073"))
+    assert inflated == (image["pages"] - image["zero_pages"]) * 4096
+    assert marks >= image["in_lz4"]
+
+
 @pytest.mark.parametrize("compression", ["zstd", "none", "zstd:-5"])
 def test_anybody_can_read_the_streams(daemon: Daemon, tmp_path: Path, compression: str) -> None:
     """The zstd tool finds every stream whole, counts its frames (the seek table is one that it skips), and makes the pages of it."""

@@ -511,7 +511,7 @@ def test_nodes_say_why_their_gpus_are_not_known(served: Served, desk: FakeDesk) 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 ERRORS: list[HibernodeError] = [
-    BadCommand("no such compression: gzip", hint="zstd, zstd:<level> or none"),
+    BadCommand("no such compression: gzip", hint="zstd, zstd:<level>, lz4 or none"),
     NotFound("no job named trainer in namespace default", hint="`hibernode jobs` lists them"),
     Refused("gpu_mig", "mig is on", prop="mig", found="on", wanted="off", hint="100 % off, größer"),
     StoreUnavailable("no answer from s3"),

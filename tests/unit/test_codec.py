@@ -9,6 +9,7 @@ import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
 
+import lz4.block
 import numpy as np
 import pytest
 import zstandard
@@ -37,7 +38,7 @@ CONTENTS = {
 }
 
 
-def pack(data: bytes, level: int | None = 1) -> bytes:
+def pack(data: bytes, level: codec.Level = 1) -> bytes:
     return b"".join(codec.Packer(level).pack(memoryview(data)))
 
 
@@ -67,6 +68,133 @@ def test_the_zstd_program_reads_a_raw_frame(name: str) -> None:
 def test_only_what_shrinks_is_compressed(name: str, raw: bool) -> None:
     data = CONTENTS[name]
     assert (len(pack(data)) > len(data)) is raw
+
+
+# --- a quick look before a slow level ---------------------------------------------------------------------------------------
+
+
+def few(count: int, width: int) -> bytes:
+    """Numbers of so many bytes out of a few: each byte as frequent as any other, as in noise."""
+    table = np.frombuffer(RANDOM[: count * width], np.uint8).reshape(count, width)
+    return table[np.random.default_rng(1).integers(0, count, FRAME // width)].tobytes()[:FRAME]
+
+
+EVEN = {
+    "noise": RANDOM,
+    "a MiB of noise, again and again": (RANDOM[: (1 << 20) + 17] * 4)[:FRAME],
+    "half of it again, at an odd place": RANDOM[: FRAME // 2 - 3] + RANDOM[: FRAME // 2 + 3],
+    "few numbers of four bytes": few(100_000, 4),
+    "fewer": few(10_000, 4),
+    "few of eight": few(10_000, 8),
+    "a frame's end again": RANDOM[:-70_000] + RANDOM[:70_000],
+}
+
+
+@pytest.mark.parametrize("level", [5, 9, 15])
+@pytest.mark.parametrize("name", EVEN)
+def test_what_is_even_loses_nothing_by_the_quick_look(name: str, level: int) -> None:
+    """At most a hundredth of what the level alone would store, or it is as good as raw anyway."""
+    data = EVEN[name]
+    alone = zstandard.ZstdCompressor(level=level).compress(data)
+    stored = pack(data, level)
+    assert unpack(stored, len(data)) == data
+    assert len(stored) <= 1.01 * len(alone) or (len(stored) < 1.001 * len(data) and len(alone) > 0.97 * len(data))
+
+
+@pytest.mark.parametrize("width", planes.WIDTHS)
+@pytest.mark.parametrize("level", [5, 12])
+def test_floats_lose_nothing_by_it(width: int, level: int) -> None:
+    data = floats(width, FRAME)
+    split = planes.Planes().split(memoryview(data), width)
+    alone = [len(zstandard.ZstdCompressor(level=level).compress(each)) for each in split]
+    assert len(pack(data, level)) <= 1.01 * sum(alone)
+
+
+# --- LZ4 -------------------------------------------------------------------------------------------------------------------
+
+LZ4 = bytes.fromhex("04224d18607073")  # magic, blocks by themselves, of 4 MiB at most, the checksum of these two bytes
+TEXT = b"".join(b"%d. hibernode\n" % n for n in range(3 * PAGE))[: 9 * PAGE]
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_what_lz4_packs_comes_back_and_its_own_programs_read_it(name: str) -> None:
+    """So does zstd's, if it was built with LZ4; what does not shrink is a raw zstd frame here, too."""
+    data, packer = CONTENTS[name], codec.Packer("lz4")
+    stored = b"".join(packer.pack(memoryview(data)))
+    assert unpack(stored, len(data)) == data
+    assert len(stored) <= len(data) + 9 + 3 * (len(data) // (128 << 10) + 1)
+    assert packer.in_lz4 == (stored[:7] == LZ4) == (len(stored) < len(data))
+    assert not packer.in_planes
+    for program in ["zstd", "lz4"] if packer.in_lz4 else ["zstd"]:
+        assert subprocess.run([program, "-dc"], input=stored, capture_output=True, check=True).stdout == data
+
+
+@pytest.mark.parametrize("width", planes.WIDTHS)
+def test_lz4_leaves_floats_as_they_are(width: int) -> None:
+    """Planes take longer than all of LZ4."""
+    packer, data = codec.Packer("lz4"), floats(width)
+    assert unpack(b"".join(packer.pack(memoryview(data))), len(data)) == data
+    assert (packer.in_planes, packer.in_lz4) == (0, 0)
+
+
+@given(st.binary(max_size=300), st.integers(1, 3000))
+def test_any_bytes_come_back_through_lz4(piece: bytes, times: int) -> None:
+    data = (piece * times)[: FRAME // 8]
+    assert unpack(pack(data, "lz4"), len(data)) == data
+
+
+def other_lz4_frames() -> Iterator[tuple[str, bytes]]:
+    good = pack(TEXT, "lz4")
+    block, end = good[11:-4], bytes(4)
+    yield "blocks that lean on each other", good.replace(LZ4, LZ4[:4] + bytes.fromhex("407073"))
+    yield "blocks of 64 KiB", good.replace(LZ4, LZ4[:5] + bytes.fromhex("4082"))
+    yield "with its size", LZ4[:4] + bytes.fromhex("6870") + len(TEXT).to_bytes(8, "little") + b"\0" + good[7:]
+    yield "two blocks", good[:-4] + good[7:]
+    yield "two frames", good + good
+    yield "no end", good[:-4]
+    yield "a checksum at the end", good + end
+    yield "an empty block", LZ4 + end
+    yield "no block", LZ4
+    yield "a stored block", LZ4 + (len(TEXT) | 1 << 31).to_bytes(4, "little") + TEXT + end
+    yield "a length too small", LZ4 + (len(block) - 1).to_bytes(4, "little") + block + end
+    yield "a length too large", LZ4 + (len(block) + 1).to_bytes(4, "little") + block + end
+    yield "a byte too many", LZ4 + (len(block) + 1).to_bytes(4, "little") + block + b"\0" + end
+    yield "zstd within", LZ4 + len(TEXT).to_bytes(4, "little") + TEXT + end
+
+
+@pytest.mark.parametrize("stored", [each for _, each in other_lz4_frames()], ids=[name for name, _ in other_lz4_frames()])
+def test_anything_else_than_one_block_of_lz4_is_corrupt(stored: bytes) -> None:
+    assert unpack(pack(TEXT, "lz4"), len(TEXT)) == TEXT
+    for size in (len(TEXT), PAGE, FRAME):
+        assert peak_of_corrupt(lambda: unpack(stored, size)) < 3 * FRAME  # noqa: B023
+
+
+@pytest.mark.parametrize("size", [0, 1, PAGE, len(TEXT) - 1, len(TEXT) + 1, FRAME, FRAME + 1, 1 << 31, 1 << 40])
+def test_an_lz4_frame_of_another_size_than_the_index_says_is_corrupt(size: int) -> None:
+    assert peak_of_corrupt(lambda: unpack(pack(TEXT, "lz4"), size)) < 3 * FRAME
+
+
+def test_an_lz4_bomb_does_not_go_off() -> None:
+    """16 MiB of content in 64 KiB: what is not asked for is not made."""
+    stored = pack(bytes(FRAME), "lz4")
+    block = lz4.block.compress(bytes(4 * FRAME), store_size=False)
+    bomb = LZ4 + len(block).to_bytes(4, "little") + block + bytes(4)
+    for each in (stored, bomb):
+        assert peak_of_corrupt(lambda: unpack(each, PAGE)) < 1 << 20  # noqa: B023
+
+
+def test_an_lz4_frame_that_is_cut_or_flipped_is_corrupt_or_of_the_size_that_was_asked() -> None:
+    stored = pack(TEXT, "lz4")
+    for size in range(0, len(stored), 7):
+        with pytest.raises(Corrupt):
+            unpack(stored[:size], len(TEXT))
+    for at in [*range(40), *range(40, len(stored), 97), len(stored) - 1]:
+        for flip in (0x01, 0x80, 0xFF):
+            try:
+                found = unpack(stored[:at] + bytes([stored[at] ^ flip]) + stored[at + 1 :], len(TEXT))
+            except Corrupt:
+                continue
+            assert len(found) == len(TEXT)
 
 
 # --- floats -----------------------------------------------------------------------------------------------------------------
@@ -377,15 +505,16 @@ def test_a_file_that_ends_inside_a_frame_gives_no_more_than_it_has() -> None:
 
 @pytest.mark.parametrize(
     ("text", "level"),
-    [("zstd", 1), ("zstd:1", 1), ("zstd:19", 19), ("zstd:-7", -7), ("zstd:0", 0), ("zstd:03", 3), ("none", None)],
+    [("zstd", 1), ("zstd:1", 1), ("zstd:19", 19), ("zstd:-7", -7), ("zstd:0", 0), ("zstd:03", 3), ("none", None), ("lz4", "lz4")],
 )
-def test_known_compressions(text: str, level: int | None) -> None:
+def test_known_compressions(text: str, level: codec.Level) -> None:
     assert codec.parse_compression(text) == level
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "lz4", "gzip", "ZSTD", "zstd:20", "zstd:-8", "zstd:x", "zstd:--1", "zstd:1:2", "zstd:1.5", "none:1", " zstd", "zstd: 1",
+    ["", "lz4:", "lz4:1", "lz4:-1", "LZ4", "lz4hc", "lz4 ", "lz4,zstd",
+     "gzip", "ZSTD", "zstd:20", "zstd:-8", "zstd:x", "zstd:--1", "zstd:1:2", "zstd:1.5", "none:1", " zstd", "zstd: 1",
      "zstd:-", "zstd:²", "zstd:" + "9" * 5000],
 )  # fmt: skip
 def test_unknown_compressions_are_refused(text: str) -> None:

@@ -39,7 +39,7 @@ BAD: dict[str, list[object]] = {
     "store.s3.read_timeout": [0, -1],
     "arena.size": ["1MiB", 0, -1, "x"],
     "transfer.streams": [-1, 65, "many"],
-    "transfer.compression": ["lz4", "", "zstd:99", "zstd:-8", "zstd:x"],
+    "transfer.compression": ["lz4:1", "lz5", "", "zstd:99", "zstd:-8", "zstd:x"],
     "criu.timeout": [0, -1],
     "criu.log_level": [-1, 5],
     "criu.tcp": ["drop", "", True],

@@ -452,6 +452,26 @@ def test_frames_in_planes_take_version_2() -> None:
         decoded(seal(in_planes(1000)))
 
 
+def in_lz4(count: int, planes: int = 0) -> dict[str, Any]:
+    data = in_planes(planes)
+    data["images"][0]["in_lz4"] = count
+    return {**data, "format_version": 3}
+
+
+def test_frames_in_lz4_take_version_3() -> None:
+    found = decoded(seal(in_lz4(1)))
+    assert (found.images[0].in_lz4, format.version_of(found.parts)) == (1, 3)
+    assert decoded(format.encode_manifest(found, NOBODY)) == found
+    assert b"in_lz4" not in encoded()
+    for version in (1, 2):
+        with pytest.raises(Corrupt, match=f"version {version}"):
+            decoded(seal({**in_lz4(1), "format_version": version}))
+    frames = sum(stream.frames for stream in found.images[0].streams)
+    for lz4, planes in ((frames + 1, 0), (frames, 1), (1000, 0)):
+        with pytest.raises(Corrupt, match="more frames in planes, or in LZ4"):
+            decoded(seal(in_lz4(lz4, planes)))
+
+
 @pytest.mark.parametrize("version", ["1", "2", None, 1.0, True, [], {}, "x" * 10000])
 def test_a_format_version_that_is_no_number_is_corrupt(version: object) -> None:
     with pytest.raises(Corrupt):

@@ -97,6 +97,19 @@ def test_floats_are_known_and_nothing_else_is_taken_for_them(name: str, size: in
     assert planes.probe(memoryview(data)[:size]) == width
 
 
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("size", [planes.SMALLEST, 100 * PAGE, 1001 * PAGE + 2048, FRAME])
+def test_only_noise_looks_like_noise(name: str, size: int) -> None:
+    assert planes.noise(memoryview(HELD[name][0])[:size]) is (name == "noise")
+
+
+def test_mantissas_are_noise_and_what_is_small_is_not() -> None:
+    lower, highest = planes.Planes().split(memoryview(HELD["bfloat16"][0]), 2)
+    assert (planes.noise(lower), planes.noise(highest)) == (True, False)
+    assert not planes.noise(memoryview(NOISE)[: planes.SMALLEST - 1])
+    assert not planes.noise(memoryview(b""))
+
+
 @pytest.mark.parametrize("size", [0, 1, PAGE, planes.SMALLEST - PAGE, planes.SMALLEST - 1, planes.SMALLEST + 1, FRAME - 1])
 def test_what_is_small_or_no_pages_is_left_as_it_is(size: int) -> None:
     assert planes.probe(memoryview(HELD["float32"][0])[:size]) == 0

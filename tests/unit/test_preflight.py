@@ -189,7 +189,7 @@ ROWS = [
     Row("host_network", lambda: on_the_node(PROCESS_FACTS), "network", "the node's", "the pod's own"),
     Row("streams", lambda: chosen(streams=65), "streams", 65, "1 to 64"),
     Row("streams", lambda: chosen(streams=-1), "streams", -1, "1 to 64"),
-    Row("compression", lambda: chosen(compression="lz4"), "compression", "lz4", "zstd, zstd:<-7 to 19>, none"),
+    Row("compression", lambda: chosen(compression="lz5"), "compression", "lz5", "zstd, zstd:<-7 to 19>, lz4, none"),
     Row("expired", lambda: preflight.expired(10.0, 11.0), "expires_at", 11.0, "before 10.0"),
     Row("no_room", lambda: preflight.room(50 << 20, (1 << 20) - 1, 1 << 30), "store free bytes", (1 << 20) - 1, 1 << 20, NoRoom),
     Row("no_room", lambda: preflight.room(0, None, (16 << 20) - 1), "work_dir free bytes", (16 << 20) - 1, 16 << 20, NoRoom),

@@ -398,7 +398,7 @@ def _checked(given: dict[str, Any]) -> Overrides:
         except ValidationError:
             raise BadCommand(
                 "overrides.compression is not known", property="overrides.compression", found=overrides.compression[:100],
-                wanted="zstd, zstd:<level from -7 to 19> or none",
+                wanted="zstd, zstd:<level from -7 to 19>, lz4 or none",
             ) from None  # fmt: skip
     directory = overrides.directory
     if directory and not (

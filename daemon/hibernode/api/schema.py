@@ -44,7 +44,7 @@ class CheckpointOverrides(Request):
     """What one checkpoint may choose for itself."""
 
     asynchronous: bool = Field(default=False, description="The node's slot is free as soon as the workload runs on")
-    compression: str | None = Field(default=None, description="zstd, zstd:<level> or none")
+    compression: str | None = Field(default=None, description="zstd, zstd:<level>, lz4 or none")
     criu_opts: str | None = Field(default=None, description="A JSON object in a string; only documented keys")
     directory: str | None = Field(default=None, description="A store that the node allows, or a place under one")
     streams: int = Field(

@@ -41,7 +41,7 @@ wait_option = click.option("--wait/--no-wait", default=True, help="Wait for the 
 @click.option("--kill", is_flag=True, help="End it when its checkpoint is stored and verified.")
 @click.option("--async", "asynchronous", is_flag=True, help="Free the slot of this action once all is captured.")
 @click.option("--kind", type=click.Choice(["simple", "rootfs", "rootfsonly"]), default="simple", show_default=True)
-@click.option("--compression", default="", metavar="HOW", help="zstd, zstd:LEVEL or none; else as configured.")
+@click.option("--compression", default="", metavar="HOW", help="zstd, zstd:LEVEL, lz4 or none; else as configured.")
 @click.option("--streams", default=0, type=click.IntRange(0, 64), metavar="N", help="Parallel streams; 0 = as configured.")
 @directory_option
 @criu_option

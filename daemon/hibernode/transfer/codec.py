@@ -1,7 +1,8 @@
-"""zstd, and the only file that knows it. A frame is compressed, or stored as a zstd frame of raw blocks: any zstd reads both. A frame
-of floats may be stored as their planes: a mark, which is a skippable frame, then two zstd frames; any zstd reads those, as planes.
+"""zstd and LZ4, and the only file that knows them. A frame is compressed, or stored as a zstd frame of raw blocks: any zstd reads both. A
+frame of floats may be stored as their planes: a mark, which is a skippable frame, then two zstd frames; any zstd reads those, as planes.
+Where speed is asked for, it is a frame of LZ4's own format: the zstd program reads it, if it was built with LZ4, and so does lz4.
 
-Level 1 unless a command says otherwise: on the two-core machine of criu.md it keeps up with a store, higher levels do not.
+zstd at level 1 unless a command says otherwise: on the two-core machine of criu.md it keeps up with a store, higher levels do not.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import io
 import re
 import struct
 from collections.abc import Callable
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, Literal, cast
 
+import lz4.block
 import numpy as np
 import zstandard
 
@@ -44,18 +46,29 @@ _FEW_MATCHES = {
     "target_length": 0,
     "strategy": zstandard.STRATEGY_FAST,
 }
+# What looks like noise is looked at quickly before a higher level tries: 0.6 ms a frame, where level 9 takes 3 and level 19 takes 600 to
+# find nothing. It sees repeats of four bytes and more in all of the frame. To level 4 zstd itself gives noise up as quickly.
+_QUICK = {**_FEW_MATCHES, "window_log": 22, "hash_log": 17, "min_match": 4}
+_SLOW, _NOTHING = 5, 0.99  # from this level on; what shrinks less has nothing for any level
 # Mantissas that shrink so much have repeats, and zstd may find more of them where the floats lie whole: both ways are tried.
 _REPEATS = 0.6
+
+# An LZ4 frame of one block. Its head: magic, version 1 and blocks by themselves, blocks of 4 MiB at most, the checksum of these two bytes.
+# Then the block's length and the block, at last an empty one. Neither size nor checksum of the content: the index has both.
+_LZ4_HEAD, _LZ4_END = bytes.fromhex("04224d18 60 70 73"), bytes(4)
 
 PACKED_BYTES = FRAME_BYTES + _RAW_HEADER.size + 3 * -(-FRAME_BYTES // _BLOCK)  # of the longest frame that is ever written
 
 Buffer = bytes | memoryview
+Level = int | Literal["lz4"] | None  # of zstd; LZ4; None: raw frames only
 
 
-def parse_compression(text: str) -> int | None:
-    """`zstd`, `zstd:<level>` -> level; `none` -> None. Anything else is Refused("compression")."""
+def parse_compression(text: str) -> Level:
+    """`zstd`, `zstd:<level>` -> level; `lz4`; `none` -> None. Anything else is Refused("compression")."""
     if text == "none":
         return None
+    if text == "lz4":
+        return "lz4"
     if text == "zstd":
         return DEFAULT_LEVEL
     if (found := _LEVEL.fullmatch(text)) and -7 <= int(found[1]) <= 19:
@@ -65,7 +78,7 @@ def parse_compression(text: str) -> int | None:
         f"compression {text!r} is not known",
         prop="compression",
         found=text,
-        wanted="zstd, zstd:<-7 to 19>, none",
+        wanted="zstd, zstd:<-7 to 19>, lz4, none",
         hint="leave it out for zstd at level 1",
     )
 
@@ -73,33 +86,49 @@ def parse_compression(text: str) -> int | None:
 class Packer:
     """Turns the pages of one frame into its stored form. One per thread: contexts and buffers are used again."""
 
-    def __init__(self, level: int | None) -> None:
-        self._zstd = zstandard.ZstdCompressor(level=level, write_checksum=False) if level is not None else None
+    def __init__(self, level: Level) -> None:
+        self._lz4 = level == "lz4"
+        self._zstd = zstandard.ZstdCompressor(level=level, write_checksum=False) if isinstance(level, int) else None
         self._few_matches = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(**_FEW_MATCHES))
-        self._planes = Planes() if level is not None and level >= 0 else None  # whoever asks for less than 0 wants speed alone
-        self.in_planes = 0  # frames so far that were stored so
+        # Whoever asks for LZ4, or for less than 0, wants speed alone.
+        self._planes = Planes() if isinstance(level, int) and level >= 0 else None
+        slow = isinstance(level, int) and level >= _SLOW
+        self._quick = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(**_QUICK)) if slow else None
+        self.in_planes = self.in_lz4 = 0  # frames so far that were stored so
 
     def pack(self, data: memoryview) -> list[Buffer]:
         """The frame's bytes, in pieces; those of a raw frame point into `data`."""
+        packed: list[Buffer] = []
         if self._zstd is not None:
             packed = self._smaller(data, self._zstd)
-            if sum(len(piece) for piece in packed) <= len(data) * _WORTH:
-                self.in_planes += len(packed) > 1
-                return packed
-        return _raw_frame(data)
+        elif self._lz4:
+            packed = _lz4_frame(data)
+        if not packed or sum(len(piece) for piece in packed) > len(data) * _WORTH:
+            return _raw_frame(data)
+        self.in_lz4 += self._lz4
+        self.in_planes += len(packed) > 1 and not self._lz4
+        return packed
 
     def _smaller(self, data: memoryview, zstd: zstandard.ZstdCompressor) -> list[Buffer]:
         """In planes, or as it is."""
         width = planes.probe(data) if self._planes is not None else 0
         if self._planes is None or not width:
-            return [zstd.compress(data)]
+            return [self._deflated(data, zstd)]
         lower, highest = self._planes.split(data, width)
-        first, second = zstd.compress(lower), self._few_matches.compress(highest)
+        first, second = self._deflated(lower, zstd), self._few_matches.compress(highest)
         if len(first) < len(lower) * _REPEATS:
-            whole = zstd.compress(data)
+            whole = self._deflated(data, zstd)
             if len(whole) <= _MARK.size + len(first) + len(second):
                 return [whole]
         return [_MARK.pack(_MARK_MAGIC, _MARK.size - 8, _PLANES, width, 0, len(first)), first, second]
+
+    def _deflated(self, data: memoryview, zstd: zstandard.ZstdCompressor) -> bytes:
+        """One zstd frame; of noise as the quick look leaves it, if that finds nothing."""
+        if self._quick is not None and planes.noise(data):
+            packed = self._quick.compress(data)
+            if len(packed) > len(data) * _NOTHING:
+                return packed
+        return zstd.compress(data)
 
 
 class Unpacker:
@@ -114,6 +143,8 @@ class Unpacker:
         is anything else; memory is bounded by `size`, and a frame for planes, whatever is stored says."""
         if raw := _raw_pieces(stored, size):
             return raw
+        if stored[: len(_LZ4_HEAD)] == _LZ4_HEAD:
+            return [memoryview(_of_lz4(stored, size))]
         try:
             if _is_marked(stored):
                 return [self._merged(stored, size)]
@@ -144,6 +175,30 @@ class Unpacker:
 
 def _is_marked(stored: memoryview) -> bool:
     return len(stored) >= _MARK.size and int.from_bytes(stored[:4], "little") == _MARK_MAGIC
+
+
+def _lz4_frame(data: memoryview) -> list[Buffer]:
+    block = lz4.block.compress(data, store_size=False)
+    return [_LZ4_HEAD + len(block).to_bytes(4, "little"), block, _LZ4_END]
+
+
+def _of_lz4(stored: memoryview, size: int) -> bytes:
+    """What is in a frame that is exactly as `_lz4_frame` writes it; else Corrupt."""
+    at = len(_LZ4_HEAD) + 4
+    block = stored[at : -len(_LZ4_END)]
+    if (
+        len(block).to_bytes(4, "little") != stored[at - 4 : at]
+        or stored[-len(_LZ4_END) :] != _LZ4_END
+        or not 0 < size <= FRAME_BYTES
+    ):
+        raise Corrupt("an LZ4 frame is not one block")
+    try:
+        content: bytes = lz4.block.decompress(block, uncompressed_size=size)
+    except lz4.block.LZ4BlockError as e:
+        raise Corrupt(f"a frame does not decompress: {e}") from e
+    if len(content) != size:
+        raise Corrupt(f"a frame does not hold the {size} bytes that the index names")
+    return content
 
 
 def _raw_frame(data: memoryview) -> list[Buffer]:

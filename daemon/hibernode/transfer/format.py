@@ -394,7 +394,7 @@ def version_of(parts: Iterable[PagesRef]) -> int:
     """The oldest format version whose readers understand all of it. Digests of pages take version 3, too, though a restore needs none:
     readers of versions 1 and 2 would say `corrupt` of the key, and not that a newer one is needed."""
     parts = list(parts)
-    if any(part.referenced or part.digests or (isinstance(part, ImageRef) and part.bases) for part in parts):
+    if any(part.in_lz4 or part.referenced or part.digests or (isinstance(part, ImageRef) and part.bases) for part in parts):
         return 3
     return 2 if any(part.in_planes for part in parts) else 1
 
@@ -481,7 +481,7 @@ def _check_images(manifest: Manifest) -> None:
         if not MIN_LAYER <= layer.bytes <= layer.pages * PAGE < layer.bytes + PAGE or layer.entries * MIN_ENTRY > layer.bytes:
             raise Corrupt(f"manifest: layer {layer.name} has impossible sizes")
     if manifest.format_version < (needed := version_of(manifest.parts)):
-        what = "frames in planes" if needed == 2 else "references to other checkpoints"
+        what = "frames in planes" if needed == 2 else "frames in LZ4, and no references to other checkpoints"
         raise Corrupt(f"manifest: format version {manifest.format_version} has no {what}")
     for part in manifest.parts:
         _check_part(part)
@@ -493,8 +493,8 @@ def _check_images(manifest: Manifest) -> None:
 
 
 def _check_part(part: PagesRef) -> None:
-    if part.in_planes > sum(stream.frames for stream in part.streams):
-        raise Corrupt(f"manifest: {part.name} has more frames in planes than frames")
+    if part.in_planes + part.in_lz4 > sum(stream.frames for stream in part.streams):
+        raise Corrupt(f"manifest: {part.name} has more frames in planes, or in LZ4, than frames")
     if len(part.streams) > MAX_STREAMS or part.zero_pages + part.referenced > part.pages or part.pages > _PAGES_LIMIT:
         raise Corrupt(f"manifest: {part.name} has impossible counts")
     if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in part.streams):

@@ -39,12 +39,24 @@ def probe(data: memoryview) -> int:
     or three times that with cold caches; the quickest frame takes 630."""
     if len(data) < SMALLEST or len(data) % PAGE:
         return 0
-    # A ninth, because what repeats does so at powers of two: noise that is met twice would not look like noise.
-    step = len(data) // (_SAMPLES + 1) // PAGE * PAGE
-    words = np.ndarray((_SAMPLES, _SAMPLE, 4), np.uint8, data, PAGE // 2, (step, 4, 1))
+    words = _sample(data)
     if _squares_of(words, 3) < _SKEWED or _squares_of(words, 2) > _NOISE:  # noise, the quickest to pack, ends here
         return 0
     return 2 if _squares_of(words, 0) <= _NOISE and _squares_of(words, 1) >= _SKEWED else 4
+
+
+def noise(data: memoryview) -> bool:
+    """Whether no byte seems to come more often than others; False of what is too small. Asks the sample of `probe`: it sees no repeats."""
+    if len(data) < SMALLEST:
+        return False
+    words = _sample(data)
+    return all(_squares_of(words, place) <= _NOISE for place in range(4))
+
+
+def _sample(data: memoryview) -> npt.NDArray[np.uint8]:
+    # A ninth, because what repeats does so at powers of two: noise that is met twice would not look like noise.
+    step = len(data) // (_SAMPLES + 1) // PAGE * PAGE
+    return np.ndarray((_SAMPLES, _SAMPLE, 4), np.uint8, data, PAGE // 2, (step, 4, 1))
 
 
 def _squares_of(words: npt.NDArray[np.uint8], place: int) -> float:

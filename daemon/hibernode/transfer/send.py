@@ -68,10 +68,10 @@ def memory_bound(
 
 @dataclass(frozen=True)
 class Packing:
-    """How an image is stored: so many streams, at this zstd level (None: raw frames only)."""
+    """How an image is stored: so many streams, and how their frames are packed."""
 
     streams: int
-    level: int | None
+    level: codec.Level
 
 
 class _Pages(AbstractContextManager["_Pages"]):
@@ -132,10 +132,11 @@ class _Pages(AbstractContextManager["_Pages"]):
         index_ref, _ = self._put(self._INDEX, lambda write: write(codec.deflate(index)))
         referenced = int(references["pages"].sum())
         zero_pages = pages - int(frames["kept"].sum()) - referenced
-        streams, in_planes = [s.ref() for s in self._streams], sum(s.in_planes for s in self._streams)
+        streams = [s.ref() for s in self._streams]
+        packers = [s.packer for s in self._streams]
         return PagesRef(
-            name=self._name, pages=pages, zero_pages=zero_pages, streams=streams, index=index_ref, in_planes=in_planes,
-            referenced=referenced,
+            name=self._name, pages=pages, zero_pages=zero_pages, streams=streams, index=index_ref, referenced=referenced,
+            in_planes=sum(packer.in_planes for packer in packers), in_lz4=sum(packer.in_lz4 for packer in packers),
         )  # fmt: skip
 
     def keep(self) -> None:
@@ -230,7 +231,7 @@ class _Stream:
     """One stream: a thread, an upload, a zstd context, and the frames it has written."""
 
     def __init__(
-        self, key: str, number: int, level: int | None, seal: Seal, arena: Arena, meter: Meter, known: Known | None
+        self, key: str, number: int, level: codec.Level, seal: Seal, arena: Arena, meter: Meter, known: Known | None
     ) -> None:
         self.key = key
         self.references: list[ReferenceTable] = []
@@ -240,7 +241,7 @@ class _Stream:
         self.made: _Object | None = None
         self.thread: threading.Thread | None = None
         self._number, self._arena, self._meter = number, arena, meter
-        self._packer = codec.Packer(level)
+        self.packer = codec.Packer(level)
         self._scratch = np.empty((FRAME_PAGES, PAGE // 8), np.uint64)
         self._seal = seal.of(key)
         self._sealed = self._seal.scratch(codec.PACKED_BYTES + TAG)
@@ -266,7 +267,7 @@ class _Stream:
         data = self._drop(pages, keep)
         kept, stored = len(data) // PAGE, 0
         if kept:
-            pieces = self._seal.close(len(self._frames), self._packer.pack(data), self._sealed)
+            pieces = self._seal.close(len(self._frames), self.packer.pack(data), self._sealed)
             stored = sum(len(piece) for piece in pieces)
             self._frames.append(_Frame(chunk.first_page, self._offset, stored, chunk.pages, kept, format.digest(*pieces)))
             if kept < chunk.pages:
@@ -294,10 +295,6 @@ class _Stream:
             return pages.reshape(-1).data.cast("B")
         kept = np.compress(keep, pages, axis=0, out=self._scratch[: int(keep.sum())])
         return kept.reshape(-1).data.cast("B")
-
-    @property
-    def in_planes(self) -> int:
-        return self._packer.in_planes
 
     def _seek_table(self) -> bytes:
         return format.seek_table((f.stored for f in self._frames), (f.kept * PAGE for f in self._frames))
