@@ -27,7 +27,7 @@ from hibernode.flow import Channel, Threads
 from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef, StreamRef, TaskFacts
 from hibernode.ports import Store, Upload
 from hibernode.transfer import codec, format
-from hibernode.transfer.arena import CHUNK, Arena, Chunk
+from hibernode.transfer.arena import CHUNK, Chunk, Share
 from hibernode.transfer.collect import SOCKET_BUFFER
 from hibernode.transfer.format import FRAME, SEGMENT, Digester, Index, KeepMap, KeepMaps, SegmentTable
 from hibernode.transfer.seal import TAG, Closer, Seal
@@ -65,12 +65,12 @@ class _Pages(AbstractContextManager["_Pages"]):
     _INDEX: ClassVar[str]
 
     def __init__(
-        self, store: Store, seal: Seal, name: str, packing: Packing, arena: Arena, threads: Threads, meter: Meter
+        self, store: Store, seal: Seal, name: str, packing: Packing, share: Share, threads: Threads, meter: Meter
     ) -> None:
-        self._store, self._seal, self._name, self._arena = store, seal, name, arena
+        self._store, self._seal, self._name, self._share = store, seal, name, share
         self._threads, self._meter = threads, meter
         keys = [f"{name}/{self._STREAM.format(n)}" for n in range(packing.streams)]
-        self._streams = [_Stream(key, n, packing.level, seal, arena, meter) for n, key in enumerate(keys)]
+        self._streams = [_Stream(key, n, packing.level, seal, share, meter) for n, key in enumerate(keys)]
         self._uploads: list[_Object] = []
         self._kept = False
         self.chunks: Channel[Chunk] = threads.channel(_QUEUE)
@@ -91,7 +91,7 @@ class _Pages(AbstractContextManager["_Pages"]):
             self._threads.fail(error or Internal(f"{self._name} was not kept"))
             self._threads.wait()
             for chunk in self.chunks.drain():
-                self._arena.give_back(chunk)
+                self._share.give_back(chunk)
             self._undo()
 
     def _join(self) -> None:
@@ -189,12 +189,12 @@ class _Object:
 class _Stream:
     """One stream: a thread, an upload, a zstd context, and the frames it has written."""
 
-    def __init__(self, key: str, number: int, level: int | None, seal: Seal, arena: Arena, meter: Meter) -> None:
+    def __init__(self, key: str, number: int, level: int | None, seal: Seal, share: Share, meter: Meter) -> None:
         self.key = key
         self.keeps: dict[int, tuple[int, bytes]] = {}  # first page -> pages, packed keep map
         self.made: _Object | None = None
         self.thread: threading.Thread | None = None
-        self._number, self._arena, self._meter = number, arena, meter
+        self._number, self._share, self._meter = number, share, meter
         self._packer = codec.Packer(level)
         self._scratch = np.empty((FRAME_PAGES, PAGE // 8), np.uint64)
         self._seal = seal.of(key)
@@ -208,7 +208,7 @@ class _Stream:
             try:
                 self._send(chunk, self.made.upload)
             finally:
-                self._arena.give_back(chunk)
+                self._share.give_back(chunk)
         self.made.upload.write(self._seek_table())
         self.made.commit()
 
