@@ -23,7 +23,7 @@ def test_a_part_is_a_tenth_more_than_was_expected_and_never_more_than_there_is()
     assert ask(Sharing(100, at_once=9), 100).own == 100, "it fits, and stands still for no store"
 
 
-def test_what_does_not_fit_has_half_and_borrows_the_rest_while_nobody_waits() -> None:
+def test_what_does_not_fit_has_half_and_borrows_what_nobody_waits_for() -> None:
     sharing = Sharing(100, at_once=9)
     large = ask(sharing, 1000)
     assert (large.own, sharing.left(large)) == (50, 100)
@@ -45,6 +45,15 @@ def test_who_is_small_does_not_pass_who_is_large() -> None:
     assert (first.filling, large.filling, small.filling) == (True, False, False)
     sharing.leave(large)
     assert small.filling, "it was behind one that has gone"
+
+
+def test_what_the_first_in_the_line_waits_for_is_lent_to_nobody() -> None:
+    sharing = Sharing(100, at_once=1)
+    large = ask(sharing, 1000)
+    ask(sharing, 30)
+    assert sharing.left(large) == 50 + 15, "it waits for the end of a dump, and not for the rest of the arena"
+    ask(sharing, 30)
+    assert sharing.left(large) == 50 + 15
 
 
 def test_what_was_not_used_is_free_when_it_is_full() -> None:

@@ -2,8 +2,8 @@
 
 An action asks for a part before anything is frozen, and has it when as much is free, in the order in which they asked: whoever is small
 does not pass whoever is large, so nobody waits for ever. What it was given is its own until it is full, so nobody who stands still waits
-for what others ship. What is nobody's may be borrowed as long as nobody waits for a part. Full, it keeps what it uses, and less with each
-chunk that is shipped.
+for what others ship. What is nobody's may be borrowed, but for what the first in the line waits for. Full, it keeps what it uses,
+and less with each chunk that is shipped.
 
 What does not fit into the arena at all stands still for a store whatever it is given: it has half, and borrows the rest.
 """
@@ -62,8 +62,9 @@ class Sharing:
         return part
 
     def left(self, part: Part) -> int:
-        """Chunks that it may take now."""
-        return max(0, part.own - part.used) + (0 if self._line else self.free)
+        """Chunks that it may take now: what is its own, and what is nobody's, but for what the first in the line waits for."""
+        next_one = self._line[0].wanted if self._line else 0
+        return max(0, part.own - part.used) + max(0, self.free - next_one)
 
     def low(self, part: Part) -> bool:
         """It had better let go of what it has."""
