@@ -27,9 +27,9 @@ ARENA = Arena(32 << 20)
 
 def captured(upper: Path, arena: Arena = ARENA) -> tuple[bytes, LayerRef]:
     """The tar of a layer, and what a manifest would say of it, streams left out. It has to fit into the arena."""
-    with Threads(Cancel()) as threads:
-        held, chunks = Held(arena), threads.channel(1 << 16)
-        collector = LayerCollector(upper, arena, chunks, threads, held)
+    with Threads(Cancel()) as threads, arena.share(arena.total_bytes, Cancel()) as share:
+        held, chunks = Held(share), threads.channel(1 << 16)
+        collector = LayerCollector(upper, chunks, threads, held)
         pages = bytearray()
         try:
             collector.run()
@@ -40,7 +40,7 @@ def captured(upper: Path, arena: Arena = ARENA) -> tuple[bytes, LayerRef]:
             for chunk in chunks.drain():
                 assert chunk.first_page * 4096 == len(pages)
                 pages += chunk.data
-                arena.give_back(chunk)
+                share.give_back(chunk)
     assert len(pages) == collector.pages * 4096
     assert not any(pages[collector.bytes :])
     return bytes(pages[: collector.bytes]), described(collector.bytes, collector.entries)
@@ -71,12 +71,13 @@ def sent(
 ) -> LayerRef:
     """As a checkpoint does it: everything open before, read while frozen, shipped when it runs again."""
     with (
+        arena.share(arena.total_bytes, Cancel()) as share,
         Threads(Cancel()) as threads,
-        LayerSender(store, seal, "main", Packing(streams, level), arena, threads, Meter()) as sender,
+        LayerSender(store, seal, "main", Packing(streams, level), share, threads, Meter()) as sender,
     ):
-        held = Held(arena)
+        held = Held(share)
         try:
-            collector = LayerCollector(upper, arena, sender.chunks, threads, held)
+            collector = LayerCollector(upper, sender.chunks, threads, held)
             collector.run()
             held.release()
             ref = sender.finish(collector.pages, collector.bytes, collector.entries)

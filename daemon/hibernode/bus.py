@@ -75,8 +75,8 @@ class NodeBus(Protocol):
     async def answer_find(self, answer: Callable[[bytes], Awaitable[bytes | None]]) -> None:
         """From now on, answer find requests of this cluster; None = not here, stay silent."""
 
-    async def nodes(self) -> dict[str, bytes]:
-        """All node records of the cluster."""
+    async def nodes(self, node: str = "") -> dict[str, bytes]:
+        """All node records of the cluster; or the one of `node`, if there is one."""
 
     async def stop(self) -> None:
         """Take no more commands, flush, disconnect. Harmless when repeated."""
@@ -111,6 +111,6 @@ class ControlBus(Protocol):
     async def find(self, data: bytes, timeout: float, *, enough: int = 0) -> list[bytes]:
         """Ask all nodes of the cluster; the answers that came within `timeout` seconds, or until there were `enough` (0: never)."""
 
-    async def nodes(self) -> dict[str, bytes]: ...
+    async def nodes(self, node: str = "") -> dict[str, bytes]: ...
 
     async def stop(self) -> None: ...

@@ -22,6 +22,7 @@ from hibernode.node import Attempt, Node
 from hibernode.ports import Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer import files, layer
+from hibernode.transfer.arena import Share
 from hibernode.transfer.collect import Collector, page_sockets
 from hibernode.transfer.filling import Held
 from hibernode.transfer.known import Known
@@ -55,6 +56,7 @@ class Capture(AbstractContextManager["Capture"]):
     def __init__(
         self,
         node: Node,
+        share: Share,
         store: Store,
         seal: Seal,
         workload: Workload,
@@ -71,11 +73,11 @@ class Capture(AbstractContextManager["Capture"]):
         self._wire = Wire(node.criu.facts().version)
         self._threads = Threads(attempt.cancel)
         packing = Packing(options.streams, options.level)
-        to = (packing, node.arena, self._threads, attempt.meter)
+        to = (packing, share, self._threads, attempt.meter)
         names = workload.roots() if kind != "rootfsonly" else ()
         self._senders = {name: Sender(store, seal, name, *to, known.get(name)) for name in names}
         self._layer_senders = {name: LayerSender(store, seal, name, *to) for name in self._layers}
-        self._held = Held(node.arena)  # of all: each alone could wait for room that the others hold
+        self._held = Held(share)  # of all: each alone could wait for room that the others hold
         self._collected: dict[str, Collector] = {}
         self._read: dict[str, LayerCollector] = {}
         self._stack = ExitStack()
@@ -99,11 +101,10 @@ class Capture(AbstractContextManager["Capture"]):
         beyond."""
         held_ns = sum(self._dump(name) for name in self._senders)
         for name, facts in self._layers.items():
-            self._read[name] = LayerCollector(
-                facts.upper, self._node.arena, self._layer_senders[name].chunks, self._threads, self._held
-            )
+            self._read[name] = LayerCollector(facts.upper, self._layer_senders[name].chunks, self._threads, self._held)
             self._read[name].run()
         self._held.release()
+        self._held.share.full()
         pages = [each.pages for each in self._collected.values()] + [each.pages for each in self._read.values()]
         self._meter.bytes_total = sum(pages) * PAGE
         return time.monotonic_ns() - since if since else held_ns
@@ -126,7 +127,7 @@ class Capture(AbstractContextManager["Capture"]):
         return stats.freezing_ns + stats.frozen_ns
 
     def _collect(self, name: str, pages: socket.socket) -> None:
-        collector = Collector(pages, self._wire, self._node.arena, self._senders[name].chunks, self._threads, self._held)
+        collector = Collector(pages, self._wire, self._senders[name].chunks, self._threads, self._held)
         self._collected[name] = collector
         collector.run()
 

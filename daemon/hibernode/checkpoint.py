@@ -42,10 +42,10 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
             origin = undo.enter_context(increment.origin(node, store, command, workload, options))
-        node.arena.wait_for_room(meter.bytes_total, attempt.cancel)  # for as long as it takes: nobody is frozen for it
+        share = undo.enter_context(node.arena.share(meter.bytes_total, attempt.cancel))  # nobody is frozen until there is one
         with attempt.phase("preflight", limits.preflight):  # a store that hangs now hangs before anybody is frozen
             capture = undo.enter_context(
-                Capture(node, store, origin.seal, workload, command.kind, options, attempt, work, origin.known)
+                Capture(node, share, store, origin.seal, workload, command.kind, options, attempt, work, origin.known)
             )
             processes = workload.processes()  # again: the wait may have been long, and who was stopped then may run now
             gpu_image, on_gpus = gpus.look(node, gpu, workload, processes if command.kind != "rootfsonly" else ())

@@ -170,7 +170,7 @@ async def serve(settings: Config, alone: Alone, dress: Callable[[Node], Node]) -
             arena_total=lambda: this.arena.total_bytes,
             outbox=lambda: len(outbox),
             bus_connected=lambda: bus is not None and bus.connected,
-            queues={"chunks": lambda: this.arena.used_bytes >> 22},
+            queues={"chunks": lambda: this.arena.used_bytes >> 22, "arena": lambda: this.arena.waiting},
             gpus=this.inventory.gpus,
         )
     )
@@ -253,15 +253,16 @@ def build(settings: Config, arrivals: Arrivals) -> Node:
         workloads = AllWorkloads(processes, _containers(settings, arrivals, criu, children))
         journal = Journal(settings.state_dir / "journal")
     criu.facts()  # too old or missing: refuse to start
+    host = LinuxHost()
     with usable("arena.size", settings.arena.size):
-        arena = Arena(settings.arena.size)
+        arena = Arena(settings.arena.size, at_once=max(2, host.load().cpus))
     return Node(
         config=settings,
         workloads=workloads,
         jobs=workloads,
         criu=criu,
         gpu=Nvidia(settings.gpu, settings.state_dir / "gpu", children),
-        host=LinuxHost(),
+        host=host,
         inventory=Nvml(settings.gpu.nvml),
         arena=arena,
         journal=journal,

@@ -12,8 +12,9 @@ from hibernode.errors import Corrupt
 from hibernode.flow import Channel, Threads
 from hibernode.model import FRAME_PAGES, PAGE, Cancel
 from hibernode.transfer import pageproto
-from hibernode.transfer.arena import Arena, Chunk
+from hibernode.transfer.arena import Arena, Chunk, Share
 from hibernode.transfer.collect import Collector, page_sockets
+from hibernode.transfer.filling import Held
 from hibernode.transfer.pageproto import PRESENT, Header, Wire
 
 MAX_LENGTH = 4096
@@ -42,37 +43,38 @@ def one(data: bytes) -> None:
 
 def _collect(wire: Wire, sent: list[bytes]) -> None:
     ours, theirs = page_sockets()
-    with theirs, Threads(Cancel()) as threads:
+    with theirs, _ARENA.share(_ARENA.total_bytes, Cancel()) as share, Threads(Cancel()) as threads:
         chunks: Channel[Chunk] = threads.channel(4)
         taken: list[tuple[int, int]] = []
-        collector = Collector(ours, wire, _ARENA, chunks, threads)
-        threads.start("take", _take, chunks, taken)
+        held = Held(share)
+        collector = Collector(ours, wire, chunks, threads, held)
+        threads.start("take", _take, share, chunks, taken)
         work = threads.start("collect", collector.run)
         try:
             _play(theirs, sent)
             work.join(_PATIENCE)
             require(not work.is_alive() and ours.fileno() == -1, "the collector is still there, with its socket open")
             with contextlib.suppress(Exception):
-                collector.release()
+                held.release()
             chunks.close()
         finally:
-            _close(collector, chunks)
+            _close(held, chunks)
         threads.join([])
     if collector.closed:
         _check(collector, taken)
 
 
-def _close(collector: Collector, chunks: Channel[Chunk]) -> None:
+def _close(held: Held, chunks: Channel[Chunk]) -> None:
     chunks.close()
-    collector.discard()
+    held.discard()
     for chunk in chunks.drain() if chunks._stopped else ():
-        _ARENA.give_back(chunk)
+        held.share.give_back(chunk)
 
 
-def _take(chunks: Channel[Chunk], taken: list[tuple[int, int]]) -> None:
+def _take(share: Share, chunks: Channel[Chunk], taken: list[tuple[int, int]]) -> None:
     for chunk in chunks:
         taken.append((chunk.first_page, chunk.pages))
-        _ARENA.give_back(chunk)
+        share.give_back(chunk)
 
 
 def _play(theirs: socket.socket, sent: list[bytes]) -> None:

@@ -523,6 +523,8 @@ async def test_node_records_appear_and_vanish(bench: Bench) -> None:
     await a.put_node(b"1")
     await b.put_node(b"2")
     assert await control.nodes() == await a.nodes() == {"a": b"1", "b": b"2"}
+    assert await control.nodes("b") == await a.nodes("b") == {"b": b"2"}
+    assert await control.nodes("nobody") == await control.nodes("no.token") == {}
 
     async def only_b() -> bool:
         await b.put_node(b"3")

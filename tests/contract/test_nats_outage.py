@@ -16,7 +16,7 @@ from nats.js.api import RetentionPolicy, StreamConfig
 
 from hibernode.bus import ControlBus, NodeBus
 from hibernode.config import Bus
-from hibernode.drivers.nats import COMMANDS, EVENTS, NatsControl, NatsNode
+from hibernode.drivers.nats import COMMANDS, EVENTS, MOST_NODES, NatsControl, NatsNode
 from hibernode.errors import BusUnavailable, Refused
 from tests.nats_server import NatsServer
 
@@ -311,6 +311,25 @@ async def test_an_existing_stream_is_brought_to_our_settings_and_keeps_its_own(s
     async with ends(server.url):
         config = (await stream.stream_info(EVENTS)).config
         assert (config.max_age, config.max_msgs) == (Bus().events_max_age, 77)
+    await admin.close()
+
+
+async def test_more_nodes_than_a_server_gives_a_stream_by_itself(server: NatsServer) -> None:
+    """1,000 consumers, since 2.15; a stream that an older one of us has made is told of more."""
+    admin = await nats.connect(server.url)
+    stream = admin.jetstream()
+    await stream.add_stream(
+        StreamConfig(name=COMMANDS, subjects=["hibernode.cmd.>"], retention=RetentionPolicy.WORK_QUEUE, duplicate_window=3600)
+    )
+    async with ends(server.url) as (_, control):
+        for n in range(1001):
+            await control.admit(f"n{n}")
+        info = await stream.stream_info(COMMANDS)
+        assert info.state.consumer_count > 1000
+        assert info.config.max_consumers == MOST_NODES
+    await stream.update_stream(info.config.evolve(max_consumers=5000))
+    async with ends(server.url):
+        assert (await stream.stream_info(COMMANDS)).config.max_consumers == 5000, "an operator's own number stays"
     await admin.close()
 
 

@@ -198,9 +198,10 @@ class _End:
         self._stopped = True
         self._bus._notify()
 
-    async def nodes(self) -> dict[str, bytes]:
+    async def nodes(self, node: str = "") -> dict[str, bytes]:
         self._check()
-        return self._bus._nodes(self._cluster)
+        found = self._bus._nodes(self._cluster)
+        return {name: data for name, data in found.items() if node in ("", name)}
 
     def _check(self) -> None:
         if not self.connected:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hibernode.errors import NotFound, StoreUnavailable
-from hibernode.flow import Threads
 from hibernode.model import ActionCommand, Cancel, CancelCommand, Status
 from hibernode.transfer.arena import Arena
 from tests.fakes.machine import ROOT
@@ -186,17 +185,15 @@ async def test_while_it_waits_for_another_action(tmp_path: Path, by: By) -> None
 
 @BY
 async def test_while_it_waits_for_room_in_the_arena(tmp_path: Path, by: By) -> None:
-    rig, arena, others = node(tmp_path), Arena(16 << 20), Cancel()
+    rig, arena = node(tmp_path), Arena(16 << 20)
     rig.node = dataclasses.replace(rig.node, arena=arena)
-    with Threads(others) as threads:
-        taken = [arena.take(threads) for _ in range(4)]
+    with arena.share(arena.total_bytes, Cancel()):
         async with running(rig) as desk:
             command = checkpoint_command()
             await desk.send(command)
-            await eventually(lambda: "store.check" in rig.script.calls, "the end of its preflight")
+            await eventually(lambda: arena.waiting == 1, "its place in the line")
             await insist_on_cancel(desk, command, by)
-        for chunk in taken:
-            arena.give_back(chunk)
+        assert arena.waiting == 0
     assert not rig.criu.dumps
 
 

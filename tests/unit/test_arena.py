@@ -5,15 +5,17 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hibernode.errors import Cancelled, Corrupt
-from hibernode.flow import Stopped, Threads
+from hibernode.flow import Channel, Stopped, Threads
 from hibernode.model import PAGE, Cancel
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
+from hibernode.transfer.filling import Held
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -60,9 +62,13 @@ def test_it_is_cut_into_chunks(size: int, chunks: int) -> None:
     assert Arena(size).total_bytes == chunks * CHUNK
 
 
+def nothing() -> None:
+    """For a `let_go` of somebody who keeps nothing back."""
+
+
 def test_chunks_are_lent_one_by_one_and_come_back_empty(arena: Arena) -> None:
-    with Threads(Cancel()) as threads:
-        chunks = [arena.take(threads) for _ in range(4)]
+    with arena.share(arena.total_bytes, Cancel()) as share, Threads(Cancel()) as threads:
+        chunks = [share.take(threads, nothing) for _ in range(4)]
         assert arena.used_bytes == arena.total_bytes == 16 << 20
         for n, chunk in enumerate(chunks):
             chunk.memory[:] = bytes([n]) * CHUNK
@@ -70,57 +76,69 @@ def test_chunks_are_lent_one_by_one_and_come_back_empty(arena: Arena) -> None:
         assert [chunk.memory[0] for chunk in chunks] == [0, 1, 2, 3], "no two share memory"
         assert [len(chunk.data) for chunk in chunks] == [0, PAGE, 2 * PAGE, 3 * PAGE]
         for chunk in chunks:
-            arena.give_back(chunk)
-        again = arena.take(threads)
+            share.give_back(chunk)
+        again = share.take(threads, nothing)
         assert (again.pages, again.first_page, len(again.data)) == (0, 0, 0)
-        arena.give_back(again)
+        share.give_back(again)
 
 
 def test_who_waits_gets_the_next_that_comes_back(arena: Arena) -> None:
     got: list[Chunk] = []
-    with Threads(Cancel()) as threads:
-        chunks = [arena.take(threads) for _ in range(4)]
-        waiting = threads.start("waits", lambda: got.append(arena.take(threads)))
-        arena.give_back(chunks.pop())
+    with arena.share(arena.total_bytes, Cancel()) as share, Threads(Cancel()) as threads:
+        chunks = [share.take(threads, nothing) for _ in range(4)]
+        blocked = threading.Event()
+        waiting = threads.start("waits", lambda: got.append(share.take(threads, blocked.set)))
+        assert blocked.wait(10), "it is told to let go before it blocks"
+        share.give_back(chunks.pop())
         waiting.join(10)
         assert len(got) == 1
         for chunk in (*chunks, *got):
-            arena.give_back(chunk)
+            share.give_back(chunk)
 
 
-def test_room_is_waited_for_before_anybody_is_frozen(arena: Arena) -> None:
+def test_a_part_is_waited_for_before_anybody_is_frozen(arena: Arena) -> None:
+    """Also if nothing of the part before has been used yet."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with arena.share(arena.total_bytes, Cancel()):
+            entered.set()
+            assert leave.wait(10)
+
     with Threads(Cancel()) as threads:
-        chunks = [arena.take(threads) for _ in range(3)]
-        arena.wait_for_room(CHUNK, Cancel())
-        waiting = threads.start("waits", arena.wait_for_room, 2 * CHUNK - 1, Cancel())
-        waiting.join(0.05)
-        assert waiting.is_alive()
-        arena.give_back(chunks.pop())
-        waiting.join(10)
-        assert not waiting.is_alive()
-        for chunk in chunks:
-            arena.give_back(chunk)
-        arena.wait_for_room(1 << 40, Cancel())  # larger than the arena: it will never be all free at once for it
+        with arena.share(1, Cancel()) as share:
+            threads.start("second", second)
+            until(lambda: arena.waiting == 1)
+            assert not entered.is_set()
+            chunk = share.take(threads, nothing)
+            share.full()
+            assert not entered.is_set(), "a chunk is being shipped"
+            share.give_back(chunk)
+            assert entered.wait(10), "nothing of it is left: that the first has not gone yet is nobody's affair"
+        leave.set()
 
 
-def test_a_cancelled_action_waits_for_no_room(arena: Arena) -> None:
+def test_a_cancelled_action_waits_for_no_part(arena: Arena) -> None:
     cancel = Cancel()
-    with Threads(Cancel()) as threads:
-        chunks = [arena.take(threads) for _ in range(4)]
-        timer = threading.Timer(0.05, cancel.set, ["enough"])
-        timer.start()
-        with pytest.raises(Cancelled, match="enough"):
-            arena.wait_for_room(CHUNK, cancel)
-        timer.join()
-        for chunk in chunks:
-            arena.give_back(chunk)
+    with arena.share(arena.total_bytes, Cancel()), Threads(Cancel()) as threads:
+        threads.start("cancels", lambda: (until(lambda: arena.waiting == 1), cancel.set("enough")))  # type: ignore[arg-type]
+        with pytest.raises(Cancelled, match="enough"), arena.share(CHUNK, cancel):
+            raise AssertionError("it has a part")
+        assert arena.waiting == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_the_stop_of_one_action_does_not_end_the_wait_of_another(arena: Arena) -> None:
     got: list[Chunk] = []
-    with Threads(Cancel()) as threads:
-        chunks = [arena.take(threads) for _ in range(4)]
-        waiting = threads.start("waits", lambda: got.append(arena.take(threads)))
+    with arena.share(CHUNK, Cancel()) as share, Threads(Cancel()) as threads:
+        chunks = [share.take(threads, nothing) for _ in range(4)]
+        waiting = threads.start("waits", lambda: got.append(share.take(threads, nothing)))
         stopped: list[BaseException] = []
 
         def other_action() -> None:
@@ -128,7 +146,7 @@ def test_the_stop_of_one_action_does_not_end_the_wait_of_another(arena: Arena) -
                 with Threads(Cancel()) as scope:
                     scope.on_stop(arena.wake)
                     scope.start("fails", lambda: scope.fail(Corrupt("stop")))
-                    arena.take(scope)
+                    share.take(scope, nothing)
             except (Corrupt, Stopped) as e:
                 stopped.append(e)
 
@@ -137,7 +155,34 @@ def test_the_stop_of_one_action_does_not_end_the_wait_of_another(arena: Arena) -
         other.join(10)
         assert [type(e) for e in stopped] == [Corrupt]
         assert not got
-        arena.give_back(chunks.pop())
+        share.give_back(chunks.pop())
         waiting.join(10)
         for chunk in (*chunks, *got):
-            arena.give_back(chunk)
+            share.give_back(chunk)
+
+
+def test_actions_of_all_sizes_at_once_come_to_their_end() -> None:
+    """Each takes all that it needs while it holds back what it has, as one does that stands still, then ships it. None waits for another
+    then: all that blocks is the line."""
+    arena, ends = Arena(64 << 20, at_once=3), list[int]()
+    sizes = [1, 2, 3, 5, 8, 13, 16, 17, 40, 1, 1, 9]  # chunks; the arena has 16
+
+    def action(chunks: int) -> None:
+        with arena.share(chunks * CHUNK, Cancel()) as share, Threads(Cancel()) as threads:
+            threads.on_stop(share.wake)
+            out: Channel[Chunk] = threads.channel(1000)
+            threads.start("ship", lambda: [share.give_back(chunk) for chunk in out] and None)
+            held = Held(share)
+            for _ in range(chunks):
+                held.add(out, share.take(threads, held.release))
+                assert arena.used_bytes <= arena.total_bytes
+            held.release()
+            share.full()
+            out.close()
+        ends.append(chunks)
+
+    with Threads(Cancel()) as threads:
+        for size in sizes:
+            threads.start(f"{size} chunks", action, size)
+    assert sorted(ends) == sorted(sizes)
+    assert (arena.used_bytes, arena.waiting) == (0, 0)

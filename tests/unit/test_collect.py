@@ -14,8 +14,9 @@ from hibernode.errors import Corrupt
 from hibernode.flow import Channel, Stopped, Threads
 from hibernode.model import FRAME_PAGES, PAGE, Cancel
 from hibernode.transfer import pageproto
-from hibernode.transfer.arena import Arena, Chunk
+from hibernode.transfer.arena import Arena, Chunk, Share
 from hibernode.transfer.collect import Collector, page_sockets
+from hibernode.transfer.filling import Held
 from hibernode.transfer.pageproto import PRESENT, Header, Wire
 from tests.fakes.criu import FakeCriu
 from tests.fakes.machine import Machine, memory
@@ -44,11 +45,11 @@ CLOSE = header(pageproto.CLOSE)
 class Dump:
     """One collector at work. `send` plays CRIU; `end` waits for it and keeps what came."""
 
-    def __init__(self, threads: Threads) -> None:
+    def __init__(self, threads: Threads, share: Share) -> None:
         ours, self.criu = page_sockets()
-        self.threads = threads
+        self.threads, self.share, self.held = threads, share, Held(share)
         self.chunks: Channel[Chunk] = threads.channel(100)
-        self.collector = Collector(ours, WIRE, ARENA, self.chunks, threads)
+        self.collector = Collector(ours, WIRE, self.chunks, threads, self.held)
         self.thread = threads.start("collect", self.collector.run)
 
     def send(self, *pieces: bytes) -> None:
@@ -61,11 +62,11 @@ class Dump:
     def end(self) -> list[tuple[int, bytes]]:
         """(first page, content) of every chunk, all given back."""
         self.thread.join()
-        self.collector.release()
+        self.held.release()
         found = []
         for chunk in self.chunks.drain():
             found.append((chunk.first_page, bytes(chunk.data)))
-            ARENA.give_back(chunk)
+            self.share.give_back(chunk)
         return found
 
     def segments(self) -> list[tuple[int, ...]]:
@@ -74,16 +75,16 @@ class Dump:
 
 def with_dump(work: Callable[[Dump], None]) -> Dump:
     """Run `work` with a dump; whatever happens, its sockets are closed and what was held back is given back."""
-    with Threads(Cancel()) as threads:
-        dump = Dump(threads)
+    with ARENA.share(ARENA.total_bytes, Cancel()) as share, Threads(Cancel()) as threads:
+        dump = Dump(threads, share)
         try:
             work(dump)
         finally:
             dump.criu.close()
             dump.thread.join()
-            dump.collector.discard()
+            dump.held.discard()
             for chunk in dump.chunks.drain():
-                ARENA.give_back(chunk)
+                share.give_back(chunk)
     return dump
 
 
@@ -196,7 +197,7 @@ def test_a_stop_while_chunks_are_handed_on_loses_none() -> None:
         assert ARENA.used_bytes == 3 * FRAME_PAGES * PAGE
         dump.threads.fail(Corrupt("somebody else failed"))
         with pytest.raises(Stopped):
-            dump.collector.release()
+            dump.held.release()
 
     with pytest.raises(Corrupt, match="somebody else"):
         with_dump(work)
@@ -210,7 +211,7 @@ def test_an_image_larger_than_the_arena_waits_for_those_who_take() -> None:
         def take() -> None:
             for chunk in dump.chunks:
                 taken.append(chunk.first_page)
-                ARENA.give_back(chunk)
+                dump.share.give_back(chunk)
 
         taking = dump.threads.start("take", take)
         dump.send(header(pageproto.ADD_F, PRESENT, pages, 0x1000, TASK_1))
@@ -219,7 +220,7 @@ def test_an_image_larger_than_the_arena_waits_for_those_who_take() -> None:
         dump.send(CLOSE)
         assert dump.answer(4) == pageproto.CLOSED
         dump.thread.join()
-        dump.collector.release()
+        dump.held.release()
         dump.chunks.close()
         taking.join()
 
@@ -300,7 +301,7 @@ def test_a_stop_ends_a_receive_wherever_it_is(where: str) -> None:
     def criu(dump: Dump) -> None:
         others = []
         if where == "waiting for the arena":
-            others = [ARENA.take(dump.threads) for _ in range(8)]
+            others = [dump.share.take(dump.threads, lambda: None) for _ in range(8)]
         if where != "before a header":
             dump.send(header(pageproto.ADD_F, PRESENT, 2000, 0x1000, TASK_1))
         if where == "inside a segment":
@@ -312,7 +313,7 @@ def test_a_stop_ends_a_receive_wherever_it_is(where: str) -> None:
             assert dump.criu.recv(1) == b""
         finally:
             for chunk in others:
-                ARENA.give_back(chunk)
+                dump.share.give_back(chunk)
 
     with pytest.raises(Corrupt, match="somebody failed"):
         with_dump(criu)

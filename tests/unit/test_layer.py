@@ -110,14 +110,14 @@ def test_a_layer_larger_than_the_arena_and_what_waits_beside_it(upper: Path, tmp
     ref = sent(upper, store, arena=arena)
     assert ref.bytes > 5 * CHUNK
     assert not arena.used_bytes
-    with Threads(Cancel()) as threads:
-        held, theirs, ours = Held(arena), threads.channel(100), threads.channel(100)
+    with Threads(Cancel()) as threads, arena.share(arena.total_bytes, Cancel()) as share:
+        held, theirs, ours = Held(share), threads.channel(100), threads.channel(100)
         for _ in range(3):
-            held.add(theirs, arena.take(threads))
-        collector = LayerCollector(upper, arena, ours, threads, held)
+            held.add(theirs, share.take(threads, lambda: None))
+        collector = LayerCollector(upper, ours, threads, held)
         thread = threads.start("layer", collector.run)
         for chunks in (theirs, ours):
-            threads.start("ship", lambda chunks=chunks: [arena.give_back(chunk) for chunk in chunks] and None)
+            threads.start("ship", lambda chunks=chunks: [share.give_back(chunk) for chunk in chunks] and None)
         thread.join()
         held.release()
         theirs.close()
@@ -180,8 +180,8 @@ def test_a_cancel_ends_both_ways(upper: Path, tmp_path: Path) -> None:
     receiver = LayerReceiver(store, Seal(ID), ref, 2, Meter())
     with pytest.raises(Cancelled):
         _read_and_cancel(receiver, cancel)
-    with pytest.raises(Cancelled), Threads(cancel) as threads:
-        LayerCollector(upper, ARENA, threads.channel(9), threads, Held(ARENA)).run()
+    with ARENA.share(0, Cancel()) as share, pytest.raises(Cancelled), Threads(cancel) as threads:
+        LayerCollector(upper, threads.channel(9), threads, Held(share)).run()
 
 
 def test_reading_ahead_is_bounded(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -231,18 +231,9 @@ class Control:
         known_as = action_id.lower()  # UUIDs have one spelling here, and more elsewhere
         return await in_thread(self._database.find, known_as) if wire.UUID.fullmatch(known_as) else None
 
-    async def nodes(self) -> dict[str, NodeRecord]:
-        """Every node that is alive, by name, as it said of itself within the last seconds."""
-        found: dict[str, NodeRecord] = {}
-        for name, data in (await self._bus.nodes()).items():
-            try:
-                record = wire.decode_node(data)
-            except BadCommand as e:
-                _log.warning("a node's record cannot be read", node_of_record=name, error=str(e))
-            else:
-                if record.node == name:
-                    found[name] = record
-        return found
+    async def nodes(self, node: str = "") -> dict[str, NodeRecord]:
+        """Every node that is alive, or this one if it is, by name, as it said of itself within the last seconds."""
+        return await in_thread(_decoded, await self._bus.nodes(node))  # half a second's work of 10,000
 
     async def upload(self, given: CheckpointStatusWithPodSpec) -> str:
         """Keep what came with it; NotFound if the action is unknown, or what is said of it makes no sense."""
@@ -341,7 +332,7 @@ class Control:
         return found[0]
 
     async def _host(self, node: str) -> dict[str, Any]:
-        record = (await self.nodes()).get(node)
+        record = (await self.nodes(node)).get(node)
         return _host_of(record) if record is not None else {}
 
 
@@ -445,3 +436,17 @@ def _known_status(text: str) -> Status:
         raise NotFound(
             f"there is no status {text[:100]!r}", property="status", found=text[:100], wanted=", ".join(Status)
         ) from None
+
+
+def _decoded(records: Mapping[str, bytes]) -> dict[str, NodeRecord]:
+    """Without those that cannot be read, and those of nodes that say they are others."""
+    found: dict[str, NodeRecord] = {}
+    for name, data in records.items():
+        try:
+            record = wire.decode_node(data)
+        except BadCommand as e:
+            _log.warning("a node's record cannot be read", node_of_record=name, error=str(e))
+        else:
+            if record.node == name:
+                found[name] = record
+    return found

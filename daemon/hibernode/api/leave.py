@@ -54,7 +54,7 @@ class Departures:
         at once, no pod goes twice. NotFound for a node that nobody has seen."""
         cluster = self._settings.cluster
         seen = await in_thread(self._database.nodes, cluster)
-        alive = await self._control.nodes()
+        alive = await self._control.nodes(node)
         if node not in alive and node not in seen:
             raise NotFound(
                 f"nobody has seen node {node[:100]!r}",
@@ -157,7 +157,7 @@ class Departures:
 
     async def _of_silent(self, move: Move) -> Move:
         """The node does not say that it has it: it is over there, or nobody is there to say so."""
-        if move.node in await self._control.nodes():
+        if move.node in await self._control.nodes(move.node):
             return replace(move, message="the node does not answer for this pod; it may have ended")
         seen_at = (await in_thread(self._database.nodes, self._settings.cluster)).get(move.node, (0.0, {}))[0]
         since, now = self._heard_since(), self._clock()

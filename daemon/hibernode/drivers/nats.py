@@ -69,6 +69,8 @@ PAUSE = 0.2  # seconds until something that failed on a live connection is tried
 RETRY = (0.2, 5.0)  # seconds between two attempts to connect: the first, the longest
 DUPLICATES = 3600.0  # seconds the server remembers message ids: of commands; events have their place as well
 FOLLOW = 256  # events asked for at once by a follower that does not acknowledge
+RECORDS_AT_ONCE = 1000  # node records asked for at once
+MOST_NODES = 100_000  # of one broker. A server of 2.15 or later lets a stream have 1,000 consumers, unless the stream says more
 GATHER = 0.005  # seconds in which events come together to a batch: each has its cost, and what the broker sends at once is read in parts
 OUT = 20  # batches that all servers of one name may have together: more than a few servers, each with one in hand and one on its way
 FORGET = 300.0  # seconds until the server removes the place of a follower that is gone
@@ -136,8 +138,8 @@ class NatsNode:
     async def put_node(self, data: bytes) -> None:
         await self._link.store(f"{RECORDS}.{self._cluster}.{self._node}", data, "")
 
-    async def nodes(self) -> dict[str, bytes]:
-        return await _records(self._link, self._cluster)
+    async def nodes(self, node: str = "") -> dict[str, bytes]:
+        return await _records(self._link, self._cluster, node)
 
     async def answer_find(self, answer: Callable[[bytes], Awaitable[bytes | None]]) -> None:
         self._answer = answer
@@ -260,8 +262,8 @@ class NatsControl:
                 raise BusUnavailable("the connection to the broker was lost while nodes were asked")
         return answers
 
-    async def nodes(self) -> dict[str, bytes]:
-        return await _records(self._link, self._cluster)
+    async def nodes(self, node: str = "") -> dict[str, bytes]:
+        return await _records(self._link, self._cluster, node)
 
 
 class _Delivery:
@@ -679,6 +681,7 @@ def _streams(config: Bus) -> tuple[StreamConfig, StreamConfig]:
         num_replicas=config.replicas,
         duplicate_window=DUPLICATES,
         max_age=0.0,
+        max_consumers=MOST_NODES,
     )
     events = StreamConfig(
         name=EVENTS,
@@ -739,6 +742,8 @@ async def _ensure(client: Client, wanted: StreamConfig) -> None:
                 await jetstream.add_stream(wanted)
             found = await jetstream.stream_info(name)
         other = {key: getattr(wanted, key) for key in _OURS if getattr(wanted, key) != getattr(found.config, key)}
+        if wanted.max_consumers and (found.config.max_consumers or 0) <= 0 and _limits_consumers(client):
+            other["max_consumers"] = wanted.max_consumers  # a stream of before; older servers neither limit it nor change it
         if other:
             await jetstream.update_stream(found.config.evolve(**other))
     except APIError as e:
@@ -752,6 +757,11 @@ async def _ensure(client: Client, wanted: StreamConfig) -> None:
             wanted=", ".join(f"{key}={getattr(wanted, key)}" for key in _OURS[1:3]),
             hint=f"see `nats stream info {name}`; if nothing in it is needed, remove it, and it is made anew",
         ) from e
+
+
+def _limits_consumers(client: Client) -> bool:
+    version = client.connected_server_version
+    return (version.major, version.minor) >= (2, 15)
 
 
 async def _found(client: Client, name: str) -> StreamInfo | None:
@@ -859,21 +869,62 @@ def _status(message: Msg) -> str:
     return "" if message.reply or not message.headers else message.headers.get("Status", "")
 
 
-async def _records(link: _Link, cluster: str) -> dict[str, bytes]:
+async def _records(link: _Link, cluster: str, node: str) -> dict[str, bytes]:
+    """One is asked for by its key. All are read as a stream: asked for one by one, those of 10,000 nodes took many seconds."""
     prefix = f"{RECORDS}.{cluster}."
-    with link.translated() as client:
-        jetstream = client.jetstream(timeout=CALL)
-        try:
-            info = await jetstream.stream_info(NODES, subjects_filter=f"{prefix}*")
-        except NotFoundError:
-            return {}  # no node was ever here
-        found: dict[str, bytes] = {}
-        for subject in info.state.subjects or {}:
-            with suppress(NotFoundError):  # its time was over just now
-                message = await jetstream.get_last_msg(NODES, subject, direct=True)
-                if "KV-Operation" not in (message.headers or {}) and message.data is not None:
-                    found[subject.removeprefix(prefix)] = message.data
-        return found
+    found: dict[str, bytes] = {}
+    with link.translated() as client, suppress(NotFoundError):  # no node was ever here; or the time of this one is over
+        if TOKEN.fullmatch(node):
+            message = await client.jetstream(timeout=CALL).get_last_msg(NODES, prefix + node)
+            if "KV-Operation" not in (message.headers or {}) and message.data is not None:
+                found[node] = message.data
+        elif not node:
+            async with aclosing(_kept(client, NODES, f"{prefix}*")) as records:
+                async for each in records:
+                    if "KV-Operation" not in (each.headers or {}):
+                        found[each.subject.removeprefix(prefix)] = each.data  # of two the later one
+    return found
+
+
+async def _kept(client: Client, stream: str, subject: str) -> AsyncGenerator[Msg, None]:
+    """What a stream has now, in its order. NotFoundError if there is no such stream."""
+    jetstream, inbox = client.jetstream(timeout=CALL), client.new_inbox()
+    config = ConsumerConfig(
+        filter_subject=subject,
+        deliver_policy=DeliverPolicy.ALL,
+        ack_policy=AckPolicy.NONE,
+        inactive_threshold=3 * CALL,
+        mem_storage=True,
+        num_replicas=1,
+    )
+    consumer = await jetstream.add_consumer(stream, config)
+    left = consumer.num_pending or 0
+    subscription = await client.subscribe(inbox)
+    request = json.dumps({"batch": RECORDS_AT_ONCE, "no_wait": True}).encode()
+    try:
+        while left:
+            await client.publish(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer.name}", request, reply=inbox)
+            asked = RECORDS_AT_ONCE
+            while left and asked:
+                if not (came := await _some(subscription, CALL, asked)):
+                    raise BusUnavailable("the broker stopped in the middle of what it has")
+                for message in came:
+                    if status := _status(message):
+                        if status in ("404", "408"):  # the time of those to come was over just now
+                            return
+                        raise BusUnavailable(f"the broker ended the request ({status})")
+                    yield message
+                asked, left = asked - len(came), _behind(came[-1])
+    finally:
+        await _unsubscribe(subscription)
+        with suppress(NatsError):  # best effort: it is forgotten soon
+            await jetstream.delete_consumer(stream, consumer.name)
+
+
+def _behind(message: Msg) -> int:
+    """How many more of its consumer's the stream had, when this one was sent."""
+    words = message.reply.split(".")
+    return int(words[8] if len(words) == 9 else words[10])
 
 
 def _token(text: str, what: str) -> str:

@@ -16,7 +16,7 @@ from hibernode.errors import Corrupt
 from hibernode.flow import Channel, Threads
 from hibernode.model import PAGE
 from hibernode.transfer import pageproto
-from hibernode.transfer.arena import Arena, Chunk
+from hibernode.transfer.arena import Chunk
 from hibernode.transfer.filling import Filling, Held
 from hibernode.transfer.format import SEGMENT, SegmentTable
 from hibernode.transfer.pageproto import Header, Wire
@@ -48,20 +48,11 @@ class _Ended(Exception):
 
 class Collector:
     """One dump's worth of pages. `run` in a thread of its own; `table` and `pages` are complete once it has returned. What it has filled
-    waits in `held`, which is shared by all that is captured together; of one tree alone, it is its own."""
+    waits in `held`, which is shared by all that is captured together."""
 
-    def __init__(
-        self,
-        pages: socket.socket,
-        wire: Wire,
-        arena: Arena,
-        out: Channel[Chunk],
-        threads: Threads,
-        held: Held | None = None,
-    ) -> None:
+    def __init__(self, pages: socket.socket, wire: Wire, out: Channel[Chunk], threads: Threads, held: Held) -> None:
         self._socket, self._wire = pages, wire
-        self._held = held if held is not None else Held(arena)
-        self._filling = Filling(arena, out, threads, self._held)
+        self._filling = Filling(out, threads, held)
         self._segments = array("Q")  # dst_id, vaddr, pages, flags: 32 bytes a segment
         self._dst = 0
         self._opened: int | None = None  # how long the list was when CRIU opened `_dst`
@@ -90,14 +81,6 @@ class Collector:
         finally:
             self._socket.close()
             self._filling.abandon()
-
-    def release(self) -> None:
-        """Hand every filled chunk to the streams: the workload is running again, or the arena runs low."""
-        self._held.release()
-
-    def discard(self) -> None:
-        """Give back what was never released. Harmless when nothing is left."""
-        self._held.discard()
 
     def _handle(self, header: Header, following: memoryview) -> None:
         """One message, and what it brings; the next one's header then lies in `following`, unless this was the last."""

@@ -23,7 +23,7 @@ from hibernode.errors import DumpFailed, Refused
 from hibernode.flow import Channel, Stopped, Threads
 from hibernode.model import MAX_ENTRIES, PAGE, Cancel
 from hibernode.transfer import tar
-from hibernode.transfer.arena import Arena, Chunk
+from hibernode.transfer.arena import Chunk
 from hibernode.transfer.filling import Filling, Held
 from hibernode.transfer.tar import Entry, Kind
 
@@ -69,11 +69,11 @@ def survey(upper: Path, cancel: Cancel) -> Survey:
 
 class LayerCollector:
     """One layer's worth of pages. `run` while the container stands still; `pages`, `bytes` and `entries` are complete once it has returned.
-    What it has filled waits in `held` until that is released: the pause does not depend on the store while the arena has room."""
+    What it has filled waits in `held` until that is released: the pause does not depend on the store while its part has room."""
 
-    def __init__(self, upper: Path, arena: Arena, out: Channel[Chunk], threads: Threads, held: Held) -> None:
+    def __init__(self, upper: Path, out: Channel[Chunk], threads: Threads, held: Held) -> None:
         self._upper, self._threads = upper, threads
-        self._filling = Filling(arena, out, threads, held)
+        self._filling = Filling(out, threads, held)
         self.bytes = 0  # of the tar
         self.entries = 0
 

@@ -29,7 +29,7 @@ from hibernode.flow import Channel, Threads
 from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef, StreamRef, TaskFacts
 from hibernode.ports import Store, Upload
 from hibernode.transfer import codec, fingerprint, format
-from hibernode.transfer.arena import CHUNK, Arena, Chunk
+from hibernode.transfer.arena import CHUNK, Chunk, Share
 from hibernode.transfer.collect import SOCKET_BUFFER
 from hibernode.transfer.fingerprint import Digests
 from hibernode.transfer.format import FRAME, REFERENCE, SEGMENT, Digester, Index, KeepMap, KeepMaps, ReferenceTable, SegmentTable
@@ -88,15 +88,15 @@ class _Pages(AbstractContextManager["_Pages"]):
         seal: Seal,
         name: str,
         packing: Packing,
-        arena: Arena,
+        share: Share,
         threads: Threads,
         meter: Meter,
         known: Known | None = None,
     ) -> None:
-        self._store, self._seal, self._name, self._arena = store, seal, name, arena
+        self._store, self._seal, self._name, self._share = store, seal, name, share
         self._threads, self._meter, self._known = threads, meter, known
         keys = [f"{name}/{self._STREAM.format(n)}" for n in range(packing.streams)]
-        self._streams = [_Stream(key, n, packing.level, seal, arena, meter, known) for n, key in enumerate(keys)]
+        self._streams = [_Stream(key, n, packing.level, seal, share, meter, known) for n, key in enumerate(keys)]
         self._uploads: list[_Object] = []
         self._kept = False
         self.chunks: Channel[Chunk] = threads.channel(_QUEUE)
@@ -117,7 +117,7 @@ class _Pages(AbstractContextManager["_Pages"]):
             self._threads.fail(error or Internal(f"{self._name} was not kept"))
             self._threads.wait()
             for chunk in self.chunks.drain():
-                self._arena.give_back(chunk)
+                self._share.give_back(chunk)
             self._undo()
 
     def _join(self) -> None:
@@ -231,7 +231,7 @@ class _Stream:
     """One stream: a thread, an upload, a zstd context, and the frames it has written."""
 
     def __init__(
-        self, key: str, number: int, level: codec.Level, seal: Seal, arena: Arena, meter: Meter, known: Known | None
+        self, key: str, number: int, level: codec.Level, seal: Seal, share: Share, meter: Meter, known: Known | None
     ) -> None:
         self.key = key
         self.references: list[ReferenceTable] = []
@@ -240,7 +240,7 @@ class _Stream:
         self.keeps: dict[int, tuple[int, bytes]] = {}  # first page -> pages, packed keep map
         self.made: _Object | None = None
         self.thread: threading.Thread | None = None
-        self._number, self._arena, self._meter = number, arena, meter
+        self._number, self._share, self._meter = number, share, meter
         self.packer = codec.Packer(level)
         self._scratch = np.empty((FRAME_PAGES, PAGE // 8), np.uint64)
         self._seal = seal.of(key)
@@ -254,7 +254,7 @@ class _Stream:
             try:
                 self._send(chunk, self.made.upload)
             finally:
-                self._arena.give_back(chunk)
+                self._share.give_back(chunk)
         self.made.upload.write(self._seek_table())
         self.made.commit()
 
