@@ -115,6 +115,8 @@ class CriuOpts(Value):
     link_remap: bool = False
     ghost_limit: Annotated[int, Field(ge=0, le=1 << 30)] | None = None  # bytes of one deleted-but-open file
     timeout: Annotated[int, Field(ge=1, le=86400)] | None = None  # seconds CRIU gives the tree to stop
+    # When the tree runs: with all its memory, or before its pages are there. Of one command alone: no checkpoint keeps it.
+    restore: Annotated[Literal["eager", "lazy"] | None, Field(exclude_if=operator.not_)] = None
 
 
 class CheckpointCommand(Value):
@@ -769,6 +771,11 @@ class Meter:
             self.zero_bytes += zero
             self.stored_bytes += stored
             self.total_io += io
+
+    def fill(self, raw: int, zero: int) -> None:
+        """All of so many bytes are there: those too that nobody has asked for, because the tree did not want them any more."""
+        with self._lock:
+            self.raw_bytes, self.zero_bytes = max(self.raw_bytes, raw), max(self.zero_bytes, zero)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

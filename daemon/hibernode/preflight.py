@@ -54,7 +54,7 @@ class Options:
 def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts = _NO_OPTS) -> Options:
     """Merge: the command's overrides over those a checkpoint was `made_with` over the configuration. Refused names the key."""
     opts = _criu_opts(overrides.criu_opts)
-    inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - {"leave_running"})
+    inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - {"leave_running", "restore"})
     opts = opts.model_copy(update=inherited)
     opts = opts.model_copy(update={"tcp": opts.tcp or config.criu.tcp})  # in the manifest, too: a restore needs the same
     compression = overrides.compression or config.transfer.compression
@@ -74,12 +74,13 @@ def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts
             ghost_limit=config.criu.ghost_limit if opts.ghost_limit is None else opts.ghost_limit,
             timeout=opts.timeout or config.criu.timeout,
             log_level=config.criu.log_level,
+            lazy=opts.restore == "lazy",
         ),
         compression=compression,
         level=parse_compression(compression),
         streams=overrides.streams or config.transfer.streams or min(cpus, 8),
         kill=not opts.leave_running,
-        criu_opts=opts,
+        criu_opts=opts.model_copy(update={"restore": None}),  # no checkpoint makes its restores lazy by itself
     )
 
 
@@ -117,6 +118,11 @@ def checkpoint(
     endable: bool = True,
 ) -> None:
     """Can this workload be dumped at all, and killed, if it is to be? `endable`: as Workload has it."""
+    if criu.lazy:
+        raise Refused(
+            "criu_opts", "criu_opts: restore: how a checkpoint is restored is said when it is", prop="criu_opts.restore", found="lazy",
+            wanted="nothing, in the command of a checkpoint", hint="say it in the command of the restore",
+        )  # fmt: skip
     if criu.leave_stopped and not endable:
         raise Refused(
             "kubelet", f"{facts.namespace}/{facts.name} is a pod of Kubernetes, and this node cannot delete it: what is killed in it is "
@@ -251,11 +257,27 @@ def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
         )  # fmt: skip
 
 
-def restore_room(manifest: Manifest, work_free: int, load: Load) -> None:
+def lazy(manifest: Manifest) -> None:
+    """Can this checkpoint be restored before its pages are there?"""
+    if manifest.workload.contained or manifest.layers:
+        raise Refused(
+            "lazy_kind", f"a {manifest.workload.kind} cannot be restored lazily", prop="criu_opts.restore", found="lazy", wanted="eager",
+            hint="processes and jobs can; leave it out",
+        )  # fmt: skip
+    if manifest.gpu is not None:
+        raise Refused(
+            "lazy_gpu", "a workload with state on GPUs cannot be restored lazily: the driver reads all of it at once",
+            prop="criu_opts.restore", found="lazy", wanted="eager", hint="leave it out",
+        )  # fmt: skip
+
+
+def restore_room(manifest: Manifest, work_free: int, load: Load, *, lazy: bool = False) -> None:
     """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images,
-    as they are stored and as they are. The index is in memory only, as large as its image can have made it."""
-    room = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
-    memory = room + max(format.index_limit(part) for part in manifest.parts)  # a claim of ours too: the index is read for it
+    as they are stored and as they are. The index is in memory only, as large as its image can have made it. Of a lazy one most pages are
+    never on tmpfs; which, only the index knows."""
+    memory = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
+    room = sum(image.files.size + image.files_bytes for image in manifest.images) if lazy else memory
+    memory += max(format.index_limit(part) for part in manifest.parts)  # a claim of ours too: the index is read for it
     for prop, found, need in (("work_dir free bytes", work_free, room), ("memory available", load.memory_available, memory)):
         if found < need:
             raise NoRoom(

@@ -11,10 +11,10 @@ import io
 import itertools
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -24,33 +24,17 @@ from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, Object
 from hibernode.ports import Store
 from hibernode.transfer import codec, files, format
 from hibernode.transfer.format import FrameTable, Index
+from hibernode.transfer.frames import BATCH, Batch, Reader, batches_of, dense, numbers_of
 from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.seal import PIECE, ObjectSeal, Seal, opened
 
 R = TypeVar("R", bound=PagesRef)
+P = ParamSpec("P")
 
-BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request's latency is paid rarely
 # Of a layer, which is read in order: frames that are asked for together, and how many such windows are read or wait to be used.
 _WINDOW, _AHEAD = 4, 3
-_JOBS = 1 << 16  # more than there ever are: windows are the bound, and a stream's table each
+_JOBS = 1 << 20  # more than there ever are: of a layer windows are the bound
 _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Frames that lie end to end in one stream."""
-
-    key: str  # relative to the checkpoint
-    first: int  # number of the first one in its stream
-    frames: FrameTable
-
-    @property
-    def offset(self) -> int:
-        return int(self.frames["offset"][0])
-
-    @property
-    def size(self) -> int:
-        return int(self.frames["stored"].sum())
 
 
 @dataclass(frozen=True)
@@ -94,18 +78,23 @@ class _Pages(Generic[R]):
         self._each_frame(index, threads, None)
 
     def _each_frame(self, index: Index, threads: Threads, pages: PageFiles | None) -> None:
-        batches: Channel[_Batch | _Table] = threads.channel(1 << 20)
-        workers = [threads.start(f"{self._ref.name} read {n}", self._work, batches, index, pages) for n in range(self._threads)]
-        for batch in self._plan(index):
-            batches.put(batch)
-        for table in self._tables(index):
-            batches.put(table)
-        batches.close()
-        threads.join(workers)
+        self._each([*self._plan(index), *self._tables(index)], threads, self._work, index, pages)
         holes = (self._ref.pages - int(index.frames["pages"].sum())) * PAGE  # runs of zero pages have no frame at all
         self._meter.add(raw=holes, zero=holes)
 
-    def _plan(self, index: Index) -> list[_Batch]:
+    def _each(
+        self, jobs: Sequence[Batch | _Table], threads: Threads, work: Callable[Concatenate[Channel[Batch | _Table], P], None],
+        *args: P.args, **kwargs: P.kwargs,
+    ) -> None:  # fmt: skip
+        """`work` on a channel of these, by several threads; returns when all is done."""
+        channel: Channel[Batch | _Table] = threads.channel(_JOBS)
+        workers = [threads.start(f"{self._ref.name} read {n}", work, channel, *args, **kwargs) for n in range(self._threads)]
+        for job in jobs:
+            channel.put(job)
+        channel.close()
+        threads.join(workers)
+
+    def _plan(self, index: Index) -> list[Batch]:
         """Batches of every stream in turn, so that the threads read from all of them at once."""
         rows = []
         for n, stream in enumerate(self._ref.streams):
@@ -113,7 +102,7 @@ class _Pages(Generic[R]):
             cuts = np.flatnonzero(np.diff(frames["offset"] // BATCH)) + 1 if len(frames) else np.array([], np.int64)
             for turn, (first, part) in enumerate(zip((0, *cuts), np.split(frames, cuts), strict=True)):
                 if len(part):
-                    rows.append((turn, n, _Batch(stream.key, int(first), part)))
+                    rows.append((turn, n, Batch(stream.key, int(first), part)))
         return [batch for _, _, batch in sorted(rows, key=lambda row: row[:2])]
 
     def _tables(self, index: Index) -> list[_Table]:
@@ -125,17 +114,22 @@ class _Pages(Generic[R]):
             found.append(_Table(stream.key, stream.size - len(table), table))
         return found
 
-    def _work(self, batches: Channel[_Batch | _Table], index: Index, pages: PageFiles | None) -> None:
-        reader = _Reader(self._store, self._seal, self._meter)
+    def _work(self, batches: Channel[Batch | _Table], index: Index, pages: PageFiles | None) -> None:
+        reader = Reader(self._store, self._seal, self._meter)
         for batch in batches:
             if isinstance(batch, _Table):
                 self._compare(batch)
                 continue
             for frame, content in reader.read(batch):
+                first, count = int(frame["first_page"]), int(frame["pages"])
                 if pages is not None:
-                    first, count = int(frame["first_page"]), int(frame["pages"])
                     numbers = np.arange(first, first + count, dtype=np.int64)
                     pages.write(numbers if frame["kept"] == count else numbers[index.keeps[first]], content)
+                self._count(frame)
+
+    def _count(self, frame: np.void) -> None:
+        count, kept = int(frame["pages"]), int(frame["kept"])
+        self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
 
     def _compare(self, table: _Table) -> None:
         data = memoryview(bytearray(len(table.content)))
@@ -167,6 +161,27 @@ class Receiver(_Pages[ImageRef]):
         with PageFiles(directory, index.segments) as pages:
             self._each_frame(index, threads, pages)
 
+    def fetch_fixed(self, index: Index, directory: Path, threads: Threads, keep: Callable[[int, memoryview], None]) -> None:
+        """For a lazy restore: pages files of full length in `directory` that hold only what CRIU reads by itself, the pages that may not
+        come later. `keep` is given each frame that was read for them, by its row in the index: the others of it will be asked for."""
+        with PageFiles(directory, index.segments, lazy=True) as pages:
+            frames = index.frames
+            rows = np.flatnonzero(pages.needed(frames["first_page"].astype(np.int64), frames["pages"].astype(np.int64)))
+            wanted = batches_of(frames[rows], numbers_of(frames)[rows], self._ref.streams)
+            self._each(wanted, threads, self._work_fixed, index, pages, keep)
+
+    def _work_fixed(
+        self, batches: Channel[Batch | _Table], index: Index, pages: PageFiles, keep: Callable[[int, memoryview], None]
+    ) -> None:
+        reader = Reader(self._store, self._seal, self._meter)
+        for batch in batches:
+            assert isinstance(batch, Batch)
+            for frame, content in reader.read(batch):
+                first, whole = int(frame["first_page"]), dense(frame, content, index)
+                for start, end in pages.fixed(first, int(frame["pages"])).tolist():
+                    pages.write(np.arange(start, end, dtype=np.int64), [whole[(start - first) * PAGE : (end - first) * PAGE]])
+                keep(int(np.searchsorted(index.frames["first_page"], first)), whole)
+
 
 class LayerReceiver(_Pages[LayerRef]):
     """One writable layer on its way out of the store."""
@@ -182,7 +197,7 @@ class LayerReceiver(_Pages[LayerRef]):
         digest before anything of it is given out; those to come are read meanwhile, `_AHEAD` windows of them and no more. Raises Corrupt,
         what the store raises, or `Stopped`; the last piece has come when the seek tables were compared, too."""
         ready = _Ready(threads)
-        jobs: Channel[_Batch | _Table] = threads.channel(_JOBS)
+        jobs: Channel[Batch | _Table] = threads.channel(_JOBS)
         workers = [
             threads.start(f"{self._ref.name} layer {n}", self._read_ahead, jobs, index, ready) for n in range(self._threads)
         ]
@@ -205,39 +220,27 @@ class LayerReceiver(_Pages[LayerRef]):
         threads.join(workers)
         yield from self._hole(self._ref.pages - at)
 
-    def _windows(self, index: Index) -> Iterator[tuple[FrameTable, list[_Batch]]]:
-        """Frames in the order of their pages, a few at a time, and how they are read: those that lie end to end in a stream together."""
-        frames, numbers = index.frames, np.empty(len(index.frames), np.int64)  # of each in its stream
-        order = np.lexsort((frames["offset"], frames["stream"]))
-        firsts = np.searchsorted(frames["stream"][order], frames["stream"][order])
-        numbers[order] = np.arange(len(frames)) - firsts
-        for at in range(0, len(frames), _WINDOW):
-            window, its = frames[at : at + _WINDOW], numbers[at : at + _WINDOW]
-            order = np.lexsort((window["offset"], window["stream"]))
-            ordered, its = window[order], its[order]
-            apart = (ordered["stream"][1:] != ordered["stream"][:-1]) | (np.diff(its) != 1)
-            cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(ordered)]
-            yield (
-                window,
-                [
-                    _Batch(self._ref.streams[int(ordered["stream"][a])].key, int(its[a]), ordered[a:b])
-                    for a, b in itertools.pairwise(cuts)
-                ],
-            )
+    def _windows(self, index: Index) -> Iterator[tuple[FrameTable, list[Batch]]]:
+        """Frames in the order of their pages, a few at a time, and how they are read."""
+        numbers = numbers_of(index.frames)
+        for at in range(0, len(index.frames), _WINDOW):
+            window = index.frames[at : at + _WINDOW]
+            yield window, batches_of(window, numbers[at : at + _WINDOW], self._ref.streams)
 
     def _hole(self, pages: int) -> Iterator[memoryview]:
         self._meter.add(raw=pages * PAGE, zero=pages * PAGE)
         for at in range(0, pages, FRAME_PAGES):
             yield _ZEROS[: min(FRAME_PAGES, pages - at) * PAGE]
 
-    def _read_ahead(self, jobs: Channel[_Batch | _Table], index: Index, ready: _Ready) -> None:
-        reader = _Reader(self._store, self._seal, self._meter)
+    def _read_ahead(self, jobs: Channel[Batch | _Table], index: Index, ready: _Ready) -> None:
+        reader = Reader(self._store, self._seal, self._meter)
         for job in jobs:
             if isinstance(job, _Table):
                 self._compare(job)
                 continue
             for frame, content in reader.read(job):
-                ready.put(int(frame["first_page"]), _dense(frame, content, index))
+                ready.put(int(frame["first_page"]), dense(frame, content, index))
+                self._count(frame)
 
 
 class _Ready:
@@ -266,56 +269,9 @@ class _Ready:
             self._changed.notify_all()
 
 
-class _Reader:
-    """Reads batches, verified, decrypted and inflated. Of one thread: buffers and contexts are used again."""
-
-    def __init__(self, store: Store, seal: Seal, meter: Meter) -> None:
-        self._store, self._seal, self._meter = store, seal, meter
-        self._unpacker = codec.Unpacker()
-        self._opened_into = seal.of("").scratch(format.MAX_STORED)
-        self._buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
-
-    def read(self, batch: _Batch) -> Iterator[tuple[np.void, list[memoryview]]]:
-        """Each frame with the pages that it kept, in pieces, which are good until the next frame is asked for."""
-        if batch.size > len(self._buffer):
-            raise Corrupt(f"{batch.key}: frames are larger than they can be")
-        data = self._buffer[: batch.size]
-        self._store.read_into(f"{self._seal.checkpoint_id}/{batch.key}", batch.offset, data)
-        self._meter.add(io=batch.size, stored=batch.size)
-        seal = self._seal.of(batch.key)
-        for number, frame in enumerate(batch.frames, batch.first):
-            at = int(frame["offset"]) - batch.offset
-            stored = data[at : at + int(frame["stored"])]
-            _insist_whole(frame, stored, batch.key)
-            count, kept = int(frame["pages"]), int(frame["kept"])
-            yield frame, self._unpacker.unpack(seal.open(number, stored, self._opened_into), kept * PAGE)
-            self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
-
-
-def _dense(frame: np.void, content: list[memoryview], index: Index) -> memoryview:
-    """All pages of a frame, in memory of their own."""
-    first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
-    packed = np.empty(kept * PAGE, np.uint8)
-    at = 0
-    for piece in content:
-        packed[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-        at += len(piece)
-    if kept == count:
-        return packed.data
-    pages = np.zeros((count, PAGE), np.uint8)
-    pages[index.keeps[first]] = packed.reshape(-1, PAGE)
-    return pages.reshape(-1).data
-
-
 def _of_stream(index: Index, number: int) -> FrameTable:
     """The frames of one stream, as they lie in it."""
     return np.sort(index.frames[index.frames["stream"] == number], order="offset")
-
-
-def _insist_whole(frame: np.void, stored: memoryview, key: str) -> None:
-    """Nothing is made of bytes that are not those of the index."""
-    if format.digest(stored) != frame["digest"].tobytes():
-        raise Corrupt(f"{key}: the frame at {frame['offset']} is damaged", key=key, offset=int(frame["offset"]))
 
 
 def _opened(seal: ObjectSeal, data: memoryview) -> memoryview:
