@@ -76,6 +76,7 @@ class Arena(Section):
 class Transfer(Section):
     streams: int = Field(default=0, ge=0, le=64)  # 0: one per CPU, at most 8
     compression: Annotated[str, StringConstraints(pattern=r"^(none|lz4|zstd(:(-[1-7]|[0-9]|1[0-9]))?)$")] = "zstd"
+    lazy_room: ByteSize = Field(default=ByteSize(256 * MIB), ge=16 * MIB)  # of memory, for what a lazy restore has read ahead
 
 
 class Increments(Section):
@@ -104,6 +105,7 @@ class Limits(Section):
     commit: float = Field(default=300.0, gt=0)  # seconds to write the manifest and to read it back
     gpu: float = Field(default=120.0, gt=0)  # seconds to save or bring back GPU state, beside 1 s for each 128 MiB of it
     restore: float = Field(default=120.0, gt=0)  # seconds CRIU has to restore, beside 1 s for each 64 MiB of memory
+    outage: float = Field(default=120.0, ge=0)  # seconds a tree that a lazy restore fills waits for a store that does not answer
     second: Literal["wait", "refuse"] = "wait"  # what becomes of a command for a workload that has one at work
     attempts: int = Field(default=3, ge=1)  # of a command that meets a transient error before anything is frozen
     retry_delay: float = Field(default=5.0, ge=0)  # seconds before the next

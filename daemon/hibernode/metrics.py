@@ -89,6 +89,12 @@ class Metrics:
             buckets=PHASE_BUCKETS,
             registry=r,
         )
+        self._lazy = Histogram(
+            "hibernode_lazy_running_seconds",
+            "Of a lazy restore: from the command until the tree ran, before its pages were there",
+            buckets=PHASE_BUCKETS,
+            registry=r,
+        )
         self._duration = Histogram(
             "hibernode_action_duration_seconds",
             "From the command to the terminal event",
@@ -136,6 +142,8 @@ class Metrics:
             self._pause.observe(profile.pause_ns / 1e9)
         if profile.gpu_ns:
             self._gpu_pause.labels(type_).observe(profile.gpu_ns / 1e9)
+        if "filling" in profile.phases:
+            self._lazy.observe(sum(cost.seconds for phase, cost in profile.phases.items() if phase not in ("filling", "probing")))
         for phase, cost in profile.phases.items():
             self._phase.labels(type_, self._phases.bounded(phase)).observe(cost.seconds)
         self._phase.labels(type_, "unaccounted").observe(profile.unaccounted)

@@ -122,6 +122,8 @@ class CriuOpts(Value):
     increment: Annotated[str, StringConstraints(pattern=rf"^(auto|none|{_UUID})$")] | None = Field(
         default=None, exclude_if=operator.not_
     )
+    # When the tree runs: with all its memory, or before its pages are there. Of one command alone: no checkpoint keeps it.
+    restore: Annotated[Literal["eager", "lazy"] | None, Field(exclude_if=operator.not_)] = None
 
 
 class CheckpointCommand(Value):
@@ -799,6 +801,11 @@ class Meter:
             self.zero_bytes += zero
             self.stored_bytes += stored
             self.total_io += io
+
+    def fill(self, raw: int, zero: int) -> None:
+        """All of so many bytes are there: those too that nobody has asked for, because the tree did not want them any more."""
+        with self._lock:
+            self.raw_bytes, self.zero_bytes = max(self.raw_bytes, raw), max(self.zero_bytes, zero)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -146,6 +146,7 @@ _HINTS = {
     "resuming": "is the driver well? Raise `limits.gpu` if there is very much device memory",
     "shipping": "the store is slow; raise `limits.transfer`",
     "fetching": "the store is slow; raise `limits.transfer`",
+    "filling": "the store is slow; raise `limits.transfer`, or restore it without `lazy`",
     "committing": "does the store answer? Else raise `limits.commit`",
     "probing": "is the machine too busy? Else raise `limits.preflight`",
     "restoring": "CRIU did not come to its end; raise `limits.restore` if the tree is very large",

@@ -181,6 +181,7 @@ class CriuOptions:
     ghost_limit: int = 64 << 20  # bytes of one deleted-but-open file
     timeout: int = 120  # seconds CRIU gives the tree to stop
     log_level: int = 2
+    lazy: bool = False  # of a restore: the tree runs before all its pages are there
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,29 @@ class Demands:
     sockets: Sequence[Endpoint] = ()  # of the internet
 
 
+class Keeper(Protocol):
+    """What stands behind one lazy restore: a process of its own, which has `criu lazy-pages` as its child and outlives the daemon. The tree
+    never runs on with pages that did not come: when something dies before all are in, it is killed (`hibernode.keeper`). One thread."""
+
+    def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
+        """Have `criu lazy-pages` listen in `images`, which are complete but for pages that come late; when this returns CRIU may restore
+        there. `procs`: files of the cgroups that the tree will be born in, and nobody else lives in; `own`: of those where the keeper
+        is to live. Raises Refused("lazy_kernel") where the kernel does not keep what is promised, RestoreFailed, or Stopped."""
+
+    def told(self, tree: Sequence[Identity]) -> None:
+        """It runs, and these are it."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether all pages are in, within so many seconds. Raises RestoreFailed if they will not come: nobody of the tree is left then, or
+        (the keeper has been killed) nobody answers for it any more. Raises Stopped after `wake`."""
+
+    def wake(self) -> None:
+        """From any thread: nobody waits any more."""
+
+    def close(self) -> None:
+        """If not all is in, whoever is left of the tree is killed. Returns when the keeper has ended. Harmless when repeated."""
+
+
 class Criu(Protocol):
     """Stock CRIU. Calls block, one thread per call. A cancelled restore is killed at once, and its caller ends what may be left of the
     tree. A cancelled dump rolls back when the caller closes the other end of `pages`; only if it hangs is it killed. The tree runs on."""
@@ -258,6 +282,9 @@ class Criu(Protocol):
 
     def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
         """Restore; the pid of the root task, running. Raises RestoreFailed; the caller ends what may be left of the tree."""
+
+    def keeper(self, pages: socket.socket) -> Keeper:
+        """Start one; `pages` is the end of the page socket for `criu lazy-pages`, and is closed here."""
 
     def let_go(self, work: Path) -> None:
         """Whatever is left of the workers of a daemon that died, and has something in `work` open, goes on, and so comes to its end: one
@@ -534,6 +561,8 @@ class Fetched:
 
     images: Mapping[str, Path]
     layers: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    # Of a lazy restore: to be called before CRIU restores, as `Keeper.begin` without its images.
+    begin: Callable[[Sequence[str], Sequence[str]], None] | None = None
 
 
 class PreparedWorkload(Protocol):

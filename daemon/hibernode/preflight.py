@@ -37,6 +37,7 @@ REMAPS = 13  # of CUDA: its driver (580) can bring state back onto another GPU
 BEST_RATIO = 50  # no memory compresses better in practice: a store with less room than this leaves cannot hold the image
 
 _NO_OPTS = CriuOpts()
+_ONCE = {"leave_running", "increment", "restore"}  # keys of criu_opts that are of one command alone: no checkpoint keeps them
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Options:
 def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts = _NO_OPTS) -> Options:
     """Merge: the command's overrides over those a checkpoint was `made_with` over the configuration. Refused names the key."""
     opts = _criu_opts(overrides.criu_opts)
-    inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - {"leave_running", "increment"})
-    increment = opts.increment or ""
-    opts = opts.model_copy(update={**inherited, "increment": None})  # older readers do not know it
+    inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - _ONCE)
+    increment, restoring = opts.increment or "", opts.restore
+    opts = opts.model_copy(update={**inherited, **dict.fromkeys(_ONCE - {"leave_running"})})  # older readers do not know them
     opts = opts.model_copy(update={"tcp": opts.tcp or config.criu.tcp})  # in the manifest, too: a restore needs the same
     compression = overrides.compression or config.transfer.compression
     if not 0 <= overrides.streams <= MAX_STREAMS:
@@ -76,6 +77,7 @@ def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts
             ghost_limit=config.criu.ghost_limit if opts.ghost_limit is None else opts.ghost_limit,
             timeout=opts.timeout or config.criu.timeout,
             log_level=config.criu.log_level,
+            lazy=restoring == "lazy",
         ),
         compression=compression,
         level=parse_compression(compression),
@@ -120,6 +122,11 @@ def checkpoint(
     endable: bool = True,
 ) -> None:
     """Can this workload be dumped at all, and killed, if it is to be? `endable`: as Workload has it."""
+    if criu.lazy:
+        raise Refused(
+            "criu_opts", "criu_opts: restore: how a checkpoint is restored is said when it is", prop="criu_opts.restore", found="lazy",
+            wanted="nothing, in the command of a checkpoint", hint="say it in the command of the restore",
+        )  # fmt: skip
     if criu.leave_stopped and not endable:
         raise Refused(
             "kubelet", f"{facts.namespace}/{facts.name} is a pod of Kubernetes, and this node cannot delete it: what is killed in it is "
@@ -254,11 +261,32 @@ def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
         )  # fmt: skip
 
 
-def restore_room(manifest: Manifest, work_free: int, load: Load) -> None:
+def lazy(manifest: Manifest) -> None:
+    """Can this checkpoint be restored before its pages are there?"""
+    if manifest.workload.contained or manifest.layers:
+        raise Refused(
+            "lazy_kind", f"a {manifest.workload.kind} cannot be restored lazily", prop="criu_opts.restore", found="lazy", wanted="eager",
+            hint="processes and jobs can; leave it out",
+        )  # fmt: skip
+    if any(image.bases for image in manifest.images):
+        raise Refused(
+            "lazy_increment", "a checkpoint that refers to pages of others cannot be restored lazily yet", prop="criu_opts.restore",
+            found="lazy", wanted="eager", hint="leave it out, or restore one that is whole: `hibernode inspect` shows bases",
+        )  # fmt: skip
+    if manifest.gpu is not None:
+        raise Refused(
+            "lazy_gpu", "a workload with state on GPUs cannot be restored lazily: the driver reads all of it at once",
+            prop="criu_opts.restore", found="lazy", wanted="eager", hint="leave it out",
+        )  # fmt: skip
+
+
+def restore_room(manifest: Manifest, work_free: int, load: Load, *, lazy: bool = False) -> None:
     """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images,
-    as they are stored and as they are. The index is in memory only, as large as its image can have made it."""
-    room = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
-    memory = room + max(format.index_limit(part) for part in manifest.parts)  # a claim of ours too: the index is read for it
+    as they are stored and as they are. The index is in memory only, as large as its image can have made it. Of a lazy one most pages are
+    never on tmpfs; which, only the index knows."""
+    memory = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
+    room = sum(image.files.size + image.files_bytes for image in manifest.images) if lazy else memory
+    memory += max(format.index_limit(part) for part in manifest.parts)  # a claim of ours too: the index is read for it
     for prop, found, need in (("work_dir free bytes", work_free, room), ("memory available", load.memory_available, memory)):
         if found < need:
             raise NoRoom(

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from hibernode import catalog, gc, gpus, preflight
 from hibernode.errors import RestoreFailed
-from hibernode.fetch import fetch
+from hibernode.fetch import Supply, fetch
 from hibernode.journal import Tree, mark_of
 from hibernode.model import ImageRef, RestoreCommand, Status
 from hibernode.node import Attempt, Node, insist
@@ -27,8 +27,10 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         options = preflight.options(command.overrides, node.config, node.host.load().cpus, manifest.criu_opts)
         tasks = [task for image in manifest.images for task in image.tasks]
         preflight.restore(manifest, node.host.facts(), node.criu.facts())
+        if lazy := options.criu.lazy:
+            preflight.lazy(manifest)
         places = gpus.places(node, manifest.gpu)
-        preflight.restore_room(manifest, node.host.room(node.config.work_dir), node.host.load())
+        preflight.restore_room(manifest, node.host.room(node.config.work_dir), node.host.load(), lazy=lazy)
         catalog.check_sizes(store, manifest)
         attempt.meter.bytes_total = manifest.raw_bytes
         attempt.meter.streams = sum(len(part.streams) for part in manifest.parts)
@@ -39,16 +41,22 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         f"pid {taken[0].pid}" if taken else f"pod {command.pod_id or manifest.workload.uid}", command.action_id
     )  # it may still be killed
     new = node.claims.claim(f"pod of {command.action_id}", command.action_id)  # half restored it is nobody's to checkpoint
-    with claim, old, new, attempt.work_directory(node.config.work_dir) as work, ExitStack() as undo, ExitStack() as reading:
+    with (
+        claim, old, new, attempt.work_directory(node.config.work_dir) as work,
+        ExitStack() as supplying, ExitStack() as undo, ExitStack() as reading,
+    ):  # fmt: skip
+        for task in taken[1:] if lazy else ():  # it runs while pages are missing: nothing of it is anybody's to checkpoint
+            supplying.enter_context(node.claims.claim(f"pid {task.pid}", command.action_id))
         with attempt.phase("preflight", limits.preflight):
             node.workloads.insist_free(manifest.workload, command)
             preflight.pids(node.workloads.blockers(taken))
         with attempt.phase("fetching", limits.transfer_of(manifest.raw_bytes)):
             reading.enter_context(gc.using(store, command.checkpoint_id, command.action_id))
-            fetched = fetch(node, store, seal, manifest, work, attempt)
+            supply = supplying.enter_context(Supply(node, store, seal, attempt)) if lazy else None
+            fetched = fetch(node, store, seal, manifest, work, attempt, supply)
             prepared = node.workloads.prepare(manifest.workload, command)
             undo.callback(prepared.discard)
-            if not manifest.layers:  # which are read when there is a place for them
+            if not manifest.layers and not lazy:  # which are read when there is a place for them
                 reading.close()
             preflight.pids(node.workloads.blockers(taken))  # again: the fetch took its time
         attempt.entry.update(place=prepared.place, trees=tuple(Tree(pid=task.pid, start_time=0) for task in taken))
@@ -59,6 +67,9 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             workload = prepared.restore(fetched, options.criu, attempt.cancel, note)
             attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
         gpus.resume(node, manifest.gpu, places, workload, attempt, undo)
+        if supply is not None:  # it runs, and hangs on the store until all of it is there
+            with attempt.phase("filling", limits.transfer_of(manifest.raw_bytes)):
+                supply.fill(workload)
         with attempt.phase("probing", limits.preflight):
             _probe(workload, manifest.images)
             attempt.cancel.close()

@@ -121,13 +121,18 @@ def _target(name: str, pod: str, container: str, pid: int | None, namespace: str
 @checkpoint_argument
 @click.option("--name", default="", help="What to call the job; as before, if not given.")
 @directory_option
+@click.option("--lazy", is_flag=True, help="Let it run at once; its memory comes while it runs.")
 @criu_option
 @wait_option
-def restore(session: Session, checkpoint_id: str, name: str, directory: str, criu_opts: str, wait: bool) -> None:
+def restore(session: Session, checkpoint_id: str, name: str, directory: str, lazy: bool, criu_opts: str, wait: bool) -> None:
     """Bring back what a checkpoint holds, as it was.
 
     It runs on from the moment it was captured. Whatever does not fit (an image that is damaged, pids that are taken,
     too little memory) is refused before anything is touched. The checkpoint stays; it can be restored again.
+
+    With --lazy a process or a job runs in a fraction of a second, whatever its size: what it touches is fetched first, the rest in
+    the background, and the restore is `ready` when all of it is there. Until then it hangs on the store: should the store, the
+    daemon or the restore end before that, it is killed, and never runs on with memory that did not come.
 
     A pod comes back by making one: with the runtime class `hibernode` and the annotation `hibernode.io/restore-from`.
 
@@ -135,12 +140,15 @@ def restore(session: Session, checkpoint_id: str, name: str, directory: str, cri
     Examples:
       hibernode restore 6f0c2a1e-58d1-4c5e-9d4f-0a4b6c2d7e10
       hibernode restore 6f0c2a1e-58d1-4c5e-9d4f-0a4b6c2d7e10 --name trainer-2
+      hibernode restore 6f0c2a1e-58d1-4c5e-9d4f-0a4b6c2d7e10 --lazy
     """
     command = pb.RestoreCommand(
         action_id=str(uuid.uuid4()),
         checkpoint_id=checkpoint_id,
         reason="manual",
-        overrides=pb.Overrides(criu_opts=_criu_opts(criu_opts), directory=directory, pod_name=name),
+        overrides=pb.Overrides(
+            criu_opts=_criu_opts(criu_opts, {"restore": ("--lazy", "lazy")} if lazy else None), directory=directory, pod_name=name
+        ),
     )
     _act(session, command, wait=wait, what=f"restore of {checkpoint_id}")
 

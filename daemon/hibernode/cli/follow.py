@@ -189,11 +189,17 @@ def costs(profile: pb.Profile) -> list[tuple[str, Cell]]:
     zeros = f", of which {text.size(profile.zero_bytes)} are zeros" if profile.zero_bytes else ""
     return [
         ("took", text.duration(total) if total else ""),
+        ("ran after", text.duration(_to_running(profile)) if "filling" in profile.phases else ""),
         ("pause", text.pause(profile.pause_ns) if profile.pause_ns else ""),
         ("memory", f"{text.size(profile.raw_bytes)}{zeros}" if profile.raw_bytes else ""),
         ("stored", f"{text.size(profile.stored_bytes)}, {smaller} smaller{streams}" if smaller else ""),
         ("phases", _phases({name: cost.seconds for name, cost in profile.phases.items()} | _rest(profile))),
     ]
+
+
+def _to_running(profile: pb.Profile) -> float:
+    """Seconds from the command until a tree ran whose pages came later."""
+    return sum(cost.seconds for name, cost in profile.phases.items() if name not in ("filling", "probing"))
 
 
 def _rest(profile: pb.Profile) -> dict[str, float]:

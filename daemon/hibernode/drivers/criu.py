@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import logging
 import os
 import re
+import select
+import shutil
 import signal
 import socket
 import stat
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,15 +42,30 @@ from pycriu.images import (
     stats_pb2,
 )
 
+from hibernode import keeper
 from hibernode.children import Children, unprotect
 from hibernode.errors import Corrupt, DumpFailed, HibernodeError, Refused, RestoreFailed, Stuck
+from hibernode.flow import Stopped
 from hibernode.model import MAX_TASKS, Cancel, TaskFacts
-from hibernode.ports import CriuFacts, CriuOptions, Demands, DumpStats, Endpoint, MountFacts, Prepared, TaskRights, show_version
+from hibernode.ports import (
+    CriuFacts,
+    CriuOptions,
+    Demands,
+    DumpStats,
+    Endpoint,
+    Identity,
+    MountFacts,
+    Prepared,
+    TaskRights,
+    show_version,
+)
 
 OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has another page wire
 _LOG_LINES = 12
 _ROLLBACK = 15.0  # seconds a dump has to roll back after its page socket closed; 10 to 30 ms are usual
 _LEFT = 2.0  # seconds that what a dead daemon's CRIU has left gets to end by itself
+_START = 30.0  # seconds for a keeper to have `criu lazy-pages` listen; 50 ms are usual
+_TOLD = 5000  # processes of a tree that a keeper is told of: they fit into a packet, and the others live in its cgroup
 _LAST = 30.0  # seconds a SIGKILLed worker has to end: it may be in the middle of freeing much memory
 _MAX_FILE = 16 << 20  # bytes; 100,000 tasks of ten threads are 7 MiB of pstree.img, and a core is tens of KiB
 _TASK_DEAD = 2  # criu/include/image.h
@@ -152,7 +171,10 @@ class Criu:
                 pass_fds=list(prepared.inherit.values()),
                 leave_for=prepared.cgroup_procs,
             ) as request:
-                request.opts.auto_dedup = True  # frees each page of the files as it is used: no second copy at the end
+                request.opts.auto_dedup = (
+                    not options.lazy
+                )  # frees each page of the files as it is used: no second copy at the end
+                request.opts.lazy_pages = options.lazy
                 for key, descriptor in prepared.inherit.items():
                     request.opts.inherit_fd.add(key=key, fd=descriptor)
                 return int(request.restore().pid)
@@ -183,8 +205,9 @@ class Criu:
             theirs.close()
             if leave_for is not None:
                 unprotect(worker.pid)
-                for procs in leave_for:
-                    _join_cgroup(procs, worker.pid)
+                joined = [_join_cgroup(procs, worker.pid) for procs in leave_for]
+                if options.lazy and not any(joined):
+                    raise RestoreFailed("the tree of a lazy restore has no cgroup to be born in", reason="lazy_cgroup")
             request = pycriu.criu()
             request.use_fd(ours.fileno())
             _apply(request.opts, options, directory, log)
@@ -230,6 +253,12 @@ class Criu:
         assert isinstance(found, DumpFailed)
         return found
 
+    def keeper(self, pages: socket.socket) -> Keeper:
+        try:
+            return Keeper(shutil.which(self._path) or self._path, self._env, self._children, pages)
+        finally:
+            pages.close()
+
     def let_go(self, work: Path) -> None:
         limit = time.monotonic() + _LEFT
         while left := [pid for pid in _everybody() if _is_of(pid, work)]:
@@ -264,6 +293,93 @@ class Criu:
             )
         except (OSError, struct.error, ValueError, DecodeError) as e:
             raise Corrupt(f"CRIU's images do not say what they need: {e}") from e
+
+
+class Keeper:
+    """ports.Keeper. Of the process there is nothing here but its pid and the control socket."""
+
+    def __init__(self, criu: str, env: Mapping[str, str], children: Children, pages: socket.socket) -> None:
+        self._criu, self._env, self._children = criu, env, children
+        self._log = Path(os.devnull)
+        self._woken = self._all_in = False
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        numbers = theirs.fileno(), pages.fileno()
+        # -I -S: it needs nothing but the standard library, and starts in a tenth of the time.
+        argv = [sys.executable, "-I", "-S", keeper.__file__, *map(str, numbers)]
+        try:
+            self._process = children.spawn(argv, pass_fds=numbers)
+        except BaseException:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+
+    def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
+        for file in own:  # who kills the daemon's cgroup must not meet it
+            _join_cgroup(file, self._process.pid)
+        self._log = images / "lazy-pages.log"
+        place = str(images)
+        argv = [self._criu, "lazy-pages", "--page-server", "-D", place, "-W", place, "-o", self._log.name, "-v2"]
+        self._say(argv=argv, env=dict(self._env), cwd=place, procs=list(procs))
+        if "ready" not in self._hear(_START):
+            raise RestoreFailed(
+                f"criu lazy-pages does not listen after {_START:.0f} s", criu_log=log_tail(self._log), reason="lazy_pages"
+            )
+
+    def told(self, tree: Sequence[Identity]) -> None:
+        self._say(tree=[list(who) for who in tree[:_TOLD]])
+
+    def wait(self, seconds: float) -> bool:
+        self._all_in = self._all_in or "in" in self._hear(seconds)
+        return self._all_in
+
+    def _say(self, **facts: object) -> None:
+        with contextlib.suppress(OSError):  # it has gone: `_hear` says so
+            self._control.sendall(json.dumps(facts).encode())
+
+    def _hear(self, seconds: float) -> Mapping[str, object]:
+        """What it says next: good news, or that it is `late`."""
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        said = self._received() if poller.poll(seconds * 1000) else {"late": True}
+        if self._woken:
+            raise Stopped
+        if reason := said.get("unfit"):
+            raise Refused(
+                "lazy_kernel", f"a lazy restore is not safe on this kernel: {reason}", prop="kernel", found=os.uname().release,
+                wanted="userfaultfd with all its events, and ptrace", hint="restore it without `lazy`",
+            )  # fmt: skip
+        if reason := said.get("lost"):
+            tail = log_tail(self._log)
+            first = next((line for line in tail if "Error" in line), "no reason in its log")
+            raise RestoreFailed(
+                f"not all pages came, and the tree was killed: {reason}: {first}", criu_log=tail, reason="lazy_pages",
+                pids=said.get("killed", []),
+            )  # fmt: skip
+        if not said:
+            raise RestoreFailed("the keeper of a lazy restore has ended", hint="somebody has killed it", reason="lazy_keeper")
+        return said
+
+    def _received(self) -> dict[str, object]:
+        """Empty at its end. One that ends with something of ours unread makes itself heard by an error, then by what it has said."""
+        for _ in range(2):
+            with contextlib.suppress(ConnectionResetError):
+                found: dict[str, object] = json.loads(self._control.recv(1 << 16) or b"{}")
+                return found
+        return {}
+
+    def wake(self) -> None:
+        self._woken = True
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        self._control.close()
+        if self._process.returncode is None:
+            try:
+                self._children.wait(self._process, _LAST)
+            except subprocess.TimeoutExpired:  # it is never killed: it may hold what keeps a tree from reading zeros
+                _log.error("the keeper (pid %d) does not end: somebody of its tree does not", self._process.pid)
 
 
 @contextmanager
@@ -348,11 +464,12 @@ def _apply(opts: pycriu.rpc.criu_opts, options: CriuOptions, directory: int, log
     opts.manage_cgroups_mode = pycriu.rpc.IGNORE
 
 
-def _join_cgroup(procs: str, pid: int) -> None:
+def _join_cgroup(procs: str, pid: int) -> bool:
     try:
         Path(procs).write_text(str(pid))
     except OSError:
-        return  # best effort: the tree is then born in the daemon's own cgroup, and `KillMode` keeps it alive
+        return False  # best effort: the tree is then born in the daemon's own cgroup, and `KillMode` keeps it alive
+    return True
 
 
 def read_stats(images: Path) -> DumpStats:

@@ -34,7 +34,7 @@ def page_sockets() -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def _shut(open_: socket.socket) -> None:
+def shut(open_: socket.socket) -> None:
     """Wake whoever waits in it; the descriptor stays his."""
     try:
         open_.shutdown(socket.SHUT_RDWR)
@@ -57,7 +57,7 @@ class Collector:
         self._dst = 0
         self._opened: int | None = None  # how long the list was when CRIU opened `_dst`
         self.closed = False  # CRIU said that it was finished
-        threads.on_stop(lambda: _shut(pages))
+        threads.on_stop(lambda: shut(pages))
 
     @property
     def pages(self) -> int:

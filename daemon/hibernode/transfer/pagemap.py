@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pycriu.images import pagemap_pb2
 
 from hibernode.errors import Corrupt, NoRoom
-from hibernode.model import PAGE
+from hibernode.model import FRAME_PAGES, PAGE
 from hibernode.transfer import pageproto
 from hibernode.transfer.format import SegmentTable, Stretches
 from hibernode.transfer.pagefile import Feed, PageFile
@@ -36,9 +36,10 @@ _Rows = npt.NDArray[np.int64]
 class PageFiles:
     """The pages files of one image, open for writing from any thread. A context manager: leaving it closes them."""
 
-    def __init__(self, directory: Path, segments: SegmentTable, filled: Stretches = _NOWHERE) -> None:
-        """`filled`: as `Index.filled` has it; whatever is written beside it costs more time, and nothing else."""
-        self._directory = directory
+    def __init__(self, directory: Path, segments: SegmentTable, filled: Stretches = _NOWHERE, *, lazy: bool = False) -> None:
+        """`filled`: as `Index.filled` has it; whatever is written beside it costs more time, and nothing else. `lazy`: for a restore whose
+        pages come later, as far as they may: the others are `fixed`."""
+        self._directory, self._lazy = directory, lazy
         self._pieces = np.empty(0, _PIECE)
         self._files: list[PageFile] = []
         try:
@@ -49,6 +50,7 @@ class PageFiles:
                 raise Corrupt(f"images.tar: a file that the index makes came with it: {e.filename}") from e
             raise
         self._starts = np.ascontiguousarray(self._pieces["first"])
+        self._fixed = _fixed(segments)
 
     def _lay_out(self, segments: SegmentTable, filled: Stretches) -> None:
         spaces = _spaces(segments["dst_id"])
@@ -87,7 +89,21 @@ class PageFiles:
             file.write(struct.pack("<II", _COMMON_MAGIC, _PAGEMAP_MAGIC))
             file.write(_prefixed(pagemap_pb2.pagemap_head(pages_id=pages_id)))
             for at in range(0, len(rows), _AT_ONCE):
-                file.writelines(_entry(*segment) for segment in segments[rows[at : at + _AT_ONCE]].tolist() if segment[2])
+                some = segments[rows[at : at + _AT_ONCE]].tolist()
+                file.writelines(
+                    _entry(*part) for segment in some for part in (_short(*segment) if self._lazy else (segment,)) if part[2]
+                )
+
+    def needed(self, first: _Rows, pages: _Rows) -> npt.NDArray[np.bool_]:
+        """Which of these runs of page numbers hold some of `fixed`."""
+        return np.searchsorted(self._fixed[:, 1], first, side="right") < np.searchsorted(self._fixed[:, 0], first + pages)
+
+    def fixed(self, first: int, pages: int) -> _Rows:
+        """Runs (start, end) of those of these page numbers whose pages may not come later."""
+        first, end = int(first), int(first) + int(pages)
+        a, b = np.searchsorted(self._fixed[:, 1], first, side="right"), np.searchsorted(self._fixed[:, 0], end)
+        found: _Rows = np.clip(self._fixed[a:b], first, end)
+        return found
 
     def write(self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]], content: list[memoryview]) -> None:
         """Put pages where they belong: `numbers` ascend, `content` holds one page for each, in pieces of any length."""
@@ -153,6 +169,21 @@ def _filled(pieces: npt.NDArray[np.void], filled: Stretches) -> Iterator[tuple[i
             if low < high:
                 yield at + low - first, at + high - first
             row += 1
+
+
+def _fixed(segments: SegmentTable) -> _Rows:
+    """Runs (start, end) of page numbers with content whose pages may not come later: CRIU reads them before the tree runs."""
+    present = segments[(segments["flags"] & pageproto.PRESENT) != 0]
+    ends = np.cumsum(present["pages"].astype(np.int64))
+    rows = np.column_stack((ends - present["pages"].astype(np.int64), ends))
+    found: _Rows = rows[(present["flags"] & pageproto.LAZY) == 0]
+    return found
+
+
+def _short(dst_id: int, vaddr: int, pages: int, flags: int) -> Iterator[tuple[int, int, int, int]]:
+    """`criu lazy-pages` (4.2.1) takes room for its longest entry, and counts it in an `int`: 2 GiB would be no room."""
+    for at in range(0, pages, FRAME_PAGES):
+        yield dst_id, vaddr + at * PAGE, min(FRAME_PAGES, pages - at), flags
 
 
 def _entry(_: int, vaddr: int, pages: int, flags: int) -> bytes:

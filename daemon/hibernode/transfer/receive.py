@@ -12,55 +12,32 @@ import io
 import itertools
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import numpy as np
 
 from hibernode.errors import Corrupt
 from hibernode.flow import Channel, Stopped, Threads
-from hibernode.model import FRAME_PAGES, MAX_STREAMS, PAGE, BaseRef, ImageRef, LayerRef, Meter, ObjectRef, PagesRef
+from hibernode.model import FRAME_PAGES, PAGE, BaseRef, ImageRef, LayerRef, Meter, ObjectRef, PagesRef
 from hibernode.ports import Store
 from hibernode.transfer import codec, files, format, known
 from hibernode.transfer.fingerprint import Digests
 from hibernode.transfer.format import FrameTable, Index
+from hibernode.transfer.frames import BATCH, Batch, Reader, batches_of, dense, numbers_of
 from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.places import Loan, Source, insist
 from hibernode.transfer.seal import PIECE, ObjectSeal, Seal, opened
 
 R = TypeVar("R", bound=PagesRef)
+P = ParamSpec("P")
 
-BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request's latency is paid rarely
 # Of a layer, which is read in order: frames that are asked for together, and how many such windows are read or wait to be used.
 _WINDOW, _AHEAD = 4, 3
-_JOBS = 1 << 16  # more than there ever are: windows are the bound, and a stream's table each
+_JOBS = 1 << 20  # more than there ever are: of a layer windows are the bound
 _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Frames that lie end to end in one stream."""
-
-    seal: Seal  # of the checkpoint that they lie in
-    key: str  # relative to it
-    first: int  # number of the first one in its stream
-    frames: FrameTable
-    loan: Loan | None = None  # what is wanted of them, where they are another checkpoint's
-
-    @property
-    def name(self) -> str:
-        """For people, who know what checkpoint they asked for."""
-        return self.key if self.loan is None else f"{self.seal.checkpoint_id}/{self.key}"
-
-    @property
-    def offset(self) -> int:
-        return int(self.frames["offset"][0])
-
-    @property
-    def size(self) -> int:
-        return int(self.frames["stored"].sum())
 
 
 @dataclass(frozen=True)
@@ -116,17 +93,23 @@ class _Pages(Generic[R]):
         planned = [*_planned(self._ref, self._seal, index.frames)]
         for loan in self._loans(index):
             planned += _planned(loan.source.ref, loan.source.seal, loan.source.index.frames, loan)
-        batches: Channel[_Batch | _Table] = threads.channel(len(planned) + MAX_STREAMS)
-        workers = [threads.start(f"{self._ref.name} read {n}", self._work, batches, index, pages) for n in range(self._threads)]
-        for _, batch in sorted(planned, key=lambda row: row[0]):
-            batches.put(batch)
-        for table in self._tables(index):
-            batches.put(table)
-        batches.close()
-        threads.join(workers)
+        batches = [batch for _, batch in sorted(planned, key=lambda row: row[0])]
+        self._each([*batches, *self._tables(index)], threads, self._work, index, pages)
         zeros = self._ref.zero_pages * PAGE
         self._meter.add(raw=zeros, zero=zeros)
-        return sum(len(batch.frames) for _, batch in planned)
+        return sum(len(batch.frames) for batch in batches)
+
+    def _each(
+        self, jobs: Sequence[Batch | _Table], threads: Threads, work: Callable[Concatenate[Channel[Batch | _Table], P], None],
+        *args: P.args, **kwargs: P.kwargs,
+    ) -> None:  # fmt: skip
+        """`work` on a channel of these, by several threads; returns when all is done."""
+        channel: Channel[Batch | _Table] = threads.channel(len(jobs) + 1)
+        workers = [threads.start(f"{self._ref.name} read {n}", work, channel, *args, **kwargs) for n in range(self._threads)]
+        for job in jobs:
+            channel.put(job)
+        channel.close()
+        threads.join(workers)
 
     def _loans(self, index: Index) -> Iterable[Loan]:  # noqa: ARG002 - an image has some
         """What it has of other checkpoints."""
@@ -141,8 +124,8 @@ class _Pages(Generic[R]):
             found.append(_Table(stream.key, stream.size - len(table), table))
         return found
 
-    def _work(self, batches: Channel[_Batch | _Table], index: Index, pages: PageFiles | None) -> None:
-        reader = _Reader(self._store, self._meter)
+    def _work(self, batches: Channel[Batch | _Table], index: Index, pages: PageFiles | None) -> None:
+        reader = Reader(self._store, self._meter)
         for batch in batches:
             if isinstance(batch, _Table):
                 self._compare(batch)
@@ -208,6 +191,27 @@ class Receiver(_Pages[ImageRef]):
         with PageFiles(directory, index.segments, index.filled()) as pages:
             self._each_frame(index, threads, pages)
 
+    def fetch_fixed(self, index: Index, directory: Path, threads: Threads, keep: Callable[[int, memoryview], None]) -> None:
+        """For a lazy restore: pages files of full length in `directory` that hold only what CRIU reads by itself, the pages that may not
+        come later. `keep` is given each frame that was read for them, by its row in the index: the others of it will be asked for."""
+        with PageFiles(directory, index.segments, lazy=True) as pages:
+            frames = index.frames
+            rows = np.flatnonzero(pages.needed(frames["first_page"].astype(np.int64), frames["pages"].astype(np.int64)))
+            wanted = batches_of(frames[rows], numbers_of(frames)[rows], self._ref.streams, self._seal)
+            self._each(wanted, threads, self._work_fixed, index, pages, keep)
+
+    def _work_fixed(
+        self, batches: Channel[Batch | _Table], index: Index, pages: PageFiles, keep: Callable[[int, memoryview], None]
+    ) -> None:
+        reader = Reader(self._store, self._meter)
+        for batch in batches:
+            assert isinstance(batch, Batch)
+            for frame, content in reader.read(batch):
+                first, whole = int(frame["first_page"]), dense(frame, content, index)
+                for start, end in pages.fixed(first, int(frame["pages"])).tolist():
+                    pages.write(np.arange(start, end, dtype=np.int64), [whole[(start - first) * PAGE : (end - first) * PAGE]])
+                keep(int(np.searchsorted(index.frames["first_page"], first)), whole)
+
 
 class LayerReceiver(_Pages[LayerRef]):
     """One writable layer on its way out of the store."""
@@ -223,7 +227,7 @@ class LayerReceiver(_Pages[LayerRef]):
         digest before anything of it is given out; those to come are read meanwhile, `_AHEAD` windows of them and no more. Raises Corrupt,
         what the store raises, or `Stopped`; the last piece has come when the seek tables were compared, too."""
         ready = _Ready(threads)
-        jobs: Channel[_Batch | _Table] = threads.channel(_JOBS)
+        jobs: Channel[Batch | _Table] = threads.channel(_JOBS)
         workers = [
             threads.start(f"{self._ref.name} layer {n}", self._read_ahead, jobs, index, ready) for n in range(self._threads)
         ]
@@ -246,39 +250,26 @@ class LayerReceiver(_Pages[LayerRef]):
         threads.join(workers)
         yield from self._hole(self._ref.pages - at)
 
-    def _windows(self, index: Index) -> Iterator[tuple[FrameTable, list[_Batch]]]:
-        """Frames in the order of their pages, a few at a time, and how they are read: those that lie end to end in a stream together."""
-        frames, numbers = index.frames, np.empty(len(index.frames), np.int64)  # of each in its stream
-        order = np.lexsort((frames["offset"], frames["stream"]))
-        firsts = np.searchsorted(frames["stream"][order], frames["stream"][order])
-        numbers[order] = np.arange(len(frames)) - firsts
-        for at in range(0, len(frames), _WINDOW):
-            window, its = frames[at : at + _WINDOW], numbers[at : at + _WINDOW]
-            order = np.lexsort((window["offset"], window["stream"]))
-            ordered, its = window[order], its[order]
-            apart = (ordered["stream"][1:] != ordered["stream"][:-1]) | (np.diff(its) != 1)
-            cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(ordered)]
-            yield (
-                window,
-                [
-                    _Batch(self._seal, self._ref.streams[int(ordered["stream"][a])].key, int(its[a]), ordered[a:b])
-                    for a, b in itertools.pairwise(cuts)
-                ],
-            )
+    def _windows(self, index: Index) -> Iterator[tuple[FrameTable, list[Batch]]]:
+        """Frames in the order of their pages, a few at a time, and how they are read."""
+        numbers = numbers_of(index.frames)
+        for at in range(0, len(index.frames), _WINDOW):
+            window = index.frames[at : at + _WINDOW]
+            yield window, batches_of(window, numbers[at : at + _WINDOW], self._ref.streams, self._seal)
 
     def _hole(self, pages: int) -> Iterator[memoryview]:
         self._meter.add(raw=pages * PAGE, zero=pages * PAGE)
         for at in range(0, pages, FRAME_PAGES):
             yield _ZEROS[: min(FRAME_PAGES, pages - at) * PAGE]
 
-    def _read_ahead(self, jobs: Channel[_Batch | _Table], index: Index, ready: _Ready) -> None:
-        reader = _Reader(self._store, self._meter)
+    def _read_ahead(self, jobs: Channel[Batch | _Table], index: Index, ready: _Ready) -> None:
+        reader = Reader(self._store, self._meter)
         for job in jobs:
             if isinstance(job, _Table):
                 self._compare(job)
                 continue
             for frame, content in reader.read(job):
-                ready.put(int(frame["first_page"]), _dense(frame, content, index))
+                ready.put(int(frame["first_page"]), dense(frame, content, index))
                 count, kept = int(frame["pages"]), int(frame["kept"])
                 self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
 
@@ -309,47 +300,7 @@ class _Ready:
             self._changed.notify_all()
 
 
-class _Reader:
-    """Reads batches, verified, decrypted and inflated. Of one thread: buffers and contexts are used again."""
-
-    def __init__(self, store: Store, meter: Meter) -> None:
-        self._store, self._meter = store, meter
-        self._unpacker = codec.Unpacker()
-        self._opened_into = memoryview(b"")  # made when it is needed
-        self._buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
-
-    def read(self, batch: _Batch) -> Iterator[tuple[np.void, list[memoryview]]]:
-        """Each frame with the pages that it kept, in pieces, which are good until the next frame is asked for."""
-        if batch.size > len(self._buffer):
-            raise Corrupt(f"{batch.name}: frames are larger than they can be")
-        data = self._buffer[: batch.size]
-        self._store.read_into(f"{batch.seal.checkpoint_id}/{batch.key}", batch.offset, data)
-        self._meter.add(io=batch.size, stored=batch.size)
-        seal = batch.seal.of(batch.key)
-        self._opened_into = self._opened_into or seal.scratch(format.MAX_STORED)
-        for number, frame in enumerate(batch.frames, batch.first):
-            at = int(frame["offset"]) - batch.offset
-            stored = data[at : at + int(frame["stored"])]
-            _insist_whole(frame, stored, batch.name)
-            yield frame, self._unpacker.unpack(seal.open(number, stored, self._opened_into), int(frame["kept"]) * PAGE)
-
-
-def _dense(frame: np.void, content: list[memoryview], index: Index) -> memoryview:
-    """All pages of a frame, in memory of their own."""
-    first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
-    packed = np.empty(kept * PAGE, np.uint8)
-    at = 0
-    for piece in content:
-        packed[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-        at += len(piece)
-    if kept == count:
-        return packed.data
-    pages = np.zeros((count, PAGE), np.uint8)
-    pages[index.keeps[first]] = packed.reshape(-1, PAGE)
-    return pages.reshape(-1).data
-
-
-def _planned(ref: PagesRef, seal: Seal, frames: FrameTable, loan: Loan | None = None) -> Iterator[tuple[tuple[int, int], _Batch]]:
+def _planned(ref: PagesRef, seal: Seal, frames: FrameTable, loan: Loan | None = None) -> Iterator[tuple[tuple[int, int], Batch]]:
     """Batches of every stream, each with its turn: taken by turns, the threads read from all streams at once."""
     wanted = np.ones(len(frames), bool) if loan is None else loan.wanted()
     for n, stream in enumerate(ref.streams):
@@ -360,7 +311,7 @@ def _planned(ref: PagesRef, seal: Seal, frames: FrameTable, loan: Loan | None = 
         cuts = np.flatnonzero((np.diff(mine["offset"] // BATCH) != 0) | (np.diff(numbers) != 1)) + 1
         for turn, (first, part) in enumerate(zip(np.split(numbers, cuts), np.split(mine, cuts), strict=True)):
             if len(part):
-                yield (turn, n), _Batch(seal, stream.key, int(first[0]), part, loan)
+                yield (turn, n), Batch(seal, stream.key, int(first[0]), part, loan)
 
 
 def _hand_out(loan: Loan, frame: np.void, content: list[memoryview], pages: PageFiles | None) -> int:
@@ -387,12 +338,6 @@ def _cut(content: list[memoryview], offset: int, size: int) -> list[memoryview]:
 def _of_stream(index: Index, number: int) -> FrameTable:
     """The frames of one stream, as they lie in it."""
     return np.sort(index.frames[index.frames["stream"] == number], order="offset")
-
-
-def _insist_whole(frame: np.void, stored: memoryview, key: str) -> None:
-    """Nothing is made of bytes that are not those of the index."""
-    if format.digest(stored) != frame["digest"].tobytes():
-        raise Corrupt(f"{key}: the frame at {frame['offset']} is damaged", key=key, offset=int(frame["offset"]))
 
 
 def _opened(seal: ObjectSeal, data: memoryview) -> memoryview:

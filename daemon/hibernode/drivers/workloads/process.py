@@ -237,6 +237,11 @@ class Jobs:
             self._left.discard(uid)
             return cgroup.create(uid)
 
+    def leave(self, uid: str) -> None:
+        """The cgroup of `uid` is removed when nobody lives there any more."""
+        with self._lock:
+            self._left.add(uid)
+
     def reap(self) -> bool:
         """Wait for children that have ended: keep the exit codes of those that were jobs, remove the cgroups. Never blocks."""
         self._children.reap()
@@ -501,7 +506,21 @@ class PreparedProcess:
         note: Callable[[Sequence[str]], None],  # noqa: ARG002 - it is born in `place`
     ) -> ProcessWorkload:
         (directory,) = fetched.images.values()
+        if fetched.begin is not None:
+            self._begin(fetched.begin)
         return self._adopt(self._criu.restore(directory, options, self.prepared, cancel))
+
+    def _begin(self, begin: Callable[[Sequence[str], Sequence[str]], None]) -> None:
+        if not self._procs:
+            raise Refused(
+                "lazy_cgroup", "no cgroup can be made here, and by it a tree that is restored lazily is found when it has to be killed",
+                prop="cgroup", found="none", wanted="hibernode/<uid>", hint="restore it without `lazy`",
+            )  # fmt: skip
+        own = f"{self._uid}.keeper"
+        try:
+            begin(self._procs, self._jobs.make_place(own))
+        finally:
+            self._jobs.leave(own)
 
     def _adopt(self, pid: int) -> ProcessWorkload:
         facts = self._facts
