@@ -11,10 +11,24 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import containers, events, frames, keys, machine, many, memory
+from benchmarks import containers, events, frames, keys, lazy, machine, many, memory
 
-QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, frames, many)}
-_OPTIONS = {containers.NAME: ("size", "rounds"), memory.NAME: ("size", "rounds", "kinds")}  # what else they can be told
+QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, lazy, frames, many)}
+RATIOS = (
+    "pause_vs_criu_dump",
+    "durable_vs_tar_zstd",
+    "durable_vs_streamer",
+    "restore_vs_tar_zstd",
+    "lazy_to_running_seconds",
+    "increment_bytes",
+    "increment_time",
+    "pipeline_efficiency",
+)
+_OPTIONS = {
+    containers.NAME: ("size", "rounds"),
+    memory.NAME: ("size", "rounds", "kinds"),
+    lazy.NAME: ("rounds",),
+}  # what else they can be told
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -28,12 +42,12 @@ def main(words: Sequence[str] | None = None) -> int:
     told = {"date": datetime.now(UTC).date().isoformat(), "quick": arguments.quick, "machine": machine.facts()}
     told["gb_per_s_of_one_thread"] = machine.ceilings()
     print(f"{told['machine']}\nGB/s of one thread: {told['gb_per_s_of_one_thread']}", flush=True)
+    told["ratios"] = ratios = dict.fromkeys(RATIOS)  # where others look for them; None: nobody has asked
     for name in arguments.names or QUESTIONS:
         began = time.monotonic()
         more = {option: getattr(arguments, option) for option in _OPTIONS.get(name, ())}
         told[name] = found = QUESTIONS[name].measure(quick=arguments.quick, **more)
-        if name == memory.NAME:
-            told["ratios"] = found["ratios"]  # where others look for them
+        ratios |= found.get("ratios", {})
         print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{QUESTIONS[name].render(found)}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")

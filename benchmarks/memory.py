@@ -106,10 +106,10 @@ def measure(*, quick: bool, size: int = 0, rounds: int = 0, kinds: str = "") -> 
     runnable = {name: how for name, how in VARIANTS.items() if not (quick and name in _NOT_QUICK) and _can(how)}
     taken: dict[str, dict[str, Any]] = {kind: dict.fromkeys(VARIANTS) for kind in wanted}
     ceilings: dict[str, list[dict[str, float]]] = {kind: [] for kind in wanted}
-    with _bench(size) as bench:
+    with bench(size, arena=size * 5 // 4 + 64) as made:
         for kind in wanted:
             taken[kind] |= {name: [] for name in runnable}
-            with bench.running(kind) as tree:
+            with made.running(kind) as tree:
                 for turn in range(rounds + 1):
                     at = turn % len(runnable)
                     for name in [*runnable][at:] + [*runnable][:at]:
@@ -118,8 +118,8 @@ def measure(*, quick: bool, size: int = 0, rounds: int = 0, kinds: str = "") -> 
                         if turn:  # the first is for the caches
                             taken[kind][name].append(vars(one))
                     if turn:
-                        ceilings[kind].append(stages.rates(tree.sample, bench.memory, bench.stores))
-        told = {"mebibytes": size, "rounds": rounds, "arena_mebibytes": bench.arena >> 20, "streamer": bool(streamer.program())}
+                        ceilings[kind].append(stages.rates(tree.sample, made.memory, made.stores))
+        told = {"mebibytes": size, "rounds": rounds, "arena_mebibytes": made.arena >> 20, "streamer": bool(streamer.program())}
     pairs = {kind: _pairs(of) for kind, of in taken.items()}
     efficiency = {kind: _efficiency(size << 20, of, ceilings[kind]) for kind, of in taken.items()}
     ratios, worst = _ratios(pairs, efficiency)
@@ -134,14 +134,19 @@ def _can(how: _Ours | _Tar | _Stream) -> bool:
 
 def _insist_room(size: int) -> None:
     """Rather than have the kernel kill somebody: a tmpfs is memory, too."""
+    if size * _COPIES > room():
+        raise SystemExit(f"run: --size {size} needs {size * _COPIES:.0f} MiB of memory, and {room()} are available")
+
+
+def room() -> int:
+    """MiB of memory that are available."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    room = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) >> 10
-    if size * _COPIES > room:
-        raise SystemExit(f"run: --size {size} needs {size * _COPIES:.0f} MiB of memory, and {room} are available")
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) >> 10
 
 
 @contextlib.contextmanager
-def _bench(size: int) -> Iterator[_Bench]:
+def bench(size: int, *, arena: int) -> Iterator[Bench]:
+    """A daemon with so large an arena (MiB), two stores, and a program that holds `size` MiB."""
     with contextlib.ExitStack() as stack:
         disk = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hn-bench-", dir="/var/tmp")))
         memory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hn-bench-", dir="/dev/shm")))
@@ -150,16 +155,15 @@ def _bench(size: int) -> Iterator[_Bench]:
         server = stack.enter_context(S3Server(disk / "s3"))
         s3 = {**server.settings().model_dump(exclude_defaults=True), "secret_access_key": server.secret_access_key}
         url = f"s3://{server.bucket}/ours"
-        arena = size * 5 // 4 + 64
         settings = {"store": {"allowed": [url], "s3": {**s3, "part_size": 8 << 20}}}
         store = f"file://{disk}/store"
         made = Daemon(store=store, arena=f"{arena}MiB", settings=settings, call_limit=LIMIT, start_limit=LIMIT)
         daemon = stack.enter_context(made)
-        yield _Bench(size, disk, memory, program, daemon, Stores(disk, server), url, arena << 20)
+        yield Bench(size, disk, memory, program, daemon, Stores(disk, server), url, arena << 20)
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Bench:
     size: int  # MiB
     disk: Path
     memory: Path
@@ -170,9 +174,9 @@ class _Bench:
     arena: int
 
     @contextlib.contextmanager
-    def running(self, kind: str) -> Iterator[_Tree]:
+    def running(self, kind: str) -> Iterator[Tree]:
         log = self.disk / f"{kind}.log"
-        tree = _Tree(self, Kept([str(self.program), str(self.size), kind], log), log)
+        tree = Tree(self, Kept([str(self.program), str(self.size), kind], log), log)
         try:
             wait_until(lambda: len(tree.last()) == KINDS[kind], LIMIT, "the program to fill its memory")
             yield tree
@@ -181,10 +185,10 @@ class _Bench:
             tree.sample.unlink(missing_ok=True)
 
 
-class _Tree:
+class Tree:
     """The processes, wherever they were restored last: their pids stay the same."""
 
-    def __init__(self, bench: _Bench, kept: Kept, log: Path) -> None:
+    def __init__(self, bench: Bench, kept: Kept, log: Path) -> None:
         self._bench, self._log, self.pid = bench, log, kept.pid
         self._kept: Kept | None = kept  # None: the daemon restored it, and keeps it
         self._mark = 0  # in the log: what it said before does not count
@@ -206,7 +210,7 @@ class _Tree:
                         self._tar(how, taken, planted, Path(work))
                     case _Stream():
                         self._stream(how, taken, planted, Path(work))
-            self._insist_whole(planted)
+            self.insist_whole(planted)
         except Exception as e:
             e.add_note(f"in {name!r}")
             raise
@@ -227,10 +231,19 @@ class _Tree:
         cpu, began = _cpu(daemon.pid), time.time()
         restored = ready(daemon.restore(event.checkpoint_id, directory=directory))
         taken.steps |= {f"restore: {name}": cost.seconds for name, cost in restored.profile.phases.items()}
-        taken.restore = self._back(planted, began)
+        taken.restore = self.back(planted, began)
         taken.restore_cpu, taken.memory = _cpu(daemon.pid) - cpu, _peak(daemon.pid) - self._bench.arena
         store = self._bench.stores.place("S3", "ours") if directory else self._bench.disk / "store"
         shutil.rmtree(store / event.checkpoint_id)
+
+    def saved(self, directory: str) -> tuple[str, dict[str, Beat]]:
+        """Checkpointed by our daemon, and killed: its id, and the last beats."""
+        self._mark = self._whole_lines()
+        wait_until(lambda: len(self.last()) == len(self._tree()), LIMIT, "a beat of each")
+        planted = self.last()
+        event = ready(self._bench.daemon.checkpoint(pid_target(self.pid), directory=directory))
+        self.end()
+        return event.checkpoint_id, planted
 
     # --- the peers ------------------------------------------------------------------------------------------------------------
 
@@ -251,7 +264,7 @@ class _Tree:
         cpu, began = _cpu_of_children(), time.time()
         stores.shell(f"{stores.get(how.store, object_)} | zstd -q -d | tar -C {image} -xf -")
         self._restore(work)
-        taken.restore = self._back(planted, began)
+        taken.restore = self.back(planted, began)
         taken.restore_cpu = _cpu_of_children() - cpu + _cpu_of_keeper(self.pid)
         stores.place(how.store, object_).unlink()
 
@@ -269,7 +282,7 @@ class _Tree:
         cpu, began = _cpu_of_children(), time.time()
         lines = [f"{stores.get(how.store, name)} | {how.unpack}" for name in objects]
         streamer.stream("serve", image, lines, env, lambda: self._restore(work, "--stream"))
-        taken.restore = self._back(planted, began)
+        taken.restore = self.back(planted, began)
         taken.restore_cpu = _cpu_of_children() - cpu + _cpu_of_keeper(self.pid)
         for place in places:
             place.unlink()
@@ -333,7 +346,7 @@ class _Tree:
     def _tree(self) -> list[int]:
         return [self.pid, *keeper.descendants(self.pid)]
 
-    def _back(self, planted: Mapping[str, Beat], began: float) -> float:
+    def back(self, planted: Mapping[str, Beat], began: float) -> float:
         """Seconds until the last of them beat: the old ones, all of them."""
         wait_until(lambda: planted.keys() <= self.last().keys(), LIMIT, "a beat of each that was restored")
         firsts = {beat.token: beat for beat in reversed(held.beats(self.lines()))}
@@ -341,7 +354,7 @@ class _Tree:
             held.insist_same(before, firsts[token], began)
         return max(first.at for first in firsts.values()) / 1e9 - began
 
-    def _insist_whole(self, planted: Mapping[str, Beat]) -> None:
+    def insist_whole(self, planted: Mapping[str, Beat]) -> None:
         for pid in self._tree():
             os.kill(pid, signal.SIGUSR1)
         wait_until(
@@ -419,9 +432,6 @@ def _ratios(pairs: Mapping[str, Any], efficiency: Mapping[str, Any]) -> tuple[di
         "durable_vs_tar_zstd": of("durable", _Tar),
         "durable_vs_streamer": of("durable", _Stream),
         "restore_vs_tar_zstd": of("restore", _Tar),
-        "lazy_to_running_seconds": {},  # not built yet, as the next two
-        "increment_bytes": {},
-        "increment_time": {},
     }
     worst = {name: max(found, key=found.__getitem__) for name, found in all_of.items() if found}
     worst["pipeline_efficiency"] = least = min(rates, key=rates.__getitem__)
