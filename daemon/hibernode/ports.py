@@ -55,8 +55,8 @@ class OpenUpload:
 class Upload(Protocol):
     """One object on its way into the store. One thread at a time; invisible until `commit`; exactly one of commit, abort ends it."""
 
-    def write(self, data: Buffer) -> None:
-        """Append. When it returns the caller may reuse the memory. Blocks while too many parts are in flight. Raises
+    def write(self, *pieces: Buffer) -> None:
+        """Append them, in this order. When it returns the caller may reuse the memory. Blocks while too many parts are in flight. Raises
         StoreUnavailable (retries inside are over) or NoRoom; then only `abort` is legal."""
 
     def commit(self) -> ObjectFacts:

@@ -131,10 +131,11 @@ class MemoryUpload:
         self.key = key
         self.began = time.time()
 
-    def write(self, data: Buffer) -> None:
+    def write(self, *pieces: Buffer) -> None:
         self._break()
         self._store.step("write", self.key)
-        self._data += data
+        for piece in pieces:
+            self._data += piece
         self._writable = True
 
     def commit(self) -> ObjectFacts:

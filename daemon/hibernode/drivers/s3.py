@@ -444,14 +444,15 @@ class S3Upload:
         self._buffer = bytearray()
         self._filled = 0
 
-    def write(self, data: Buffer) -> None:
+    def write(self, *pieces: Buffer) -> None:
         with self._breaking():
-            view = memoryview(data).cast("B")
-            while view:
-                n = self._fill(view)
-                view = view[n:]
-                if self._filled == len(self._buffer):
-                    self._ship()
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                while view:
+                    n = self._fill(view)
+                    view = view[n:]
+                    if self._filled == len(self._buffer):
+                        self._ship()
 
     def commit(self) -> ObjectFacts:
         """Raises with everything withdrawn, or, if even that failed, with the withdrawal left to `abort`."""

@@ -223,8 +223,7 @@ class _Stream:
             self._frames.append(_Frame(chunk.first_page, self._offset, stored, chunk.pages, kept, format.digest(*pieces)))
             if kept < chunk.pages:
                 self.keeps[chunk.first_page] = chunk.pages, format.pack_keep(keep)
-            for piece in pieces:
-                upload.write(piece)
+            upload.write(*pieces)
             self._offset += stored
         self._meter.add(raw=chunk.pages * PAGE, zero=(chunk.pages - kept) * PAGE, stored=stored, io=stored)
 
