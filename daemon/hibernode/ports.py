@@ -81,6 +81,11 @@ class Store(Protocol):
     def lingers(self) -> bool:
         """Whether what a process has begun to write may still become visible when it is dead: a request on its way through a network."""
 
+    @property
+    def reads_in_flight(self) -> int:
+        """How many reads at once it takes for each stream of a restore: one where bytes come as fast as they are used, more where each
+        waits for a network."""
+
     def check(self) -> None:
         """Write, read and remove a small object. Raises StoreUnavailable or NoRoom, with a hint."""
 

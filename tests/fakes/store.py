@@ -25,6 +25,10 @@ class MemoryStore:
         self.objects: dict[str, bytes] = {}  # a test may damage what is in here
         self.uploads: list[MemoryUpload] = []  # begun and neither committed nor aborted: empty when all is well
 
+    @property
+    def reads_in_flight(self) -> int:
+        return 1
+
     def check(self) -> None:
         self._script.step("store.check")
 

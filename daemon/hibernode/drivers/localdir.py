@@ -57,6 +57,10 @@ class LocalDir:
     def lingers(self) -> bool:
         return False  # a process that is in a system call ends with it
 
+    @property
+    def reads_in_flight(self) -> int:
+        return 1
+
     def check(self) -> None:
         key, data = f"check-{uuid.uuid4().hex}", os.urandom(64)
         self.put(key, data)

@@ -83,6 +83,7 @@ class S3:
         self._crc32 = True  # until the server answers without: then Content-MD5
         self.part_size = int(settings.part_size)
         self.parts_in_flight = settings.parts_in_flight
+        self.reads_in_flight = settings.reads_in_flight
 
     @property
     def location(self) -> str:
@@ -623,7 +624,8 @@ def _clients(settings: config.S3) -> tuple[S3Client, S3Client]:
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
         retries={"mode": "standard", "total_max_attempts": settings.attempts},
-        max_pool_connections=MAX_STREAMS * settings.parts_in_flight,  # a bound on idle connections, not on open ones
+        max_pool_connections=MAX_STREAMS
+        * max(settings.parts_in_flight, settings.reads_in_flight),  # a bound on idle connections, not on open ones
         tcp_keepalive=True,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
