@@ -57,7 +57,7 @@ MAX_PARTS = 10_000
 MAX_PART = 5 << 30
 _EVEN_PARTS = 1_000  # parts of the configured size; most objects never need more
 _STEP_PARTS, _STEP = 100, 13 * MIB  # then each 100 parts are 13 MiB larger: 10,000 of them hold 5.3 TB from any base
-_SLICE = 256 << 10  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
+_SLICE = 1 << 20  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
 _TOKEN = "hibernode-token"  # in the metadata of every object
 
 
