@@ -58,6 +58,7 @@ class S3(Section):
     addressing: Literal["auto", "path", "virtual"] = "auto"
     part_size: ByteSize = Field(default=ByteSize(8 * MIB), ge=5 * MIB, le=5 << 30)
     parts_in_flight: int = Field(default=2, ge=1, le=64)  # per stream
+    reads_in_flight: int = Field(default=2, ge=1, le=64)  # per stream of a restore
     connect_timeout: float = Field(default=10.0, gt=0)
     read_timeout: float = Field(default=60.0, gt=0)
     attempts: int = Field(default=5, ge=1)

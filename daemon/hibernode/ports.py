@@ -55,8 +55,8 @@ class OpenUpload:
 class Upload(Protocol):
     """One object on its way into the store. One thread at a time; invisible until `commit`; exactly one of commit, abort ends it."""
 
-    def write(self, data: Buffer) -> None:
-        """Append. When it returns the caller may reuse the memory. Blocks while too many parts are in flight. Raises
+    def write(self, *pieces: Buffer) -> None:
+        """Append them, in this order. When it returns the caller may reuse the memory. Blocks while too many parts are in flight. Raises
         StoreUnavailable (retries inside are over) or NoRoom; then only `abort` is legal."""
 
     def commit(self) -> ObjectFacts:
@@ -80,6 +80,11 @@ class Store(Protocol):
     @property
     def lingers(self) -> bool:
         """Whether what a process has begun to write may still become visible when it is dead: a request on its way through a network."""
+
+    @property
+    def reads_in_flight(self) -> int:
+        """How many reads at once it takes for each stream of a restore: one where bytes come as fast as they are used, more where each
+        waits for a network."""
 
     def check(self) -> None:
         """Write, read and remove a small object. Raises StoreUnavailable or NoRoom, with a hint."""

@@ -40,6 +40,7 @@ class _Shelf:
     """The part of a store that is read from here."""
 
     objects: dict[str, bytes] = field(default_factory=dict)
+    reads_in_flight: int = 1
 
     def read_into(self, key: str, offset: int, into: memoryview) -> None:
         piece = self.objects.get(key, b"")[offset : offset + len(into)]

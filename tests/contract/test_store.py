@@ -15,7 +15,7 @@ import pytest
 from hibernode.drivers.localdir import LocalDir
 from hibernode.drivers.s3 import S3
 from hibernode.errors import BadCommand, Corrupt, HibernodeError, Internal, NotFound, Refused
-from hibernode.ports import Store
+from hibernode.ports import Buffer, Store
 from tests.fakes.script import Script
 from tests.fakes.store import MemoryStore
 from tests.servers import S3Server
@@ -76,6 +76,20 @@ def test_one_write_may_be_longer_than_several_parts(store: Store) -> None:
     data = pattern(2 * PART + 99)
     written(store, "a", data, step=len(data))
     assert read(store, "a", 0, len(data)) == data
+
+
+def test_many_pieces_may_be_written_at_once(store: Store) -> None:
+    """More than a system takes in one call, some of them empty, one longer than a part."""
+    pieces: list[Buffer] = [pattern(n % 7, n) for n in range(3000)]
+    pieces += [memoryview(pattern(PART + 5)), bytearray(b"end")]
+    upload = store.upload("a")
+    upload.write()
+    upload.write(*pieces)
+    upload.write(b"")
+    upload.write(b"more", b"")
+    whole = b"".join(pieces) + b"more"
+    assert upload.commit().size == len(whole)
+    assert read(store, "a", 0, len(whole)) == whole
 
 
 def test_nothing_is_visible_before_the_commit(store: Store) -> None:

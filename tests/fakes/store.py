@@ -25,6 +25,10 @@ class MemoryStore:
         self.objects: dict[str, bytes] = {}  # a test may damage what is in here
         self.uploads: list[MemoryUpload] = []  # begun and neither committed nor aborted: empty when all is well
 
+    @property
+    def reads_in_flight(self) -> int:
+        return 1
+
     def check(self) -> None:
         self._script.step("store.check")
 
@@ -131,10 +135,11 @@ class MemoryUpload:
         self.key = key
         self.began = time.time()
 
-    def write(self, data: Buffer) -> None:
+    def write(self, *pieces: Buffer) -> None:
         self._break()
         self._store.step("write", self.key)
-        self._data += data
+        for piece in pieces:
+            self._data += piece
         self._writable = True
 
     def commit(self) -> ObjectFacts:

@@ -19,6 +19,7 @@ import grpc
 import pytest
 
 from hibernode._pb import hibernode_pb2 as pb
+from hibernode.model import FORMAT_VERSION
 from tests import keeper
 from tests.daemon import Daemon, Refusal, details, events, failed, job_target, pid_target, ready
 from tests.envelope import opened, seal
@@ -350,7 +351,7 @@ def stored(shared_daemon: Daemon, places: Path, tmp_path_factory: pytest.TempPat
         (cut("manifest.json", 100), "corrupt", "manifest"),
         (without("main/pages-1.zst"), "corrupt", "pages-1.zst"),
         (without("manifest.json"), "not_found", "no checkpoint"),
-        (edited(format_version=3), "format_version", "version 3"),
+        (edited(format_version=FORMAT_VERSION + 1), "format_version", f"version {FORMAT_VERSION + 1}"),
         (edited(arch="aarch64"), "arch", "aarch64"),
         (edited(page_size=65536), "page_size", "65536"),
         (edited(criu_version=50000), "criu_too_old", "criu"),

@@ -34,6 +34,7 @@ BAD: dict[str, list[object]] = {
     "store.allowed": ["file:///a", 1, [1]],
     "store.s3.part_size": [1, "1MiB", "6GiB", -5, "much"],
     "store.s3.parts_in_flight": [0, 65],
+    "store.s3.reads_in_flight": [0, 65],
     "store.s3.addressing": ["maybe", ""],
     "store.s3.attempts": [0],
     "store.s3.read_timeout": [0, -1],

@@ -63,6 +63,15 @@ def test_a_full_disk_is_no_room_and_nothing_is_visible(tiny: Path) -> None:
     store.put("c1/a", b"there is room again")
 
 
+def test_a_disk_that_is_full_in_the_middle_of_many_pieces(tiny: Path) -> None:
+    """The system takes some of them and says so; the next call says why."""
+    upload = LocalDir(tiny).upload("c1/a")
+    with pytest.raises(NoRoom):
+        upload.write(*[bytes(128 << 10)] * 40)
+    upload.abort()
+    assert files(tiny) == []
+
+
 def test_put_on_a_full_disk(tiny: Path) -> None:
     store = LocalDir(tiny)
     with pytest.raises(NoRoom):

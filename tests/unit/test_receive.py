@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import struct
+import threading
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +16,10 @@ from hibernode.flow import Threads
 from hibernode.model import PAGE, Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
 from hibernode.transfer import codec, format
 from hibernode.transfer.pageproto import PRESENT
-from hibernode.transfer.receive import Receiver
+from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import PIECE, Closer, Seal
 from tests.fakes.store import MemoryStore
+from tests.layers import PLAIN, sent
 
 _ZSTD = struct.Struct("<IBQ")  # magic, descriptor: single segment + 8-byte content size, content size
 
@@ -104,3 +108,33 @@ def test_an_index_of_several_pieces_comes_back(data_key: bytes | None) -> None:
     receiver = received(stored, pages=count, zero_pages=count)
     receiver._seal = seal
     assert (receiver.fetch_index().segments == segments).all()
+
+
+class Far(MemoryStore):
+    """Answers a read only when so many are asked for at once."""
+
+    reads_in_flight = 3
+
+    def __init__(self, wanted: int) -> None:
+        super().__init__()
+        self._wanted, self._asked = wanted, 0
+        self._together, self._changed = threading.Event(), threading.Lock()
+
+    def read_into(self, key: str, offset: int, into: memoryview) -> None:
+        if "index" not in key:
+            with self._changed:
+                self._asked += 1
+                if self._asked == self._wanted:
+                    self._together.set()
+            assert self._together.wait(10), f"only {self._asked} of {self._wanted} reads came at once"
+        super().read_into(key, offset, into)
+
+
+def test_as_many_reads_are_in_flight_for_each_stream_as_the_store_needs(tmp_path: Path) -> None:
+    """Six streams have six seek tables to be read, and a frame at least."""
+    store = Far(6)
+    (tmp_path / "data").write_bytes(random.Random(7).randbytes(5 << 20))
+    ref = sent(tmp_path, store, streams=6)
+    receiver = LayerReceiver(store, PLAIN, ref, 2, Meter())
+    with Threads(Cancel()) as threads:
+        receiver.verify_pages(receiver.fetch_index(), threads)

@@ -57,7 +57,7 @@ MAX_PARTS = 10_000
 MAX_PART = 5 << 30
 _EVEN_PARTS = 1_000  # parts of the configured size; most objects never need more
 _STEP_PARTS, _STEP = 100, 13 * MIB  # then each 100 parts are 13 MiB larger: 10,000 of them hold 5.3 TB from any base
-_SLICE = 256 << 10  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
+_SLICE = 1 << 20  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
 _TOKEN = "hibernode-token"  # in the metadata of every object
 
 
@@ -83,6 +83,7 @@ class S3:
         self._crc32 = True  # until the server answers without: then Content-MD5
         self.part_size = int(settings.part_size)
         self.parts_in_flight = settings.parts_in_flight
+        self.reads_in_flight = settings.reads_in_flight
 
     @property
     def location(self) -> str:
@@ -444,14 +445,15 @@ class S3Upload:
         self._buffer = bytearray()
         self._filled = 0
 
-    def write(self, data: Buffer) -> None:
+    def write(self, *pieces: Buffer) -> None:
         with self._breaking():
-            view = memoryview(data).cast("B")
-            while view:
-                n = self._fill(view)
-                view = view[n:]
-                if self._filled == len(self._buffer):
-                    self._ship()
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                while view:
+                    n = self._fill(view)
+                    view = view[n:]
+                    if self._filled == len(self._buffer):
+                        self._ship()
 
     def commit(self) -> ObjectFacts:
         """Raises with everything withdrawn, or, if even that failed, with the withdrawal left to `abort`."""
@@ -622,7 +624,8 @@ def _clients(settings: config.S3) -> tuple[S3Client, S3Client]:
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
         retries={"mode": "standard", "total_max_attempts": settings.attempts},
-        max_pool_connections=MAX_STREAMS * settings.parts_in_flight,  # a bound on idle connections, not on open ones
+        max_pool_connections=MAX_STREAMS
+        * max(settings.parts_in_flight, settings.reads_in_flight),  # a bound on idle connections, not on open ones
         tcp_keepalive=True,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",

@@ -1,9 +1,9 @@
 """Ranged reads on N streams -> frames, verified -> inflated -> pages files. Twin: `send.py`.
 
 Every frame is compared with its digest before it is inflated, so damaged or foreign bytes reach neither zstd nor CRIU. Of other
-checkpoints that store pages of this image only those frames are read that have one. Memory beside
-the pages files themselves (tmpfs, the image's pages that are not zero): threads * (2 * batch) for reads, decrypted and inflated frames;
-for a layer, which is used as it comes, `_AHEAD` windows of frames more, 48 MiB.
+checkpoints that store pages of this image only those frames are read that have one. There are as many threads as streams, times as many
+reads as the store needs at once. Memory beside the pages files themselves (tmpfs, the image's pages that are not zero): threads *
+(2 * batch) for reads, decrypted and inflated frames; for a layer, which is used as it comes, `_AHEAD` windows of frames more, 48 MiB.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _Pages(Generic[R]):
         self._store, self._seal, self._ref, self._meter = store, seal, ref, meter
         self._prefix = seal.checkpoint_id
         self._named = f"{self._prefix}/" if isinstance(ref, BaseRef) else ""  # before keys, for people
-        self._threads = max(1, threads)
+        self._threads = max(1, threads) * store.reads_in_flight
 
     def fetch_index(self) -> Index:
         """The index, compared with its digest and with the manifest. Takes no more memory than `format.index_limit` and what it inflates

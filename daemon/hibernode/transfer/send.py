@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 _QUEUE = 1 << 16  # chunks waiting: more than any arena has, so that the arena alone is the bound
 _FRAMES = 5  # of each stream, see above
-_ZSTD_CONTEXT = 8 << 20  # level 1 to 9 with a 4 MiB input; measured by zstd's own estimate
+_ZSTD_CONTEXT = 8 << 20  # to level 4, 6 MiB measured; level 5 takes 12 MiB, 9 takes 21, 15 takes 75: docs/operations.md adds them
 _SEGMENT_COPIES = 4  # while the index is encoded: what was collected, as a table, joined with the rest, on its way
 _REFERENCE_COPIES = 4  # likewise
 _FRAME_FACTS = 768  # bytes: digest, sizes and keep map as Python objects (554 measured), and what the index has of it (192)
@@ -272,8 +272,7 @@ class _Stream:
             self._frames.append(_Frame(chunk.first_page, self._offset, stored, chunk.pages, kept, format.digest(*pieces)))
             if kept < chunk.pages:
                 self.keeps[chunk.first_page] = chunk.pages, format.pack_keep(keep)
-            for piece in pieces:
-                upload.write(piece)
+            upload.write(*pieces)
             self._offset += stored
         self._meter.add(raw=chunk.pages * PAGE, zero=zeros * PAGE, stored=stored, io=stored)
 
