@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import containers, events, frames, keys, machine, many, memory
+from benchmarks import containers, events, frames, keys, machine, many, memory, nodes
 
-QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, frames, many)}
+QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, frames, many, nodes)}
 _OPTIONS = {containers.NAME: ("size", "rounds"), memory.NAME: ("size", "rounds", "kinds")}  # what else they can be told
 
 
