@@ -56,7 +56,7 @@ _KINDS = (
 
 
 def measure(*, quick: bool) -> dict[str, Any]:
-    sizes, rest = ((100, 300), 6.0) if quick else (SIZES, 20.0)
+    sizes, rest = ((100, 300), 6.0) if quick else (SIZES, 12.0)
     recorded, templates = _recorded(rest=12.0 if quick else 30.0)
     found: dict[str, Any] = {"node_interval": Config().limits.node_interval, "hourly": HOURLY, "recorded": recorded, "stages": []}
     with contextlib.ExitStack() as stack:
@@ -78,14 +78,15 @@ def measure(*, quick: bool) -> dict[str, Any]:
             stage["ready"]["broker_cpu"] = cpu(broker.pid) - began
             stage["rest"] = _rest(broker, people, rest)
             stage["broker_bytes_each"] = (_rss(broker.pid) - memory) / nodes
+            print(f"{nodes} nodes: {stage}", flush=True)
             for name, url in databases.items():
                 processes = {"broker": broker.pid} | ({"database": postgres.pid} if name == "postgresql" else {})
                 with serving(home / f"{name}-{nodes}", broker.url, url, CLUSTER) as api:
                     stage[name] = _served(api, driver, processes | {"api": api.pid}, nodes, rest)
+                    print(f"{nodes} nodes, {name}: {stage[name]}", flush=True)
             people.ask("count")
             stage["load_after"] = os.getloadavg()[0]
             found["stages"].append(stage)
-            print(_told(stage), flush=True)
     return found
 
 
@@ -297,7 +298,9 @@ def _served(api: Api, driver: _Driver, pids: Mapping[str, int], nodes: int, rest
     found["rest"] = _cores(pids, lambda: _hourly(driver, nodes, rest))
     found["nodes_s"], found["nodes_bytes"] = _timed(api, "/v2/nodes", 3)
     found["actions_s"] = _timed(api, "/v2/actions?limit=200", 20)[0]
-    found["request_s"] = _requests(api, [crowd.pod_of(f"node-{n * 37 % nodes:05}") for n in range(1, 6)])
+    found["request_s"], found["requests_without_answer"] = _requests(
+        api, [crowd.pod_of(f"node-{n * 37 % nodes:05}") for n in range(1, 6)]
+    )
     found["drain"] = _drain(api, driver, pids, min(DRAIN, nodes // PART))
     found["api_mebibytes"] = _rss(api.pid) / (1 << 20)
     return found
@@ -346,9 +349,10 @@ def _timed(api: Api, path: str, times: int) -> tuple[list[float], int]:
     return seconds, size
 
 
-def _requests(api: Api, pods: Sequence[str]) -> list[float]:
-    """Of a checkpoint, by the UID of a pod: the nodes are asked who has it."""
-    seconds = list[float]()
+def _requests(api: Api, pods: Sequence[str]) -> tuple[list[float], int]:
+    """Of a checkpoint, by the UID of a pod: the nodes are asked who has it. And how often none has answered within `api.find_timeout`: one
+    process speaks for all of them here, and has other things to do."""
+    seconds, without = list[float](), 0
     for pod in pods:
         body = json.dumps({"pod_id": pod})
         began = time.perf_counter()
@@ -356,9 +360,10 @@ def _requests(api: Api, pods: Sequence[str]) -> list[float]:
         reply = api.connection.getresponse()
         said = reply.read()
         seconds.append(time.perf_counter() - began)
-        if reply.status != 200:
+        without += reply.status == 404
+        if reply.status not in (200, 404):
             raise RuntimeError(f"a checkpoint: {reply.status} {said[:300]!r}")
-    return seconds
+    return seconds, without
 
 
 def _rss(pid: int) -> int:
@@ -366,18 +371,6 @@ def _rss(pid: int) -> int:
 
 
 # --- words --------------------------------------------------------------------------------------------------------------------------
-
-
-def _told(stage: Mapping[str, Any]) -> str:
-    rest = stage["rest"]
-    parts = [f"{stage['nodes']} nodes: broker {rest['broker_cores']:.2f} cores, {rest['broker_mebibytes']:.0f} MiB"]
-    for name in ("sqlite", "postgresql"):
-        of = stage[name]
-        parts.append(
-            f"{name}: records {of['records_s']:.2f} s, list {max(of['nodes_s']):.2f} s, request {max(of['request_s']):.2f} s, "
-            f"drain of {of['drain']['nodes']} kept after {of['drain']['kept_s']:.1f} s"
-        )
-    return "; ".join(parts)
 
 
 def render(found: Mapping[str, Any]) -> str:
@@ -418,6 +411,7 @@ _CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "GET /v2/nodes": _both(lambda of: _median(of["nodes_s"])),
     "GET /v2/actions": _both(lambda of: _median(of["actions_s"])),
     "POST /v2/checkpoint/pod": _both(lambda of: _median(of["request_s"])),
+    "of five, without an answer": _both(lambda of: f"{of['requests_without_answer']}"),
     "cores, once an hour: SQLite": lambda s: _said(s["sqlite"]["rest"]),
     "cores, once an hour: PostgreSQL": lambda s: _said(s["postgresql"]["rest"]),
     "drain: nodes": lambda s: f"{s['sqlite']['drain']['nodes']}",
