@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import containers, events, frames, keys, lazy, machine, many, memory
+from benchmarks import containers, events, frames, keys, lazy, machine, many, memory, nodes
 
-QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, lazy, frames, many)}
+QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, lazy, frames, many, nodes)}
 RATIOS = (
     "pause_vs_criu_dump",
     "durable_vs_tar_zstd",

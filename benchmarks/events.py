@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import itertools
 import json
 import os
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,14 +24,14 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from benchmarks import storm
+from benchmarks.control import LIMIT, Api, cpu, serving
 from hibernode.api.db import Database, tables
 from hibernode.api.migrate import migrate
 from hibernode.config import Bus
@@ -52,7 +50,6 @@ REQUESTS = 100  # of each list
 BATCH = 500  # rows of a plain insert
 GOAL = 0.1  # seconds that a list may take
 _DISK = "/var/tmp"
-_LIMIT = 900.0  # seconds for anything
 _SEED = 20
 
 
@@ -80,7 +77,7 @@ def _variant(kind: str, servers: int, rate: int, actions: int) -> dict[str, Any]
         ceilings = {"inserts_per_s": _plain_inserts(database)}
         _remember(database)
         with contextlib.ExitStack() as running:
-            apis = [running.enter_context(_api(home / str(n), broker.url, url)) for n in range(servers)]
+            apis = [running.enter_context(serving(home / str(n), broker.url, url, CLUSTER)) for n in range(servers)]
             processes["api"] = [api.pid for api in apis]
             found = _storm(broker.url, apis, processes, rate, actions)
             found["verdict"] = _verdict(database, actions) | {"went_back": found.pop("went_back")}
@@ -93,23 +90,23 @@ def _variant(kind: str, servers: int, rate: int, actions: int) -> dict[str, Any]
 # --- the storm ----------------------------------------------------------------------------------------------------------------
 
 
-def _storm(url: str, apis: Sequence[_Api], processes: Mapping[str, Sequence[int]], rate: int, actions: int) -> dict[str, Any]:
+def _storm(url: str, apis: Sequence[Api], processes: Mapping[str, Sequence[int]], rate: int, actions: int) -> dict[str, Any]:
     total = actions * len(storm.STATUSES)
     applied, watch = [(time.time(), 0)], _Watch(apis, storm.ids(actions, _SEED))
-    cpu = {name: sum(map(_cpu, pids)) for name, pids in processes.items()}
+    cpu = {name: sum(map(cpu, pids)) for name, pids in processes.items()}
     publisher = subprocess.Popen(_publishing(url, actions, rate, _SEED), stdout=subprocess.PIPE, text=True)
     published = list[tuple[float, int]]()
     try:
         reader = threading.Thread(target=lambda: published.extend(_line(line) for line in publisher.stdout or ()), daemon=True)
         reader.start()
-        while applied[-1][1] < total and time.time() - applied[0][0] < _LIMIT:
+        while applied[-1][1] < total and time.time() - applied[0][0] < LIMIT:
             if publisher.poll():
                 raise RuntimeError(f"the publisher ended with {publisher.returncode}")
             watch.look(published[-1][1] if published else 0)
             if time.time() - applied[-1][0] > 0.25:
                 applied.append((time.time(), sum(api.applied() for api in apis)))
         took = time.time() - published[0][0]
-        cpu = {name: (sum(map(_cpu, pids)) - cpu[name]) / took for name, pids in processes.items()}
+        cpu = {name: (sum(map(cpu, pids)) - cpu[name]) / took for name, pids in processes.items()}
         watch.finish()
     finally:
         publisher.kill()
@@ -133,7 +130,7 @@ def _publishing(url: str, actions: int, rate: int, seed: int) -> list[str]:
     return [sys.executable, "-m", "benchmarks.storm", url, CLUSTER, str(actions), str(rate), str(seed)]
 
 
-def _backlog(url: str, apis: Sequence[_Api], rate: int, actions: int) -> float:
+def _backlog(url: str, apis: Sequence[Api], rate: int, actions: int) -> float:
     """Events kept each second, of those that were published while the servers stood still."""
     before, total = sum(api.applied() for api in apis), actions * len(storm.STATUSES)
     for api in apis:
@@ -144,7 +141,7 @@ def _backlog(url: str, apis: Sequence[_Api], rate: int, actions: int) -> float:
         for api in apis:
             os.kill(api.pid, signal.SIGCONT)
     began = time.perf_counter()
-    while sum(api.applied() for api in apis) < before + total and time.perf_counter() - began < _LIMIT:
+    while sum(api.applied() for api in apis) < before + total and time.perf_counter() - began < LIMIT:
         time.sleep(0.2)
     return total / (time.perf_counter() - began)
 
@@ -162,7 +159,7 @@ def _when(published: Sequence[tuple[float, int]], count: int) -> float:
 class _Watch:
     """Asks for the status of some actions from their first event to their last, and remembers any that went back."""
 
-    def __init__(self, apis: Sequence[_Api], ids: Sequence[str]) -> None:
+    def __init__(self, apis: Sequence[Api], ids: Sequence[str]) -> None:
         step = max(1, len(ids) // WATCHED)
         self._left = [
             (n * len(storm.STATUSES), ids[n]) for n in range(0, len(ids), step)
@@ -281,7 +278,7 @@ def _pod(n: int) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_OID, str(n)))
 
 
-def _lists(api: _Api) -> dict[str, dict[str, float]]:
+def _lists(api: Api) -> dict[str, dict[str, float]]:
     filters = {
         "all": "", "status=ready": "&status=ready", "status=error": "&status=error", "status=processing": "&status=processing",
         "type=checkpoint": "&type=checkpoint", "type=restore": "&type=restore", "node": "&node=node-07", "pod_name": "&pod_name=trainer-7",
@@ -297,7 +294,7 @@ def _lists(api: _Api) -> dict[str, dict[str, float]]:
     return found | {"following pages": _spread(seconds)}
 
 
-def _timed(api: _Api, path: str) -> tuple[float, str]:
+def _timed(api: Api, path: str) -> tuple[float, str]:
     """Seconds, and the page after this one."""
     began = time.perf_counter()
     status, body, headers = api.get(path)
@@ -315,79 +312,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
     return {"median": round(statistics.median(ordered) * 1e3, 1), "p99": round(p99 * 1e3, 1)}
 
 
-# --- servers --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Api:
-    """One `hibernode api`, asked over one connection."""
-
-    pid: int
-    port: int
-    connection: http.client.HTTPConnection
-
-    def get(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        try:
-            self.connection.request("GET", path)
-            reply = self.connection.getresponse()
-        except (ConnectionError, http.client.HTTPException):  # it ends one on which nothing was asked for some seconds
-            self.connection.close()
-            self.connection.request("GET", path)
-            reply = self.connection.getresponse()
-        return reply.status, reply.read(), {name.lower(): value for name, value in reply.getheaders()}
-
-    def applied(self) -> int:
-        page = self.get("/metrics")[1].decode()
-        return int(sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("hibernode_api_events_total{")))
-
-
-@contextlib.contextmanager
-def _api(home: Path, broker: str, database: str) -> Iterator[_Api]:
-    home.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = home / "hibernode.toml"
-    config.write_text(
-        f'cluster = "{CLUSTER}"\nstate_dir = "{home}"\n[bus]\nurl = "{broker}"\n[log]\nlevel = "warning"\n'
-        f'[api]\nlisten = "127.0.0.1:{port}"\ndatabase = "{database}"\nauth = "none"\nrate = 1e6\nburst = 1000000\n'
-    )
-    with (home / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "hibernode", "api", "--config", str(config)], stdout=log, stderr=log)
-    try:
-        api = _Api(process.pid, port, http.client.HTTPConnection("127.0.0.1", port, timeout=_LIMIT))
-        deadline = time.monotonic() + 60
-        while not _ready(api):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start: {(home / 'log').read_text()[-2000:]}")
-            time.sleep(0.1)
-        yield api
-    finally:
-        process.terminate()
-        process.wait(60)
-        if said := (home / "log").read_text():
-            print(f"a server said:\n{said[-2000:]}", flush=True)
-
-
-def _ready(api: _Api) -> bool:
-    try:
-        return api.get("/readyz")[0] == 200
-    except OSError:
-        api.connection.close()
-        return False
-
-
-def _cpu(pid: int) -> float:
-    """Seconds of processor time that it and its children have used, those that have ended as well."""
-    seconds = 0.0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(") ")[2].split()
-            if stat.parent.name == str(pid):
-                seconds += sum(map(int, fields[11:15]))
-            elif fields[1] == str(pid):
-                seconds += sum(map(int, fields[11:13]))
-    return seconds / os.sysconf("SC_CLK_TCK")
+# --- the disk -------------------------------------------------------------------------------------------------------------------
 
 
 def _filesystem(path: str) -> str:

@@ -188,10 +188,7 @@ def _add_nodes(router: APIRouter, parts: Parts) -> None:
     async def nodes() -> list[schema.NodeView]:
         """Every node that was ever seen, with what it last said of itself."""
         alive = await control.nodes()
-        seen = await in_thread(database.nodes, control.cluster)
-        known = {name: (at, record) for name, (at, said) in seen.items() if (record := _record(said)) is not None}
-        known |= {name: (record.time, record) for name, record in alive.items()}
-        return [schema.node(record, at, alive=name in alive) for name, (at, record) in sorted(known.items())]
+        return await in_thread(_listed, alive, await in_thread(database.nodes, control.cluster))
 
     @router.post("/nodes/{node}/leave", operation_id="leave_node", status_code=202, summary="Move the pods of a node elsewhere")
     async def leave(node: str, wanted: schema.NodeLeave) -> list[schema.Move]:
@@ -272,6 +269,16 @@ def _storable(name: str, value: str) -> str:
     if "\0" in value:
         raise BadCommand(f"{name} has a character that no name has", property=name, found=value[:100], wanted="a name")
     return value
+
+
+def _listed(alive: dict[str, NodeRecord], seen: dict[str, tuple[float, dict[str, Any]]]) -> list[schema.NodeView]:
+    """Those that are alive as they are, the others as they were."""
+    known = {name: (record.time, record) for name, record in alive.items()}
+    for name in seen.keys() - alive.keys():
+        at, said = seen[name]
+        if (record := _record(said)) is not None:
+            known[name] = at, record
+    return [schema.node(record, at, alive=name in alive) for name, (at, record) in sorted(known.items())]
 
 
 def _record(said: dict[str, Any]) -> NodeRecord | None:
