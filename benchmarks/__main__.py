@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import containers, events, frames, keys, machine, memory
+from benchmarks import containers, events, frames, increments, keys, machine, memory
 
-QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, frames)}
-_OPTIONS = {containers.NAME: ("size", "rounds"), memory.NAME: ("size", "rounds", "kinds")}  # what else they can be told
+QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, frames, increments)}
+_OF_KINDS = ("size", "rounds", "kinds")
+_OPTIONS = {containers.NAME: ("size", "rounds"), memory.NAME: _OF_KINDS, increments.NAME: _OF_KINDS}  # what else they can be told
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -32,8 +33,8 @@ def main(words: Sequence[str] | None = None) -> int:
         began = time.monotonic()
         more = {option: getattr(arguments, option) for option in _OPTIONS.get(name, ())}
         told[name] = found = QUESTIONS[name].measure(quick=arguments.quick, **more)
-        if name == memory.NAME:
-            told["ratios"] = found["ratios"]  # where others look for them
+        if name in (memory.NAME, increments.NAME):
+            told["ratios"] = {**told.get("ratios", {}), **found["ratios"]}  # where others look for them
         print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{QUESTIONS[name].render(found)}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")
@@ -48,11 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="all questions if none is named")
     parser.add_argument("--quick", action="store_true", help="less memory, fewer rounds: a look, and no figure to quote")
-    parser.add_argument("--size", type=int, default=0, metavar="MIB", help="containers, memory: what the workload holds")
     parser.add_argument(
-        "--rounds", type=int, default=0, metavar="N", help="containers, memory: how often each variant has its turn"
+        "--size", type=int, default=0, metavar="MIB", help="containers, memory, increments: what the workload holds"
     )
-    parser.add_argument("--kinds", default="", metavar="KIND,...", help=f"memory: some of {', '.join(memory.KINDS)}")
+    parser.add_argument(
+        "--rounds", type=int, default=0, metavar="N", help="containers, memory, increments: how often each variant has its turn"
+    )
+    parser.add_argument("--kinds", default="", metavar="KIND,...", help=f"memory, increments: some of {', '.join(memory.KINDS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with facts of the machine")
     return parser
 

@@ -419,9 +419,7 @@ def _ratios(pairs: Mapping[str, Any], efficiency: Mapping[str, Any]) -> tuple[di
         "durable_vs_tar_zstd": of("durable", _Tar),
         "durable_vs_streamer": of("durable", _Stream),
         "restore_vs_tar_zstd": of("restore", _Tar),
-        "lazy_to_running_seconds": {},  # not built yet, as the next two
-        "increment_bytes": {},
-        "increment_time": {},
+        "lazy_to_running_seconds": {},  # not built yet
     }
     worst = {name: max(found, key=found.__getitem__) for name, found in all_of.items() if found}
     worst["pipeline_efficiency"] = least = min(rates, key=rates.__getitem__)

@@ -15,10 +15,28 @@ import numpy.typing as npt
 
 from hibernode.errors import Corrupt
 from hibernode.model import PagesRef
-from hibernode.transfer.format import Index, Ranks, ReferenceTable
+from hibernode.transfer.format import Index, Ranks, ReferenceTable, in_order
 from hibernode.transfer.seal import Seal
 
 Numbers = npt.NDArray[np.int64]
+
+
+class Origins:
+    """References, to be looked up often: 32 bytes each."""
+
+    def __init__(self, references: ReferenceTable) -> None:
+        self._first, self._pages, self._there, self._source = (
+            references[name].astype(np.int64) for name in ("first_page", "pages", "source_page", "source")
+        )
+
+    def of(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """For each page: its source, and its number there."""
+        if not len(self._first):
+            return np.zeros(len(numbers), np.int64), numbers
+        rows = np.searchsorted(self._first, numbers, side="right") - 1
+        away = numbers - self._first[rows]
+        within = (rows >= 0) & (away < self._pages[rows])
+        return np.where(within, self._source[rows] + 1, 0), np.where(within, self._there[rows] + away, numbers)
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,10 @@ class Source:
     def ranks(self) -> Ranks:
         return Ranks(self.index)
 
+    @cached_property
+    def origins(self) -> Origins:
+        return Origins(self.index.references)
+
 
 class Places(NamedTuple):
     """For each page that was asked for. `frame`: row of its source's frames, -1 for a page of zeros; `place`: which of the pages that this
@@ -46,22 +68,12 @@ class Places(NamedTuple):
 def find(sources: Sequence[Source], numbers: npt.NDArray[Any]) -> Places:
     """Of page numbers of `sources[0]`, in any order, which `insist` has passed."""
     numbers = np.asarray(numbers, np.int64)
-    source, there = origins(sources[0].index.references, numbers)
+    source, there = sources[0].origins.of(numbers)
     frame, place = np.full(len(numbers), -1, np.int64), np.zeros(len(numbers), np.int64)
     for each in np.unique(source).tolist():
         mine = np.flatnonzero(source == each)
         frame[mine], place[mine] = _in_frames(sources[each].ranks, there[mine])
     return Places(source, frame, place)
-
-
-def origins(references: ReferenceTable, numbers: Numbers) -> tuple[Numbers, Numbers]:
-    """For each page: its source, and its number there."""
-    if not len(references):
-        return np.zeros(len(numbers), np.int64), numbers
-    first, pages, there, source = (references[name].astype(np.int64) for name in ("first_page", "pages", "source_page", "source"))
-    rows = np.searchsorted(first, numbers, side="right") - 1
-    within = (rows >= 0) & (numbers < first[rows] + pages[rows])
-    return np.where(within, source[rows] + 1, 0), np.where(within, there[rows] + numbers - first[rows], numbers)
 
 
 def _in_frames(ranks: Ranks, numbers: Numbers) -> tuple[Numbers, Numbers]:
@@ -99,7 +111,7 @@ class Loan:
     def __init__(self, references: ReferenceTable, source: Source) -> None:
         """`references`: those to this source alone."""
         self.source = source
-        table = np.sort(references, order="source_page")
+        table = in_order(references, "source_page")
         self._first, self._pages, self._to = (table[name].astype(np.int64) for name in ("source_page", "pages", "first_page"))
         self._ends = np.maximum.accumulate(self._first + self._pages)  # two references may be to one page
 
