@@ -181,6 +181,9 @@ def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collecti
     ]
     removals = _referrers_first(_unreferenced(removals, places, alive))
     going = {removal.place.checkpoint_id for removal in removals if removal.whole}
+    alive -= {
+        removal.place.checkpoint_id for removal in removals if removal.what == "attempt"
+    }  # before their marks; a checkpoint takes its own
     return removals + [
         Removal("mark", place, now - facts.modified, "no_referrer", key=facts.key)
         for place in places
