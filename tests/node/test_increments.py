@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from hibernode._pb import hibernode_pb2 as pb
+from hibernode.transfer.send import memory_bound
 from tests import keys
 from tests.daemon import Daemon, Refusal, events, failed, ready, refusals
 from tests.keeper import wait_until
+from tests.node.test_bound import status
 from tests.node.workload import LIMIT, Program, Untouched, checkpointed, goes_on, python
 
 pytestmark = pytest.mark.node
 
 AUTO = {"increment": "auto"}
-MIB = 1 << 20
+MIB, PAGE = 1 << 20, 4096
 
 
 def change(program: Program) -> None:
@@ -169,6 +171,28 @@ def test_what_cannot_be_referred_to_is_refused_by_name_and_nobody_was_frozen(dae
         there = {path.parent.name for path in daemon.store_dir.rglob("manifest.json")}
         assert there == {plain, whole}
         assert not [path for path in daemon.store_dir.rglob("refs/*") if path.is_file()]
+
+
+def test_memory_for_it_is_bounded(tmp_path: Path) -> None:
+    """Digests, what is known, references: an image of 512 MiB through an arena of 64, the second time with that much already there."""
+    size, arena = 512 * MIB, 64 * MIB
+    with (
+        Program(tmp_path, python("changing.py", size // MIB, "noise", 5)) as program,
+        Daemon(store=f"file://{tmp_path}/store", arena=f"{arena // MIB}MiB") as daemon,
+    ):
+        program.beat()
+        idle = status(daemon.pid, "VmRSS") - arena
+        for _ in range(2):
+            change(program)
+            done = ready(daemon.checkpoint(program.target, criu_opts=AUTO, streams=2))
+        needed = status(daemon.pid, "VmHWM") - idle
+        pages, changed = done.profile.raw_bytes // PAGE, done.profile.stored_bytes // PAGE
+        assert changed < 0.1 * pages, "it was an increment"
+        bound = memory_bound(arena, 2, 0, 0, segments=pages // 4, frames=pages // 1024 + 4, pages=pages, references=2 * changed)
+        print(
+            f"needed {needed} of {bound}, {bound - memory_bound(arena, 2, 0, 0, pages // 4, pages // 1024 + 4)} of it for increments"
+        )
+        assert needed <= bound
 
 
 def caught_in_the_middle(daemon: Daemon, program: Program, base: str) -> str:
