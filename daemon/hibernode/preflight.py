@@ -258,7 +258,8 @@ def restore_room(manifest: Manifest, work_free: int, load: Load) -> None:
     """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images,
     as they are stored and as they are. The index is in memory only, as large as its image can have made it."""
     room = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
-    memory = room + max(format.index_limit(part) for part in manifest.parts)  # a claim of ours too: the index is read for it
+    parts = (*manifest.parts, *manifest.bases)
+    memory = room + max(format.index_limit(part) for part in parts)  # a claim of ours too: the index is read for it
     for prop, found, need in (("work_dir free bytes", work_free, room), ("memory available", load.memory_available, memory)):
         if found < need:
             raise NoRoom(
