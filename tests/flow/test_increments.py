@@ -6,13 +6,17 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hibernode import catalog, gc
+from hibernode.checkpoint import checkpoint
 from hibernode.config import Retention
 from hibernode.errors import Corrupt, HibernodeError, OutcomeUnknown, Refused, StoreUnavailable
-from hibernode.model import PAGE, Cancel, DeleteCommand, Garbage, Status, Verdict
+from hibernode.flow import Threads
+from hibernode.model import PAGE, Cancel, DeleteCommand, Garbage, Meter, Status, Verdict
+from hibernode.transfer.receive import Receiver
 from tests import keys
 from tests.fakes.machine import CHILD, ROOT, Run, memory
 from tests.fakes.script import Script
@@ -295,6 +299,51 @@ async def test_auto_is_the_last_of_the_same_processes_and_a_full_one_where_that_
             await desk.acked()
         await eventually(lambda: not rig.store.objects, "all to be gone, the unwanted one with the last that needed it")
         assert await made() == []
+
+
+def test_each_image_of_a_pod_refers_to_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two containers, and then of a third that was not there before; the third of the chain has pages in both others."""
+    memories = {name: memory(300, seed=n) for n, name in enumerate(("main", "beside", "late"))}
+    names = ["main", "beside"]
+
+    def dump(self: Any, image: str, into: Path, *more: Any) -> Any:
+        self._machine.runs = memories[image]
+        return self._criu.dump(ROOT, into, *more)
+
+    monkeypatch.setattr("tests.fakes.machine.FakeWorkload.roots", lambda self: dict.fromkeys(names, ROOT))
+    monkeypatch.setattr("tests.fakes.machine.FakeWorkload.dump", dump)
+    rig, ids = Rig(tmp_path), []
+    for seed in range(3):
+        ids.append(rig.checkpoint(criu_opts=of(ids[-1]) if ids else AUTO, streams=2))
+        memories |= {name: changed(runs, seed) for name, runs in memories.items()}
+        names[2:] = ["late"]
+    images = {image.name: image for image in catalog.read(rig.store, ids[2], rig.node.notary).images}
+    assert {name: [base.checkpoint_id for base in image.bases] for name, image in images.items()} == {
+        "main": ids[:2], "beside": ids[:2], "late": ids[1:2]
+    }  # fmt: skip
+    assert all(base.name == name for name, image in images.items() for base in image.bases)
+    assert verify(rig, ids[2]).ok
+    seal = catalog.seal_of(catalog.read(rig.store, ids[2], rig.node.notary), rig.node.keyring)
+    last = {name: changed(memory(300, seed=n), 0) for n, name in enumerate(memories)}
+    last = {name: changed(runs, 1) for name, runs in last.items()}
+    for name, image in images.items():
+        (directory := tmp_path / name).mkdir()
+        receiver = Receiver(rig.store, seal, image, 2, Meter())
+        with Threads(Cancel()) as threads:
+            receiver.fetch_pages(receiver.fetch_index(), directory, threads)
+        found = b"".join(path.read_bytes() for path in sorted(directory.glob("pages-*.img")))
+        assert sorted(found[at : at + PAGE] for at in range(0, len(found), PAGE)) == sorted(
+            run.content[at : at + PAGE] for run in last[name] if run.content for at in range(0, len(run.content), PAGE)
+        )
+
+
+def test_an_increment_of_what_has_no_memory_is_refused(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, memory(20))
+    base = rig.checkpoint(criu_opts=AUTO)
+    command = checkpoint_command(criu_opts=of(base)).model_copy(update={"kind": "rootfsonly"})
+    error = raised_by(lambda: checkpoint(rig.node, command, rig._attempt(command)))
+    assert isinstance(error, Refused)
+    assert error.code == "kind"
 
 
 def test_errors_are_ours(tmp_path: Path) -> None:
