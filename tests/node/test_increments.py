@@ -15,7 +15,9 @@ from tests import keys
 from tests.daemon import Daemon, Refusal, events, failed, ready, refusals
 from tests.keeper import wait_until
 from tests.node.test_bound import status
+from tests.node.test_stores import s3_settings
 from tests.node.workload import LIMIT, Program, Untouched, checkpointed, goes_on, python
+from tests.servers import S3Server
 
 pytestmark = pytest.mark.node
 
@@ -72,6 +74,25 @@ def test_it_is_small_and_comes_back_on_another_machine_that_has_only_the_store(k
             assert verified(second, done.checkpoint_id).ok
             ready(second.restore(done.checkpoint_id))
             goes_on(program, before)
+
+
+def test_through_s3(tmp_path: Path) -> None:
+    with S3Server() as server, Program(tmp_path, python("changing.py", 16, "text", 5)) as program:
+        store = f"s3://{server.bucket}/some/prefix"
+        with Daemon(store=store, settings={"store": {"s3": s3_settings(server)}}) as daemon:
+            program.beat()
+            full = ready(daemon.checkpoint(program.target, criu_opts=AUTO)).checkpoint_id
+            change(program)
+            before = program.beat()
+            done = checkpointed(daemon, program, criu_opts=AUTO)
+            assert bases(daemon, done.checkpoint_id) == [full]
+            with pytest.raises(Refusal, match="could not be restored without it"):
+                delete(daemon, full)
+            ready(daemon.restore(done.checkpoint_id))
+            goes_on(program, before)
+            for each in (done.checkpoint_id, full):
+                delete(daemon, each)
+            assert not [path for path in server.root.rglob("*") if path.is_file()]
 
 
 def test_a_chain_begins_anew_where_it_is_long_enough_and_goes_on_after_a_restore(tmp_path: Path) -> None:
