@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,7 @@ def test_what_is_borrowed_is_all_and_no_frame_is_read_for_nothing(world: World) 
     for number, source in enumerate(world.sources[1:]):
         references = world.index.references
         loan = Loan(references[references["source"] == number], source)
+        loan.cut()
         for frame, wanted in zip(source.index.frames, loan.wanted().tolist(), strict=True):
             first, count = int(frame["first_page"]), int(frame["pages"])
             keep = source.index.keeps[first] if frame["kept"] < count else np.ones(count, bool)
@@ -336,3 +338,19 @@ def test_an_image_names_no_base_twice_and_none_for_nothing() -> None:
     ):
         with pytest.raises(Corrupt):
             format._check_bases(image.model_copy(update=changed), IDS[0])
+
+
+def test_what_an_enemy_lends_again_and_again_takes_no_longer_than_it_is_much() -> None:
+    """One run over very many frames of a page each, and as many references to its first page."""
+    count = 20_000
+    frames = np.zeros(count, FRAME)
+    frames["first_page"], frames["pages"], frames["kept"] = np.arange(count), 1, 1
+    other = Source(base(0), Seal(IDS[0]), Index(np.zeros(0, SEGMENT), frames, {}))
+    rows = [(0, 0, count, 0), *((count + n, 0, 1, 0) for n in range(count))]
+    loan = Loan(np.array(rows, REFERENCE), other)
+    began = time.process_time()
+    assert loan.wanted().all()
+    loan.cut()
+    assert sum(part.pages for frame in frames[1:] for part in loan.parts(frame)) == count - 1
+    assert len(list(loan.parts(frames[0]))) == count + 1
+    assert time.process_time() - began < 10
