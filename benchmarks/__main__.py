@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import containers, events, frames, keys, lazy, machine, many, memory, nodes
+from benchmarks import containers, events, frames, increments, keys, lazy, machine, many, memory, nodes
 
-QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, lazy, frames, many, nodes)}
+QUESTIONS = {each.NAME: each for each in (keys, events, containers, memory, lazy, increments, frames, many, nodes)}
 RATIOS = (
     "pause_vs_criu_dump",
     "durable_vs_tar_zstd",
@@ -24,9 +24,11 @@ RATIOS = (
     "increment_time",
     "pipeline_efficiency",
 )
+_OF_KINDS = ("size", "rounds", "kinds")
 _OPTIONS = {
     containers.NAME: ("size", "rounds"),
-    memory.NAME: ("size", "rounds", "kinds"),
+    memory.NAME: _OF_KINDS,
+    increments.NAME: _OF_KINDS,
     lazy.NAME: ("rounds",),
 }  # what else they can be told
 
@@ -62,11 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="all questions if none is named")
     parser.add_argument("--quick", action="store_true", help="less memory, fewer rounds: a look, and no figure to quote")
-    parser.add_argument("--size", type=int, default=0, metavar="MIB", help="containers, memory: what the workload holds")
     parser.add_argument(
-        "--rounds", type=int, default=0, metavar="N", help="containers, memory: how often each variant has its turn"
+        "--size", type=int, default=0, metavar="MIB", help="containers, memory, increments: what the workload holds"
     )
-    parser.add_argument("--kinds", default="", metavar="KIND,...", help=f"memory: some of {', '.join(memory.KINDS)}")
+    parser.add_argument(
+        "--rounds", type=int, default=0, metavar="N", help="containers, memory, increments: how often each variant has its turn"
+    )
+    parser.add_argument("--kinds", default="", metavar="KIND,...", help=f"memory, increments: some of {', '.join(memory.KINDS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, with facts of the machine")
     return parser
 

@@ -14,7 +14,8 @@
  *     gap FROM TO                           whenever it woke more than 5 ms after the time before
  *
  * TOKEN is random and drawn once (by each process), NUMBER counts. SIGUSR1 has it look at all of the memory: CHECKS is how often that was
- * done, STATE is `damaged` for ever once it was not what it was at first. AT, FROM, TO: CLOCK_REALTIME in nanoseconds: CRIU lets a monotonic
+ * done, STATE is `damaged` for ever once it was not what it was at first. SIGUSR2 has it write one page of twenty anew, at random among those
+ * that are not zeros, each like it was before; what it holds then is what it is to be from then on, and counts as a look. AT, FROM, TO: CLOCK_REALTIME in nanoseconds: CRIU lets a monotonic
  * clock go on from where it was.
  * SIGTERM ends it with code 0, also as pid 1. Linked statically: it needs nothing from the image that it is in.
  */
@@ -34,7 +35,7 @@
 #include <unistd.h>
 
 enum { MIB = 1 << 20, ROUND = 64 * MIB, TICK_NS = 1000000, GAP_NS = 5000000, BEAT_TICKS = 20, LINE = 160, LANES = 4 };
-enum { PAGE = 4096, RUN_PAGES = 32, MAPPINGS = 8192, MAPPING = 64 << 10, PROCESSES = 8 };
+enum { PAGE = 4096, RUN_PAGES = 32, MAPPINGS = 8192, MAPPING = 64 << 10, PROCESSES = 8, CHANGED = 20 };
 
 struct region {
     uint8_t *at;
@@ -174,6 +175,26 @@ static uint64_t look(void)
     return sums[0] ^ sums[1] << 1 ^ sums[2] << 2 ^ sums[3] << 3;
 }
 
+static int is_zeros(const uint8_t *page)
+{
+    return !*page && !memcmp(page, page + 1, PAGE - 1);
+}
+
+static void change(const char *kind)
+{
+    for (size_t n = 0; n < count; n++)
+        for (uint8_t *page = regions[n].at; page < regions[n].at + regions[n].size; page += PAGE) {
+            if (chance() % CHANGED || is_zeros(page))
+                continue;
+            if (!strcmp(kind, "bf16"))
+                fill_bf16((uint16_t *)page, PAGE);
+            else if (memmem(page, PAGE, "\"step\"", 6))
+                fill_text((char *)page, PAGE, !strcmp(kind, "json"));
+            else
+                fill_weights((float *)page, PAGE);
+        }
+}
+
 static int64_t now(void)
 {
     struct timespec at;
@@ -233,6 +254,7 @@ int main(int argc, char **argv)
     sigset_t wanted;
     sigemptyset(&wanted);
     sigaddset(&wanted, SIGUSR1);
+    sigaddset(&wanted, SIGUSR2);
     sigaddset(&wanted, SIGTERM);
     pthread_sigmask(SIG_BLOCK, &wanted, NULL);
     pthread_t heart;
@@ -241,6 +263,10 @@ int main(int argc, char **argv)
     say("ready\n", 6);
     for (int number; !sigwait(&wanted, &number) && number != SIGTERM;) {
         damaged |= look() != first;
+        if (number == SIGUSR2) {
+            change(kind);
+            first = look();
+        }
         __atomic_add_fetch(&checks, 1, __ATOMIC_RELEASE);
     }
     while (forked)

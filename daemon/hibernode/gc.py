@@ -181,6 +181,9 @@ def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collecti
     ]
     removals = _referrers_first(_unreferenced(removals, places, alive))
     going = {removal.place.checkpoint_id for removal in removals if removal.whole}
+    alive -= {
+        removal.place.checkpoint_id for removal in removals if removal.what == "attempt"
+    }  # before their marks; a checkpoint takes its own
     return removals + [
         Removal("mark", place, now - facts.modified, "no_referrer", key=facts.key)
         for place in places
@@ -207,11 +210,15 @@ def _referrers_first(removals: list[Removal]) -> list[Removal]:
     ordered: list[Removal] = []
     while removals:
         going = {removal.place.checkpoint_id for removal in removals if removal.whole}
-        first = [each for each in removals if not (each.whole and each.place.marks.keys() & going - {each.place.checkpoint_id})]
-        if not first:  # a circle, which nobody has written by us
+        later = {
+            each.place.checkpoint_id
+            for each in removals
+            if each.whole and (each.place.marks.keys() - {each.place.checkpoint_id}) & going
+        }
+        if later == going:  # a circle, which none of us has written
             return ordered + removals
-        ordered += first
-        removals = [each for each in removals if each not in first]
+        ordered += [removal for removal in removals if removal.place.checkpoint_id not in later]
+        removals = [removal for removal in removals if removal.place.checkpoint_id in later]
     return ordered
 
 

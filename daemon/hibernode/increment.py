@@ -46,6 +46,11 @@ def origin(node: Node, store: Store, command: CheckpointCommand, workload: Workl
     do, one that cannot be had makes a full one. KeyService where nobody could decrypt what is to be written."""
     seal = catalog.new_seal(node.keyring, command.checkpoint_id)
     wanted = options.increment or ("auto" if command.reason == "heartbeat" else "none")
+    if command.kind == "rootfsonly" and wanted not in ("none", "auto"):
+        raise Refused(
+            "kind", "rootfsonly has no memory, and so no pages that another checkpoint could have", prop="criu_opts.increment",
+            found=wanted, wanted="none", hint="leave it out",
+        )  # fmt: skip
     if wanted == "none" or command.kind == "rootfsonly" or (wanted == "auto" and not node.config.increments.bases):
         yield Origin(seal)
         return

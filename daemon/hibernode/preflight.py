@@ -286,7 +286,8 @@ def restore_room(manifest: Manifest, work_free: int, load: Load, *, lazy: bool =
     never on tmpfs; which, only the index knows."""
     memory = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
     room = sum(image.files.size + image.files_bytes for image in manifest.images) if lazy else memory
-    memory += max(format.index_limit(part) for part in manifest.parts)  # a claim of ours too: the index is read for it
+    parts = (*manifest.parts, *manifest.bases)
+    memory += max(format.index_limit(part) for part in parts)  # a claim of ours too: the index is read for it
     for prop, found, need in (("work_dir free bytes", work_free, room), ("memory available", load.memory_available, memory)):
         if found < need:
             raise NoRoom(

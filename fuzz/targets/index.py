@@ -1,4 +1,5 @@
-"""`index.zst`, and what a restore does with it: the index is decoded, pages files are laid out and frames written into them.
+"""`index.zst`, and what a restore does with it: the index is decoded, pages files are laid out and frames written into them, those of
+another checkpoint, too; and `digests.zst`.
 
 The manifest belongs to the enemy too, so the built ones come with an `ImageRef` that agrees with whatever the tables say, with frames
 whose digests are right: only the checks that remain stand between them and the pages files.
@@ -19,15 +20,16 @@ from fuzz.guard import guarded, require
 from fuzz.targets import golden
 from hibernode.errors import Corrupt
 from hibernode.flow import Threads
-from hibernode.model import FRAME_PAGES, MAX_STREAMS, PAGE, Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
+from hibernode.model import FRAME_PAGES, MAX_STREAMS, PAGE, BaseRef, Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
 from hibernode.ports import Store
-from hibernode.transfer import codec, format
+from hibernode.transfer import codec, format, known
 from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
 
 MAX_LENGTH = 8192
-_PACKED, _TABLES, _BUILT, _MANY = 0, 1, 2, 3
+_PACKED, _TABLES, _BUILT, _MANY, _BORROWED = 0, 1, 2, 3, 4
+_BASE = "0123abcd-0123-4567-89ab-0123456789ab"
 _HEADER = struct.Struct("<8sQQQ")
 _TASKS = [TaskFacts(pid=1)]
 _MOST_PAGES = 3 * FRAME_PAGES  # that one run writes
@@ -51,13 +53,15 @@ class _Shelf:
 
 def one(data: bytes) -> None:
     feed = Feed(data)
-    how = feed.below(4)
+    how = feed.below(5)
     if how == _PACKED:
         _packed(feed.rest())
     elif how == _TABLES:
         _tables(feed.rest())
     elif how == _MANY:
         _many(feed)
+    elif how == _BORROWED:
+        _borrowed(feed)
     else:
         _built(feed)
 
@@ -109,6 +113,65 @@ def _built(feed: Feed) -> None:
         _restore(shelf, image, raw, place)
 
 
+def _borrowed(feed: Feed) -> None:
+    """An image with pages in another one: references that lie one behind the other in what its own frames leave free, to runs of the
+    other, whose index and frames are honest, or nearly."""
+    segments, shelf = _segments(feed), _Shelf()
+    present = int(segments["pages"][segments["flags"] & 4 != 0].sum(dtype=np.uint64))
+    frames, keeps, end = _frames(feed, shelf, "p", present // 2)
+    others, other_keeps, there = _frames(feed, shelf, _BASE, 1 + feed.below(2500))
+    rows = []
+    for _ in range(feed.below(8)):
+        end += feed.below(4)
+        first = feed.below(max(1, there))
+        pages = min(1 + feed.below(700), present - end, there - first if feed.below(8) else 700)
+        if pages < 1:
+            break
+        rows.append((end, first, pages, feed.byte() == 255))
+        end += pages
+    references = np.array(rows, format.REFERENCE)
+    if how := feed.below(8):
+        _spoil((references, frames, others, references[:0])[how % 4], feed)
+    raw = _HEADER.pack(b"HNINDEX3", len(segments), len(frames), len(keeps)) + len(references).to_bytes(8, "little")
+    raw += segments.tobytes() + frames.tobytes() + b"".join(keeps) + references.tobytes()
+    base = np.array([(1 << 8 | 1, 0, max(1, there), 4)], format.SEGMENT)
+    its = _HEADER.pack(b"HNINDEX1", 1, len(others), len(other_keeps)) + base.tobytes() + others.tobytes() + b"".join(other_keeps)
+    shelf.objects[f"{_BASE}/main/index.zst"] = codec.deflate(its)
+    lent = sum(references["pages"].tolist())
+    image = _said(segments, frames, raw)
+    other = _said(base, others, its)
+    with guarded(Corrupt) as place:
+        known.decode(feed.take(feed.below(64)), feed.below(3)) if feed.byte() > 250 else None
+        try:
+            more = {"checkpoint_id": _BASE, "digests": other.index.model_copy(update={"key": "main/digests.zst"})}
+            ref = BaseRef.model_validate(
+                {**other.model_dump(exclude={"tasks", "files", "files_bytes", "bases", "digests"}), **more}
+            )
+            image = ImageRef.model_validate(
+                image.model_dump()
+                | {"referenced": lent, "zero_pages": max(0, image.zero_pages - lent), "bases": [ref.model_dump()]}
+            )
+        except ValidationError:
+            return
+        _restore(shelf, image, raw, place)
+
+
+def _frames(feed: Feed, shelf: _Shelf, prefix: str, pages: int) -> tuple[np.ndarray, list[bytes], int]:
+    """Frames of runs that follow each other, within so many pages, in a stream on the shelf; keep maps; where they end."""
+    frames, keeps, at, length, key = [], [], 0, 0, f"{prefix}/main/pages-0.zst"
+    for _ in range(feed.below(5)):
+        count = min(1 + feed.below(FRAME_PAGES), pages - at)
+        if count < 1:
+            break
+        kept = max(1, count - (feed.below(4) if feed.byte() > 200 else 0))
+        stored = _content(feed, kept)
+        frames.append((at, length, 0, len(stored), count, kept, np.frombuffer(format.digest(stored), np.uint8)))
+        keeps += [np.packbits(np.arange(FRAME_PAGES) < kept).tobytes()] if kept < count else []
+        shelf.objects[key] = shelf.objects.get(key, b"") + stored
+        length, at = length + len(stored), at + count
+    return np.array(frames, format.FRAME), keeps, at
+
+
 def _many(feed: Feed) -> None:
     """Very many segments, of pages of zeros in one address space or in many: a few KiB in a store."""
     count = feed.very_many(1 << 20, 1 << 9)
@@ -156,10 +219,13 @@ def _agreeing(raw: bytes, lengths: dict[str, int]) -> ImageRef:
     _, n_segments, n_frames, _ = _HEADER.unpack(raw[: _HEADER.size].ljust(_HEADER.size, b"\0"))
     at = _HEADER.size
     segments = _rows(raw, format.SEGMENT, n_segments, at)
-    frames = _rows(raw, format.FRAME, n_frames, at + segments.nbytes)
+    return _said(segments, _rows(raw, format.FRAME, n_frames, at + segments.nbytes), raw, len(lengths))
+
+
+def _said(segments: np.ndarray, frames: np.ndarray, raw: bytes, streams: int = 1) -> ImageRef:
     pages = sum(segments["pages"][segments["flags"] & 4 != 0].tolist())  # as Python counts: these may overflow
     zero = pages - sum(frames["kept"].tolist())
-    count = min(MAX_STREAMS, max([len(lengths), *(frames["stream"] + 1).tolist()]))
+    count = min(MAX_STREAMS, max([streams, *(frames["stream"] + 1).tolist()]))
     try:
         return ImageRef(
             name="main",
@@ -200,8 +266,12 @@ def _restore(shelf: _Shelf, image: ImageRef, raw: bytes, place: Path) -> None:
     receiver = Receiver(store, Seal("p"), image, 1, Meter())
     index = receiver.fetch_index()
     require(index.pages == image.pages, "an index of another size than its manifest says")
-    if int(index.frames["kept"].sum()) > _MOST_PAGES or len(np.unique(index.segments["dst_id"])) > _MOST_SPACES:
+    if image.pages - image.zero_pages > _MOST_PAGES or len(np.unique(index.segments["dst_id"])) > _MOST_SPACES:
         return  # honest or not, it takes its time
+    for n, stream in enumerate(image.streams):
+        mine = np.sort(index.frames[index.frames["stream"] == n], order="offset")
+        key, table = f"p/{stream.key}", format.seek_table(mine["stored"], mine["kept"] * PAGE)
+        shelf.objects[key] = shelf.objects.get(key, b"") + table
     with Threads(Cancel()) as threads:
         receiver.fetch_pages(index, place, threads)
     _check(place, image)
@@ -224,5 +294,8 @@ def seeds() -> dict[str, bytes]:
         "no-pages": bytes([_TABLES]) + _HEADER.pack(b"HNINDEX1", 0, 0, 0),
         "built": plain,
         "many": bytes([_MANY, 200, 0, 2, 1, 0, 0]),
+        "borrowed": bytes([_BORROWED, 2, 0, 1, 0, 9, 0, 0, 2, 5, 0, 80, 0, 0, 1, 3, 9, 0, 2, 0, 1, 1, 0, 0, 0, 1, 1, 1])
+        + bytes(range(40)),
+        "borrowed-more": bytes([_BORROWED]) + bytes(range(3, 80)) + bytes(60),
         "built-more": bytes([_BUILT, 5]) + bytes(range(1, 60)) + bytes(60),
     }

@@ -32,6 +32,7 @@ def test_a_pod_has_the_heartbeats_that_its_annotations_ask_for_and_goes_on_with_
     settings = {
         "containers": {"cri": node.address, "roots": [str(STATES)], "socket": str(SOCKET)},
         "limits": {"node_interval": 1.0},
+        "increments": {"bases": 1},  # the second refers to the first, which so stays until the third, a full one, is there
     }
     with (
         NatsServer(tmp_path / "nats") as nats,

@@ -248,6 +248,7 @@ class FakeDesk:
         self.script = script or succeeding()
         self.commands: list[ActionCommand] = []
         self.cancelled: list[str] = []
+        self.manifests = [manifest(), manifest(ACTION, "preprocess-imagenet")]
         self.deleted: list[str] = []
         self.collected: list[GarbageRequest] = []
         self.garbage = list(GARBAGE)
@@ -357,7 +358,8 @@ class FakeDesk:
 
     async def inspect(self, checkpoint_id: str) -> tuple[Manifest, str]:
         self._fault("inspect")
-        return manifest(checkpoint_id), f"s3://checkpoints/prod/{checkpoint_id}"
+        found = next((each for each in self.manifests if each.checkpoint_id == checkpoint_id), manifest(checkpoint_id))
+        return found, f"s3://checkpoints/prod/{checkpoint_id}"
 
     async def verify(self, checkpoint_id: str) -> AsyncGenerator[Verdict]:
         self._fault("verify")
@@ -366,7 +368,7 @@ class FakeDesk:
 
     async def checkpoints(self) -> list[Manifest]:
         self._fault("checkpoints")
-        return [manifest(), manifest(ACTION, "preprocess-imagenet")]
+        return self.manifests
 
     async def delete(self, checkpoint_id: str) -> None:
         self._fault("delete")

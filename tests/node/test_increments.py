@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 
 from hibernode._pb import hibernode_pb2 as pb
+from hibernode.transfer.send import memory_bound
 from tests import keys
 from tests.daemon import Daemon, Refusal, events, failed, ready, refusals
 from tests.keeper import wait_until
+from tests.node.test_bound import status
+from tests.node.test_stores import s3_settings
 from tests.node.workload import LIMIT, Program, Untouched, checkpointed, goes_on, python
+from tests.servers import S3Server
 
 pytestmark = pytest.mark.node
 
 AUTO = {"increment": "auto"}
-MIB = 1 << 20
+MIB, PAGE = 1 << 20, 4096
 
 
 def change(program: Program) -> None:
@@ -70,6 +74,25 @@ def test_it_is_small_and_comes_back_on_another_machine_that_has_only_the_store(k
             assert verified(second, done.checkpoint_id).ok
             ready(second.restore(done.checkpoint_id))
             goes_on(program, before)
+
+
+def test_through_s3(tmp_path: Path) -> None:
+    with S3Server() as server, Program(tmp_path, python("changing.py", 16, "text", 5)) as program:
+        store = f"s3://{server.bucket}/some/prefix"
+        with Daemon(store=store, settings={"store": {"s3": s3_settings(server)}}) as daemon:
+            program.beat()
+            full = ready(daemon.checkpoint(program.target, criu_opts=AUTO)).checkpoint_id
+            change(program)
+            before = program.beat()
+            done = checkpointed(daemon, program, criu_opts=AUTO)
+            assert bases(daemon, done.checkpoint_id) == [full]
+            with pytest.raises(Refusal, match="could not be restored without it"):
+                delete(daemon, full)
+            ready(daemon.restore(done.checkpoint_id))
+            goes_on(program, before)
+            for each in (done.checkpoint_id, full):
+                delete(daemon, each)
+            assert not [path for path in server.root.rglob("*") if path.is_file()]
 
 
 def test_a_chain_begins_anew_where_it_is_long_enough_and_goes_on_after_a_restore(tmp_path: Path) -> None:
@@ -169,6 +192,28 @@ def test_what_cannot_be_referred_to_is_refused_by_name_and_nobody_was_frozen(dae
         there = {path.parent.name for path in daemon.store_dir.rglob("manifest.json")}
         assert there == {plain, whole}
         assert not [path for path in daemon.store_dir.rglob("refs/*") if path.is_file()]
+
+
+def test_memory_for_it_is_bounded(tmp_path: Path) -> None:
+    """Digests, what is known, references: an image of 512 MiB through an arena of 64, the second time with that much already there."""
+    size, arena = 512 * MIB, 64 * MIB
+    with (
+        Program(tmp_path, python("changing.py", size // MIB, "noise", 5)) as program,
+        Daemon(store=f"file://{tmp_path}/store", arena=f"{arena // MIB}MiB") as daemon,
+    ):
+        program.beat()
+        idle = status(daemon.pid, "VmRSS") - arena
+        for _ in range(2):
+            change(program)
+            done = ready(daemon.checkpoint(program.target, criu_opts=AUTO, streams=2))
+        needed = status(daemon.pid, "VmHWM") - idle
+        pages, changed = done.profile.raw_bytes // PAGE, done.profile.stored_bytes // PAGE
+        assert changed < 0.1 * pages, "it was an increment"
+        bound = memory_bound(arena, 2, 0, 0, segments=pages // 4, frames=pages // 1024 + 4, pages=pages, references=2 * changed)
+        print(
+            f"needed {needed} of {bound}, {bound - memory_bound(arena, 2, 0, 0, pages // 4, pages // 1024 + 4)} of it for increments"
+        )
+        assert needed <= bound
 
 
 def caught_in_the_middle(daemon: Daemon, program: Program, base: str) -> str:

@@ -42,7 +42,7 @@ from hibernode.errors import (
     StoreUnavailable,
     Stuck,
 )
-from hibernode.model import CheckpointCommand, GarbageRequest, Gpu, GpuInventory, HeartbeatWish, Verdict
+from hibernode.model import BaseRef, CheckpointCommand, GarbageRequest, Gpu, GpuInventory, HeartbeatWish, Verdict
 from tests.fakes.desk import ACTION, CHECKPOINT, GIB, MIB, FakeDesk, Served, failing, holding, serving, succeeding
 from tests.fakes.machine import GPUS
 
@@ -343,6 +343,28 @@ def test_inspect(served: Served) -> None:
     assert document["manifest"]["images"][0]["tasks"][0]["pid"] == 4242
 
 
+def test_an_increment_is_listed_with_its_bases_and_its_own_bytes(served: Served, desk: FakeDesk) -> None:
+    whole, old = desk.manifests[0], desk.manifests[1]
+    (image,) = whole.images
+    base = BaseRef(
+        **old.images[0].model_dump(exclude={"tasks", "files", "files_bytes", "bases", "digests", "name"}), name=image.name,
+        digests=image.index, checkpoint_id=old.checkpoint_id,
+    )  # fmt: skip
+    changed = image.model_copy(update={"bases": [base], "referenced": 1 << 18})
+    desk.manifests = [whole.model_copy(update={"images": [changed]}), old]
+    out = hibernode(served.path, "list").out
+    assert re.search(rf"^{CHECKPOINT}  trainer +62m ago  2\.00 GiB  680 MiB   3\.0x      1  412 ms", out, re.MULTILINE)
+    out = hibernode(served.path, "inspect", CHECKPOINT).out
+    assert re.search(rf"^bases +{old.checkpoint_id}$", out, re.MULTILINE)
+    assert re.search(r"^trainer +2 +2\.00 GiB +412 MiB +1\.00 GiB +8 +680 MiB$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("option", "wanted"), [("--increment", "auto"), (f"--increment={CHECKPOINT}", CHECKPOINT)])
+def test_an_increment_is_asked_for(served: Served, desk: FakeDesk, option: str, wanted: str) -> None:
+    assert hibernode(served.path, "checkpoint", "trainer", option, "--kill").code == 0
+    assert json.loads(desk.commands[0].overrides.criu_opts) == {"increment": wanted, "leave_running": False}
+
+
 def test_verify(served: Served, desk: FakeDesk) -> None:
     good = hibernode(served.path, "verify", CHECKPOINT)
     assert (good.code, good.out.splitlines()[0]) == (0, "✓ every byte is what was written")
@@ -581,6 +603,7 @@ def test_what_comes_from_elsewhere_cannot_steer_the_terminal(served: Served, des
         (["checkpoint", "a", "--criu-opts", "{"], "--criu-opts is not JSON"),
         (["checkpoint", "a", "--criu-opts", "[]"], "--criu-opts is not a JSON object"),
         (["checkpoint", "a", "--kill", "--criu-opts", '{"leave_running": true}'], "--kill and --criu-opts disagree"),
+        (["checkpoint", "a", "--increment", "--criu-opts", '{"increment": "none"}'], "--increment and --criu-opts disagree"),
         (["checkpoint", "a", "--streams", "65"], "65 is not in the range"),
         (["checkpoint", "a", "--checkpoint-id", "x"], "'x' is not a valid UUID"),
         (["stop", "a", "--signal", "HUP"], "'HUP' is not one of"),

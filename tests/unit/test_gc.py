@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import random
 import time
@@ -31,9 +33,10 @@ from hibernode.errors import (
 )
 from hibernode.gc import Place, Removal, plan
 from hibernode.journal import Record
-from hibernode.model import Cancel, CheckpointCommand, Garbage, GarbageRequest, Manifest, RestoreCommand
+from hibernode.model import BaseRef, Cancel, CheckpointCommand, Garbage, GarbageRequest, Manifest, RestoreCommand
 from hibernode.ports import ObjectFacts, OpenUpload
 from tests.fakes.desk import manifest
+from tests.fakes.machine import memory
 from tests.fakes.script import Script
 from tests.fakes.store import MemoryStore
 from tests.flow.rig import Rig
@@ -518,6 +521,9 @@ policies = st.builds(
 )
 
 
+referrers = st.one_of(st.just([]), st.just([]), st.lists(st.sampled_from(IDS), unique=True, max_size=2))
+
+
 @st.composite
 def stores(draw: st.DrawFn) -> list[Place]:
     found = []
@@ -527,6 +533,8 @@ def stores(draw: st.DrawFn) -> list[Place]:
             checkpoint_id, *draw(st.lists(ages, max_size=2)), uploads=tuple(draw(st.lists(ages, min_size=1, max_size=2)))
         )
         uses = tuple(ObjectFacts(f"{checkpoint_id}/uses/{MINE}", 0, NOW - age) for age in draw(st.lists(ages, max_size=1)))
+        marks = {each: ObjectFacts(f"{checkpoint_id}/refs/{each}", 0, NOW - draw(ages)) for each in draw(referrers)}
+        uses += tuple(facts for each, facts in marks.items() if each < checkpoint_id)  # none refers to who refers to it
         strange = (ObjectFacts(f"{checkpoint_id}/theirs", 1, NOW - 60 * DAY),) if draw(st.integers(0, 9)) == 0 else ()
         kind = draw(st.sampled_from(["whole", "whole", "attempt", "unreadable"]))
         objects = (rest.objects if kind == "attempt" else base.objects) + uses + strange
@@ -549,6 +557,8 @@ def test_the_rule_holds_for_any_store(found: list[Place], policy: Retention, in_
     for removal in removals:
         place, manifest = removal.place, removal.place.manifest
         assert removal.age >= policy.grace
+        if removal.what == "mark":
+            continue
         assert place.checkpoint_id not in in_use
         assert not any(f.key.startswith(f"{place.checkpoint_id}/uses/") and NOW - f.modified < DAY for f in place.objects)
         assert place.trouble is None
@@ -562,7 +572,14 @@ def test_the_rule_holds_for_any_store(found: list[Place], policy: Retention, in_
             newer = [each for each in believed if each.manifest and each.manifest.workload.uid == manifest.workload.uid]
             assert sum(each.committed >= place.committed for each in newer) > policy.keep_last
             assert sum(each.created >= place.created for each in newer) > policy.keep_last
-    told = [(each.what, each.place.checkpoint_id, each.upload.id if each.upload else "") for each in removals]
+    gone = [each.place.checkpoint_id for each in removals if each.what in ("attempt", "checkpoint")]
+    alive = {place.checkpoint_id for place in found if place.manifest or place.trouble}
+    for place in found:
+        for referrer in {f.key.rpartition("/")[2] for f in place.objects if "/refs/" in f.key} & alive:
+            if place.checkpoint_id in gone:
+                assert referrer in gone[: gone.index(place.checkpoint_id)], "who refers goes first, or it stays"
+    assert {each.key.rpartition("/")[2] for each in removals if each.what == "mark"}.isdisjoint(alive)
+    told = [(each.what, each.place.checkpoint_id, each.key or (each.upload.id if each.upload else "")) for each in removals]
     assert len(set(told)) == len(told)
     shuffled = order.sample(found, len(found))
     assert plan(shuffled, NOW, policy, in_use) == removals
@@ -776,3 +793,185 @@ def test_a_rule_that_is_asked_for_stands_for_the_configured_one() -> None:
     configured = Retention(grace=1, keep_last=2, keep_days=3)
     assert gc.policy(configured, GarbageRequest()) == configured
     assert gc.policy(configured, GarbageRequest(grace=0.0, keep_last=0, keep_days=0.0)) == Retention(grace=0)
+
+
+# --- others refer to it -------------------------------------------------------------------------------------------------------
+
+
+def referred(place: Place, *marks: tuple[str, float], **objects: float) -> Place:
+    """With marks of these: (whose, age); and other objects by age."""
+    more = [ObjectFacts(f"{place.checkpoint_id}/refs/{who}", 0, NOW - age) for who, age in marks]
+    more += [ObjectFacts(f"{place.checkpoint_id}/{name}", 0, NOW - age) for name, age in objects.items()]
+    return dataclasses.replace(place, objects=(*place.objects, *more))
+
+
+def referring(place: Place, base: str) -> Place:
+    """Its manifest names that base."""
+    assert place.manifest is not None
+    (image,) = place.manifest.images
+    ref = BaseRef(name="main", pages=1, zero_pages=0, streams=[], index=image.index, digests=image.index, checkpoint_id=base)
+    images = [image.model_copy(update={"bases": [ref], "referenced": 1})]
+    return dataclasses.replace(place, manifest=place.manifest.model_copy(update={"images": images}))
+
+
+def test_who_is_referred_to_by_one_that_stays_stays_and_goes_after_one_that_goes() -> None:
+    base, other = referred(whole(IDS[0], 30 * DAY), (IDS[5], 20 * DAY)), whole(IDS[5], 20 * DAY)
+    assert by("10 days", base, whole(IDS[5], 5 * DAY)) == []
+    assert by("10 days", base, other) == [("checkpoint", IDS[5], "too_old"), ("checkpoint", IDS[0], "too_old")]
+    assert by("10 days", base, other, in_use=(IDS[5],)) == []
+    assert by("10 days", base, Place(IDS[5], other.objects, (), None, UNREADABLE[0])) == []
+    young = Place(IDS[5], (ObjectFacts(f"{IDS[5]}/attempt", 0, NOW - HOUR),))
+    assert by("10 days", base, young) == []
+
+
+def test_a_chain_of_which_the_last_stays_stays_whole() -> None:
+    first = referred(whole(IDS[0], 30 * DAY), (IDS[1], 29 * DAY), (IDS[2], DAY))
+    second = referred(whole(IDS[1], 29 * DAY), (IDS[2], DAY))
+    assert by("10 days", first, second, whole(IDS[2], DAY)) == []
+    assert gone(plan([first, second, whole(IDS[2], DAY)], NOW, Retention(keep_last=1, grace=0), ())) == []
+
+
+def test_a_manifest_protects_its_base_whose_mark_is_lost() -> None:
+    base = whole(IDS[0], 30 * DAY)
+    assert by("10 days", base, referring(whole(IDS[5], 5 * DAY), IDS[0])) == []
+
+
+def test_a_mark_of_nobody_keeps_nothing_and_goes() -> None:
+    base = referred(whole(IDS[0], 30 * DAY), (IDS[5], 20 * DAY))
+    assert by("10 days", base) == [("checkpoint", IDS[0], "too_old")]
+    (mark,) = plan([base], NOW, Retention(), ())
+    assert (mark.what, mark.key, mark.reason) == ("mark", f"{IDS[0]}/refs/{IDS[5]}", "no_referrer")
+    assert by("none", referred(whole(IDS[0], 30 * DAY), (IDS[5], HOUR))) == []
+
+
+def test_what_was_deleted_while_it_was_needed_goes_when_it_is_not() -> None:
+    base = referred(whole(IDS[0], 3 * DAY), (IDS[5], 2 * DAY), unwanted=DAY)
+    assert by("none", base, whole(IDS[5], 2 * DAY)) == []
+    assert by("none", base) == [("checkpoint", IDS[0], "unwanted")]
+    assert by("none", base, in_use=(IDS[0],)) == [("mark", IDS[0], "no_referrer")]
+
+
+def test_a_circle_that_nobody_of_us_wrote_is_no_endless_loop() -> None:
+    a, b = referred(whole(IDS[0], 30 * DAY), (IDS[1], 20 * DAY)), referred(whole(IDS[1], 30 * DAY), (IDS[0], 20 * DAY))
+    assert len(by("10 days", a, b)) == 2
+
+
+def test_layers_and_digests_are_ours() -> None:
+    for key in ("layer-0.zst", "layer-index.zst", "digests.zst"):
+        place = Place(IDS[0], (ObjectFacts(f"{IDS[0]}/main/{key}", 10, NOW - 9 * DAY),))
+        assert by("none", place) == [("attempt", IDS[0], "no_manifest")]
+
+
+def test_marks_are_there_while_it_is_made_and_those_that_are_needed_afterwards(store: MemoryStore) -> None:
+    for each in IDS[:2]:
+        store.put(f"{each}/manifest.json", b"{}")
+    with gc.referring(store, IDS[:2], CHECKPOINT) as references:
+        assert keys(store) == sorted(f"{each}/{name}" for each in IDS[:2] for name in ("manifest.json", f"refs/{CHECKPOINT}"))
+        made = referring(whole(CHECKPOINT, 0), IDS[1]).manifest
+        assert made is not None
+        references.keep(made)
+    assert keys(store) == [f"{IDS[0]}/manifest.json", f"{IDS[1]}/manifest.json", f"{IDS[1]}/refs/{CHECKPOINT}"]
+
+
+def test_of_what_fails_no_mark_stays_but_of_what_may_be_there(store: MemoryStore) -> None:
+    store.put(f"{IDS[0]}/manifest.json", b"{}")
+    left_with(Internal("no"), gc.referring(store, IDS[:1], CHECKPOINT))
+    assert keys(store) == [f"{IDS[0]}/manifest.json"]
+    left_with(OutcomeUnknown("nobody knows"), gc.referring(store, IDS[:1], CHECKPOINT))
+    assert keys(store) == [f"{IDS[0]}/manifest.json", f"{IDS[0]}/refs/{CHECKPOINT}"]
+    store.put(f"{CHECKPOINT}/manifest.json", b"{}")
+    left_with(Internal("nobody could be told"), gc.referring(store, IDS[:1], CHECKPOINT))
+    assert f"{IDS[0]}/refs/{CHECKPOINT}" in keys(store)
+
+
+def test_who_is_gone_or_goes_is_not_referred_to(store: MemoryStore) -> None:
+    store.put(f"{IDS[0]}/manifest.json", b"{}")
+    for error, base in ((NotFound, IDS[1]), (Busy, IDS[0])):
+        if error is Busy:
+            store.put(f"{IDS[0]}/removing", b"")
+        with pytest.raises(error), gc.referring(store, [base], CHECKPOINT):
+            raise AssertionError("never reached")
+        assert not [key for key in keys(store) if "/refs/" in key]
+
+
+def test_a_store_that_takes_no_mark_is_not_referred_to() -> None:
+    with pytest.raises(StoreUnavailable), gc.referring(MemoryStore(Script(fail_at=1)), IDS[:1], CHECKPOINT):
+        raise AssertionError("never reached")
+
+
+def chained(rig: Rig, count: int = 3) -> list[str]:
+    """So many, each with pages of all before it."""
+    ids = [rig.checkpoint(criu_opts='{"increment": "auto"}')]
+    for n in range(1, count):
+        rig.machine.runs = [*rig.machine.runs, *memory(20, seed=n + 1)]
+        ids.append(rig.checkpoint(criu_opts=json.dumps({"increment": ids[-1]})))
+    for entry in rig.node.journal.all():
+        entry.update(phase="done")
+    return ids
+
+
+def test_a_delete_of_what_others_need_is_refused_or_waits_for_them(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, memory(40))
+    first, second, third = chained(rig)
+    with pytest.raises(Refused) as refused:
+        gc.remove(rig.store, rig.node.notary, first)
+    assert refused.value.code == "referenced"
+    assert set(refused.value.details["found"]) == {second, third}  # type: ignore[call-overload]
+    assert rig.whole(first)
+    gc.remove(rig.store, rig.node.notary, first, later=True)
+    gc.remove(rig.store, rig.node.notary, first, later=True)
+    gc.remove(rig.store, rig.node.notary, second, later=True)
+    assert all(map(rig.whole, (first, second, third)))
+    assert said(collected(rig)) == []
+    gc.remove(rig.store, rig.node.notary, third)
+    assert rig.store.objects == {}
+
+
+def test_retention_breaks_no_checkpoint_that_it_keeps(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, memory(40))
+    ids = chained(rig)
+    assert said(collected(rig, keep_last=1)) == []
+    rig.checkpoint()
+    for entry in rig.node.journal.all():
+        entry.update(phase="done")
+    assert said(collected(rig, keep_last=1)) == [("checkpoint", each, "removed") for each in reversed(ids)]
+    assert len({key.partition("/")[0] for key in rig.store.objects}) == 1
+
+
+def test_who_begins_to_refer_while_it_is_removed_is_seen_or_sees_it(tmp_path: Path) -> None:
+    """At each step of a removal another node begins an increment of it: one of the two gives way, and none is broken."""
+    rig = Rig(tmp_path, memory(8))
+
+    class Meeting(Script):
+        def __init__(self, at: int) -> None:
+            super().__init__()
+            self.at, self.made, self.lease = at, "nobody", ExitStack()
+
+        def step(self, name: str) -> None:
+            super().step(name)
+            if len(self.calls) == self.at:
+                self.at = 0
+                try:
+                    self.lease.enter_context(gc.attempting(rig.store, OTHER, MINE))
+                    self.lease.enter_context(gc.referring(rig.store, [base], OTHER))
+                    self.made = "referred"
+                except (Busy, NotFound) as e:
+                    self.made = e.code
+
+    seen = set()
+    for at in range(1, 30):
+        (base,) = chained(rig, 1)
+        meeting = Meeting(at)
+        rig.rescript(meeting)
+        try:
+            gc.remove(rig.store, rig.node.notary, base)
+            removed = "removed"
+        except Refused as e:
+            removed = e.code
+        rig.rescript(Script())
+        assert (meeting.made == "referred") <= rig.whole(base)
+        seen.add((meeting.made, removed))
+        with contextlib.suppress(Internal), meeting.lease:
+            raise Internal("over")
+        rig.store.objects.clear()
+    assert seen - {("not_found", "removed")} == {("referred", "referenced"), ("busy", "removed"), ("nobody", "removed")}

@@ -364,6 +364,14 @@ def test_a_restore_uses_what_the_checkpoint_was_made_with() -> None:
     assert (found.criu.tcp, found.criu.ext_unix_sk) == ("established", False)
 
 
+def test_an_increment_is_asked_for_each_time_and_is_in_no_manifest() -> None:
+    """Readers of versions 1 and 2 would not know the key."""
+    found = preflight.options(Overrides(criu_opts='{"increment": "auto"}'), CONFIG, 2)
+    assert found.increment == "auto"
+    assert "increment" not in found.criu_opts.model_dump_json()
+    assert not preflight.options(Overrides(), CONFIG, 2, CriuOpts(increment="auto")).increment
+
+
 def test_the_manifest_says_how_connections_were_dumped_also_if_the_configuration_said_so() -> None:
     """Else a node with another configuration could not restore it."""
     where_made: Any = Config.model_validate({"criu": {"tcp": "close"}})

@@ -88,16 +88,17 @@ def inspect(session: Session, checkpoint_id: str) -> None:
         return
     session.screen.fields(_manifest_fields(manifest, reply.location))
     session.screen.say()
+    bases = any("bases" in image for image in manifest["images"])
     columns = [
         Column("IMAGE", flexible=True),
         Column("PROCESSES", right=True),
         Column("MEMORY", right=True),
         Column("ZEROS", right=True),
-        Column("IN BASES", right=True),
+        *([Column("IN BASES", right=True)] if bases else []),
         Column("STREAMS", right=True),
         Column("STORED", right=True),
     ]
-    session.screen.table(columns, [_image_row(image) for image in manifest["images"]], empty="no images")
+    session.screen.table(columns, [_image_row(image, bases=bases) for image in manifest["images"]], empty="no images")
 
 
 def _manifest_fields(m: Mapping[str, Any], location: str) -> list[tuple[str, Cell]]:
@@ -132,14 +133,14 @@ def _manifest_fields(m: Mapping[str, Any], location: str) -> list[tuple[str, Cel
     ]
 
 
-def _image_row(image: Mapping[str, Any]) -> list[Cell]:
+def _image_row(image: Mapping[str, Any], *, bases: bool) -> list[Cell]:
     stored = sum(stream["size"] for stream in image["streams"]) + image["index"]["size"] + image["files"]["size"]
     return [
         text.shown(image["name"]),
         str(len(image["tasks"])),
         text.size(image["pages"] * 4096),
         text.size(image["zero_pages"] * 4096),
-        text.size(image["referenced"] * 4096) if "referenced" in image else "",
+        *([text.size(image.get("referenced", 0) * 4096)] if bases else []),
         str(len(image["streams"])),
         text.size(stored),
     ]

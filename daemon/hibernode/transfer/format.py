@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -55,6 +56,7 @@ _HEADER = struct.Struct("<8sQQQ")  # magic, segments, frames, keep maps
 _COUNT = struct.Struct("<Q")  # behind it, where there are references: how many
 _KEEP_BYTES = FRAME_PAGES // 8
 _STRETCH = FRAME_PAGES // 2  # a huge page
+_KEEP_WORDS, _ALL = FRAME_PAGES // 64, (1 << 64) - 1
 _KEEPS_AT_ONCE = 4096  # maps that are unpacked together, to be compared: 4 MiB
 _MIN_STORED = 10  # bytes; no zstd frame that holds a page is shorter
 MAX_STORED = FRAME_PAGES * PAGE * 2  # no zstd frame of 4 MiB is this long
@@ -114,6 +116,12 @@ def stream_digest(frame_digests: Iterable[bytes], table: bytes) -> str:
 # --- index ------------------------------------------------------------------------------------------------------------------
 
 
+def in_order(table: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    """Sorted by one column: ten times as fast as numpy sorts rows."""
+    ordered: npt.NDArray[Any] = table[np.argsort(table[name], kind="stable")]
+    return ordered
+
+
 def no_references() -> ReferenceTable:
     return np.zeros(0, REFERENCE)
 
@@ -152,7 +160,7 @@ def encode_index(index: Index) -> bytes:
     """The index as bytes. DumpFailed if no reader would take it."""
     frames = np.sort(index.frames, order="first_page")
     keeps = [pack_keep(index.keeps[int(f["first_page"])]) for f in frames if f["kept"] < f["pages"]]
-    references, many = np.sort(index.references, order="first_page"), len(index.references)
+    references, many = in_order(index.references, "first_page"), len(index.references)
     head = _HEADER.pack(_MAGIC_3 if many else _MAGIC, len(index.segments), len(frames), len(keeps)) + (
         _COUNT.pack(many) if many else b""
     )
@@ -196,15 +204,20 @@ class KeepMaps(Mapping[int, KeepMap]):
             raise KeyError(first_page)
         return np.unpackbits(self._packed[at], count=int(self._pages[at])).astype(bool)
 
-    def before(self, first_pages: npt.NDArray[Any], places: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def before(self, first_pages: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Of runs that have a map: how many of the first `places` pages are kept."""
-        rows, found = np.searchsorted(self._first, first_pages), np.empty(len(places), np.int64)
-        for at in range(0, len(rows), _KEEPS_AT_ONCE):
-            some = slice(at, at + _KEEPS_AT_ONCE)
-            keep = np.unpackbits(self._packed[rows[some]], axis=1)
-            keep[np.arange(FRAME_PAGES) >= places[some, None]] = 0
-            found[some] = keep.sum(axis=1, dtype=np.int64)
+        words, before = self._words
+        rows, column = np.searchsorted(self._first, first_pages), np.minimum(places >> 6, _KEEP_WORDS - 1)
+        within = words[rows, column] & ~(np.uint64(_ALL) >> (places - (column << 6)).astype(np.uint64))
+        found: npt.NDArray[np.int64] = before[rows, column].astype(np.int64) + np.bitwise_count(within)
         return found
+
+    @cached_property
+    def _words(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint16]]:
+        """The maps, 64 pages a word, the first in the highest bit; and how many are kept before each word. 160 bytes a map."""
+        words = np.ascontiguousarray(self._packed).view(">u8").astype(np.uint64)
+        counts = np.bitwise_count(words).astype(np.uint16)
+        return words, np.cumsum(counts, axis=1, dtype=np.uint16) - counts
 
     def __iter__(self) -> Iterator[int]:
         return map(int, self._first)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from hibernode.errors import Corrupt
 from hibernode.model import BaseRef
 from hibernode.transfer.fingerprint import DIGEST, Digests
-from hibernode.transfer.format import REFERENCE, ReferenceTable, no_references
-from hibernode.transfer.places import Numbers, origins
+from hibernode.transfer.format import REFERENCE, ReferenceTable, in_order, no_references
+from hibernode.transfer.places import Numbers, Origins
 
 KNOWN_PAGE = DIGEST + 8 + 8  # bytes: its digest, half of it again in order, and whose it is
 OWN_PAGE = 3 * DIGEST + 8  # bytes: digest and number as a stream has them, in the table, on its way
@@ -59,7 +59,7 @@ class Known:
         earlier image itself, which has all other pages."""
         self.seed, self.bases = seed, bases
         self._digests = digests
-        self._references = no_references() if references is None else references
+        self._origins = Origins(no_references() if references is None else references)
         self._order = np.argsort(digests[:, 0], kind="stable")
         self._sorted = digests[self._order, 0]
 
@@ -69,32 +69,34 @@ class Known:
 
     def find(self, numbers: Numbers, digests: Digests, step: int) -> tuple[Numbers, int]:
         """For each of these pages, in order of their numbers: a page of the earlier image with the same content, or -1. `step`: by how much
-        the number of the page before was off; and that of the last one. Looked for there first: memory seldom moves."""
-        found = np.full(len(numbers), -1, np.int64)
+        the number of the page before was off; and that of the last one. Looked for there first: memory seldom moves, and then in one piece.
+        Of pages that are there more than once, those are taken that make the longest runs."""
         if not self.pages:
-            return found, step
-        rest = self._along(numbers, digests, step, found, np.arange(len(numbers)))
+            return np.full(len(numbers), -1, np.int64), step
+        found = self._along(numbers, digests, step)
+        best, rest = int((found >= 0).sum()), np.flatnonzero(found < 0)
         for _ in range(_TURNS):
-            if not len(rest):
-                break
             there = self._anywhere(digests[rest])
             rest, there = rest[there >= 0], there[there >= 0]
-            if len(rest):
-                step = int(there[0] - numbers[rest[0]])
-                rest = self._along(numbers, digests, step, found, rest)
+            if not len(rest):
+                break
+            other = self._along(numbers, digests, int(there[0] - numbers[rest[0]]))
+            if (count := int((other >= 0).sum())) > best:
+                best, found, other = count, other, found
+            found = np.where(found < 0, other, found)
+            rest = rest[found[rest] < 0]
         if len(rest):
             found[rest] = self._anywhere(digests[rest])
         hits = np.flatnonzero(found >= 0)
         return found, int(found[hits[-1]] - numbers[hits[-1]]) if len(hits) else step
 
-    def _along(self, numbers: Numbers, digests: Digests, step: int, found: Numbers, rest: Numbers) -> Numbers:
-        """Of `rest`, those that are not where they would be with that step; the others are noted."""
-        there = numbers[rest] + step
-        within = (there >= 0) & (there < self.pages)
-        same = np.zeros(len(rest), bool)
-        same[within] = (self._digests[there[within]] == digests[rest[within]]).all(axis=1)
-        found[rest[same]] = there[same]
-        return rest[~same]
+    def _along(self, numbers: Numbers, digests: Digests, step: int) -> Numbers:
+        """Those pages that are where they would be with that step; -1 for the others."""
+        there = numbers + step
+        within = np.flatnonzero((there >= 0) & (there < self.pages))
+        same = np.zeros(len(numbers), bool)
+        same[within] = (self._digests[there[within]] == digests[within]).all(axis=1)
+        return np.where(same, there, -1)
 
     def _anywhere(self, digests: Digests) -> Numbers:
         at = np.minimum(np.searchsorted(self._sorted, digests[:, 0]), self.pages - 1)
@@ -106,7 +108,7 @@ class Known:
         another one itself, so does this: to who stores it."""
         hits = found >= 0
         numbers, found = numbers[hits], found[hits]
-        source, there = origins(self._references, found)
+        source, there = self._origins.of(found)
         return runs(numbers, np.where(source > 0, source - 1, len(self.bases) - 1), there)
 
 
@@ -124,7 +126,7 @@ def runs(numbers: Numbers, source: Numbers, there: Numbers) -> ReferenceTable:
 
 def joined(tables: Sequence[ReferenceTable]) -> ReferenceTable:
     """All of them in order; those that go on where one ends are one."""
-    table = np.sort(np.concatenate([no_references(), *tables]), order="first_page")
+    table = in_order(np.concatenate([no_references(), *tables]), "first_page")
     if not len(table):
         return table
     ends, there = table["first_page"] + table["pages"], table["source_page"] + table["pages"]

@@ -5,6 +5,7 @@ Source 0 is the image itself, source n + 1 is number n of its bases. A page that
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,24 @@ from hibernode.transfer.seal import Seal
 Numbers = npt.NDArray[np.int64]
 
 
+class Origins:
+    """References, to be looked up often: 32 bytes each."""
+
+    def __init__(self, references: ReferenceTable) -> None:
+        self._first, self._pages, self._there, self._source = (
+            references[name].astype(np.int64) for name in ("first_page", "pages", "source_page", "source")
+        )
+
+    def of(self, numbers: Numbers) -> tuple[Numbers, Numbers]:
+        """For each page: its source, and its number there."""
+        if not len(self._first):
+            return np.zeros(len(numbers), np.int64), numbers
+        rows = np.searchsorted(self._first, numbers, side="right") - 1
+        away = numbers - self._first[rows]
+        within = (rows >= 0) & (away < self._pages[rows])
+        return np.where(within, self._source[rows] + 1, 0), np.where(within, self._there[rows] + away, numbers)
+
+
 @dataclass(frozen=True)
 class Source:
     """An image, as far as its pages go: what the manifest says of it, what its checkpoint is opened with, and its index."""
@@ -32,6 +51,10 @@ class Source:
     @cached_property
     def ranks(self) -> Ranks:
         return Ranks(self.index)
+
+    @cached_property
+    def origins(self) -> Origins:
+        return Origins(self.index.references)
 
 
 class Places(NamedTuple):
@@ -46,22 +69,12 @@ class Places(NamedTuple):
 def find(sources: Sequence[Source], numbers: npt.NDArray[Any]) -> Places:
     """Of page numbers of `sources[0]`, in any order, which `insist` has passed."""
     numbers = np.asarray(numbers, np.int64)
-    source, there = origins(sources[0].index.references, numbers)
+    source, there = sources[0].origins.of(numbers)
     frame, place = np.full(len(numbers), -1, np.int64), np.zeros(len(numbers), np.int64)
     for each in np.unique(source).tolist():
         mine = np.flatnonzero(source == each)
         frame[mine], place[mine] = _in_frames(sources[each].ranks, there[mine])
     return Places(source, frame, place)
-
-
-def origins(references: ReferenceTable, numbers: Numbers) -> tuple[Numbers, Numbers]:
-    """For each page: its source, and its number there."""
-    if not len(references):
-        return np.zeros(len(numbers), np.int64), numbers
-    first, pages, there, source = (references[name].astype(np.int64) for name in ("first_page", "pages", "source_page", "source"))
-    rows = np.searchsorted(first, numbers, side="right") - 1
-    within = (rows >= 0) & (numbers < first[rows] + pages[rows])
-    return np.where(within, source[rows] + 1, 0), np.where(within, there[rows] + numbers - first[rows], numbers)
 
 
 def _in_frames(ranks: Ranks, numbers: Numbers) -> tuple[Numbers, Numbers]:
@@ -94,34 +107,39 @@ class Part(NamedTuple):
 
 
 class Loan:
-    """What an image has of one of its bases, frame by frame. However the references lie, it is not larger than they are."""
+    """What an image has of one of its bases, frame by frame. `insist` has passed it."""
 
     def __init__(self, references: ReferenceTable, source: Source) -> None:
         """`references`: those to this source alone."""
-        self.source = source
-        table = np.sort(references, order="source_page")
-        self._first, self._pages, self._to = (table[name].astype(np.int64) for name in ("source_page", "pages", "first_page"))
-        self._ends = np.maximum.accumulate(self._first + self._pages)  # two references may be to one page
+        self.source, self._references = source, references
+        self._rows, self._parts = np.zeros(0, np.int64), np.zeros((0, len(Part._fields)), np.int64)
 
     def wanted(self) -> npt.NDArray[np.bool_]:
-        """Of each frame of the source: is any page of it needed?"""
-        ranks = self.source.ranks
+        """Of each frame of the source: is any page of it needed? In time and memory as references and frames are, whatever they say."""
+        ranks, first, pages = self.source.ranks, *self._columns("source_page", "pages")
         steps = np.zeros(len(ranks.first) + 1, np.int64)
-        np.add.at(steps, ranks.frames(self._first), 1)
-        np.add.at(steps, ranks.frames(self._first + self._pages - 1) + 1, -1)
+        np.add.at(steps, ranks.frames(first), 1)
+        np.add.at(steps, ranks.frames(first + pages - 1) + 1, -1)
         return np.cumsum(steps[:-1]) > 0
 
     def parts(self, frame: np.void) -> Iterator[Part]:
-        first, count = int(frame["first_page"]), int(frame["pages"])
-        low = int(np.searchsorted(self._ends, first, side="right"))
-        high = int(np.searchsorted(self._first, first + count))
-        starts = np.maximum(self._first[low:high], first)
-        ends = np.minimum(self._first[low:high] + self._pages[low:high], first + count)
-        to = self._to[low:high] + starts - self._first[low:high]
-        places = starts - first
-        if frame["kept"] < count:
-            keep = self.source.index.keeps[first]
-            places = (np.cumsum(keep) - keep)[np.minimum(places, count - 1)]
-        for part in zip(to.tolist(), places.tolist(), (ends - starts).tolist(), strict=True):
-            if part[2] > 0:
-                yield Part(*part)
+        """Of a frame of the source, when `cut` was called. Any thread may."""
+        row = int(self.source.ranks.frames(np.array([frame["first_page"]], np.int64))[0])
+        low, high = np.searchsorted(self._rows, [row, row + 1]).tolist()
+        return itertools.starmap(Part, self._parts[low:high].tolist())
+
+    def cut(self) -> None:
+        """References are cut where frames begin. A piece has a page, at least: 32 bytes of this for 4 KiB of the image, at the most."""
+        ranks, first, pages, to = self.source.ranks, *self._columns("source_page", "pages", "first_page")
+        begin, counts = ranks.frames(first), ranks.frames(first + pages - 1) - ranks.frames(first) + 1
+        ends = np.cumsum(counts)
+        rows = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(begin - (ends - counts), counts)
+        first, pages, to = (np.repeat(each, counts) for each in (first, pages, to))
+        start = np.maximum(first, ranks.first[rows])
+        stop = np.minimum(first + pages, ranks.first[rows] + ranks.pages[rows])
+        parts = np.stack((to + start - first, ranks.before(start) - ranks.sums[rows], stop - start), axis=1)
+        order = np.argsort(rows, kind="stable")
+        self._rows, self._parts = rows[order], parts[order]
+
+    def _columns(self, *names: str) -> Iterator[Numbers]:
+        return (self._references[name].astype(np.int64) for name in names)

@@ -92,11 +92,13 @@ class _Pages(Generic[R]):
     def _each_frame(self, index: Index, threads: Threads, pages: PageFiles | None) -> int:
         planned = [*_planned(self._ref, self._seal, index.frames)]
         for loan in self._loans(index):
+            if pages is not None:
+                loan.cut()
             planned += _planned(loan.source.ref, loan.source.seal, loan.source.index.frames, loan)
         batches = [batch for _, batch in sorted(planned, key=lambda row: row[0])]
         self._each([*batches, *self._tables(index)], threads, self._work, index, pages)
-        zeros = self._ref.zero_pages * PAGE
-        self._meter.add(raw=zeros, zero=zeros)
+        zeros, lent = self._ref.zero_pages * PAGE, 0 if pages is not None else self._ref.referenced * PAGE
+        self._meter.add(raw=zeros + lent, zero=zeros)
         return sum(len(batch.frames) for batch in batches)
 
     def _each(
@@ -131,14 +133,22 @@ class _Pages(Generic[R]):
                 self._compare(batch)
                 continue
             for frame, content in reader.read(batch):
-                if batch.loan is not None:
-                    self._meter.add(raw=PAGE * _hand_out(batch.loan, frame, content, pages))
-                    continue
-                if pages is not None:
+                if batch.loan is None:
+                    self._meter.add(raw=int(frame["kept"]) * PAGE)
+                if pages is not None and batch.loan is not None:
+                    self._hand_out(batch.loan, frame, content, pages)
+                elif pages is not None:
                     first, count = int(frame["first_page"]), int(frame["pages"])
                     numbers = np.arange(first, first + count, dtype=np.int64)
                     pages.write(numbers if frame["kept"] == count else numbers[index.keeps[first]], content)
-                self._meter.add(raw=int(frame["kept"]) * PAGE)
+
+    def _hand_out(self, loan: Loan, frame: np.void, content: list[memoryview], pages: PageFiles) -> None:
+        """The pages of another checkpoint's frame that are wanted to where they belong."""
+        count = 0
+        for part in loan.parts(frame):
+            pages.write_run(part.first_page, part.pages, _cut(content, part.place * PAGE, part.pages * PAGE))
+            count += part.pages
+        self._meter.add(raw=count * PAGE)
 
     def _compare(self, table: _Table) -> None:
         data = memoryview(bytearray(len(table.content)))
@@ -312,16 +322,6 @@ def _planned(ref: PagesRef, seal: Seal, frames: FrameTable, loan: Loan | None = 
         for turn, (first, part) in enumerate(zip(np.split(numbers, cuts), np.split(mine, cuts), strict=True)):
             if len(part):
                 yield (turn, n), Batch(seal, stream.key, int(first[0]), part, loan)
-
-
-def _hand_out(loan: Loan, frame: np.void, content: list[memoryview], pages: PageFiles | None) -> int:
-    """The pages of a frame that are wanted to where they belong, if there is such a place; how many they are."""
-    count = 0
-    for part in loan.parts(frame):
-        count += part.pages
-        if pages is not None:
-            pages.write_run(part.first_page, part.pages, _cut(content, part.place * PAGE, part.pages * PAGE))
-    return count
 
 
 def _cut(content: list[memoryview], offset: int, size: int) -> list[memoryview]:
