@@ -57,19 +57,20 @@ class Supply(AbstractContextManager["Supply"]):
     """The pages of a lazy restore that come when the tree runs: threads that bring them, and the keeper, which starts when this is entered.
     Left before all is in, it has seen to it that nobody of the tree is left."""
 
-    def __init__(self, node: Node, store: Store, seal: Seal, attempt: Attempt) -> None:
+    def __init__(self, node: Node, store: Store, seal: Seal, attempt: Attempt, streams: int) -> None:
         self._node, self._store, self._seal, self._attempt = node, store, seal, attempt
         self._threads = Threads(attempt.cancel)
-        self._room = node.config.transfer.lazy_room // (FRAME_PAGES * PAGE)
+        self._room, self._readers = node.config.transfer.lazy_room // (FRAME_PAGES * PAGE), max(_READERS, streams)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._shelf = Shelf(self._room, self._threads)
+            self._shelf = Shelf(self._room, self._readers, self._threads)
             stack.callback(self._shelf.free)
-            stack.enter_context(self._threads)
             self._ours, theirs = page_sockets()
             stack.callback(self._ours.close)
+            stack.enter_context(self._threads)
+            stack.callback(shut, self._ours)
             self._keeper: Keeper = self._node.criu.keeper(theirs)
             stack.callback(self._keeper.close)  # first of all when it ends: what it still holds up ends with it
             self._threads.on_stop(self._keeper.wake)
@@ -83,8 +84,8 @@ class Supply(AbstractContextManager["Supply"]):
     def fetch(self, image: ImageRef, directory: Path) -> None:
         """All but the pages that may come later, into `directory`; from then on those can be asked for."""
         self._image, self._directory = image, directory
-        meter, readers = self._attempt.meter, max(_READERS, len(image.streams))
-        receiver = Receiver(self._store, self._seal, image, readers, meter)
+        meter = self._attempt.meter
+        receiver = Receiver(self._store, self._seal, image, self._readers, meter)
         directory.mkdir()
         receiver.fetch_files(directory.with_suffix(".tar.zst"), directory)
         index, wire = receiver.fetch_index(), Wire(self._node.criu.facts().version)
@@ -94,8 +95,8 @@ class Supply(AbstractContextManager["Supply"]):
         with Threads(self._attempt.cancel) as threads:
             receiver.fetch_fixed(index, directory, threads, self._server.keep)
         self._threads.start(f"{image.name} serve", self._server.run)
-        for number in range(readers):
-            self._threads.start(f"{image.name} fill {number}", self._server.read, ahead=number > 0)
+        for number in range(self._readers):
+            self._threads.start(f"{image.name} fill {number}", self._server.read)
 
     def begin(self, procs: Sequence[str], own: Sequence[str]) -> None:
         """As `Keeper.begin`."""

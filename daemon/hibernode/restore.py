@@ -52,7 +52,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             preflight.pids(node.workloads.blockers(taken))
         with attempt.phase("fetching", limits.transfer_of(manifest.raw_bytes)):
             reading.enter_context(gc.using(store, command.checkpoint_id, command.action_id))
-            supply = supplying.enter_context(Supply(node, store, seal, attempt)) if lazy else None
+            supply = supplying.enter_context(Supply(node, store, seal, attempt, attempt.meter.streams)) if lazy else None
             fetched = fetch(node, store, seal, manifest, work, attempt, supply)
             prepared = node.workloads.prepare(manifest.workload, command)
             undo.callback(prepared.discard)

@@ -6,19 +6,21 @@ messages, and compares it bit for bit: an image that lost or moved a page fails 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pycriu.images import pagemap_pb2
 
-from hibernode.errors import Corrupt, DumpFailed
-from hibernode.model import PAGE, Cancel, TaskFacts
-from hibernode.ports import CriuFacts, CriuOptions, Demands, DumpStats, Prepared
+from hibernode.errors import Corrupt, DumpFailed, RestoreFailed
+from hibernode.flow import Stopped
+from hibernode.model import FRAME_PAGES, PAGE, Cancel, TaskFacts
+from hibernode.ports import CriuFacts, CriuOptions, Demands, DumpStats, Identity, Prepared
 from hibernode.transfer import pageproto
 from hibernode.transfer.pageproto import Header, Wire
 from tests.fakes.machine import ROOT, Machine, Run
@@ -30,7 +32,7 @@ PATIENCE = 20.0  # seconds; a test that waits longer hangs
 
 
 class FakeCriu:
-    """ports.Criu. Steps: `criu.facts`, `.dump`, `.dump half`, `.dump end`, `.tasks`, `.restore`, `.restore end`.
+    """ports.Criu. Steps: `criu.facts`, `.dump`, `.dump half`, `.dump end`, `.tasks`, `.keeper`, `.restore`, `.restore end`.
 
     `fault`, half way through a dump: `eof` closes the socket and claims success, `hang` sends nothing more until our end is closed,
     `lie` claims one page more than was sent, `garbage` sends an unknown command, `cut` ends inside a segment.
@@ -142,6 +144,14 @@ class FakeCriu:
     def why(self, what: str, error: Exception, log: Path) -> DumpFailed:
         raise NotImplementedError
 
+    def keeper(self, pages: socket.socket) -> FakeKeeper:
+        try:
+            self._script.step("criu.keeper")
+        except BaseException:
+            pages.close()
+            raise
+        return FakeKeeper(self._machine, self._script, pages, self._wire)
+
     def let_go(self, work: Path) -> None:
         self._script.note("criu.let_go")
 
@@ -158,7 +168,7 @@ class FakeCriu:
         self.restores += 1
         assert self.tasks(images) == self._machine.tasks
         assert (images / "memory.img").read_bytes() == b"\0" * 100_000
-        found, wanted = read_memory(images), expected(self._machine.runs)
+        found, wanted = read_memory(images), expected(self._machine.runs, lazy=options.lazy)
         assert found == wanted, "the memory that came back is another one"
         assert not self._machine.processes(), "the pids are taken"
         self._machine.restored = True  # half made, if it fails now: CRIU that is killed leaves what it has made
@@ -166,16 +176,99 @@ class FakeCriu:
         return ROOT
 
 
+class FakeKeeper:
+    """ports.Keeper: it asks for every page that may come late, as `criu lazy-pages` does, and compares them. Steps: `keeper.begin`,
+    `.wait`, `.half`: when half of them are in."""
+
+    def __init__(self, machine: Machine, script: Script, pages: socket.socket, wire: Wire) -> None:
+        self._machine, self._script, self._pages, self._wire = machine, script, pages, wire
+        self._pages.settimeout(PATIENCE)
+        self._woken = self.all_in = False
+
+    def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
+        self._script.step("keeper.begin")
+        assert (images / "pstree.img").exists()
+        assert procs
+        assert own
+
+    def told(self, tree: Sequence[Identity]) -> None:
+        assert tree
+
+    def wait(self, seconds: float) -> bool:
+        self._script.step("keeper.wait")
+        lazy = [run for run in self._machine.runs if run.lazy]
+        try:
+            for n, run in enumerate(lazy):
+                if n == len(lazy) // 2:
+                    self._script.step("keeper.half")
+                assert self._fill(run) == run.content, "the memory that came is another one"
+            self._pages.sendall(self._wire.encode(Header(pageproto.FORCE_CLOSE, 0, 0, 0, 0)))
+            assert self._receive(4) == pageproto.CLOSED
+        except ConnectionError as e:
+            if self._woken:
+                raise Stopped from e
+            self._lose()
+            raise RestoreFailed(f"the page socket: {e}", reason="lazy_pages") from e
+        self.all_in = True
+        return True
+
+    def _fill(self, run: Run) -> bytes:
+        """In pieces, which may come shorter than they are asked for."""
+        content = b""
+        while len(content) < run.count * PAGE:
+            at = len(content) // PAGE
+            wanted = min(run.count - at, 300)
+            self._pages.sendall(self._wire.encode(Header(pageproto.GET, 0, wanted, run.vaddr + at * PAGE, run.dst_id >> 8)))
+            header = self._wire.decode(self._receive(self._wire.size))
+            assert (header.command, header.flags) == (pageproto.ADD_F, pageproto.PRESENT)
+            assert (header.vaddr, header.dst_id) == (run.vaddr + at * PAGE, run.dst_id >> 8)
+            assert 0 < header.pages <= wanted
+            content += self._receive(header.pages * PAGE)
+        return content
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            if not (more := self._pages.recv(size - len(data))):
+                raise ConnectionError("closed")
+            data += more
+        return data
+
+    def wake(self) -> None:
+        self._woken = True
+        with contextlib.suppress(OSError):
+            self._pages.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._script.note("keeper.close")
+        self._pages.close()
+        if not self.all_in:
+            self._lose()
+
+    def _lose(self) -> None:
+        if self._machine.restored:
+            self._machine.kill_restored()
+
+
 Memory = dict[str, list[tuple[int, int, int, bytes]]]
 
 
-def expected(runs: list[Run]) -> Memory:
-    """What `read_memory` finds in an image of `runs`: per pagemap file (address, pages, flags, content)."""
+def expected(runs: list[Run], *, lazy: bool = False) -> Memory:
+    """What `read_memory` finds in an image of `runs`: per pagemap file (address, pages, flags, content). `lazy`: nothing, where it may come
+    late, and entries no longer than a frame."""
     found: Memory = {}
     for run in runs:
         kind = "" if run.dst_id & 0xFF == pageproto.TASK else "shmem-"
-        entry = (run.vaddr, run.count, run.flags, run.content or b"")
-        found.setdefault(f"pagemap-{kind}{run.dst_id >> 8}.img", []).append(entry)
+        step = FRAME_PAGES if lazy else run.count
+        for at in range(0, run.count, step):
+            content = (run.content or b"")[at * PAGE : (at + step) * PAGE]
+            entry = (
+                run.vaddr + at * PAGE,
+                min(step, run.count - at),
+                run.flags,
+                bytes(len(content)) if lazy and run.lazy else content,
+            )
+            found.setdefault(f"pagemap-{kind}{run.dst_id >> 8}.img", []).append(entry)
     return found
 
 

@@ -28,7 +28,7 @@ from hibernode.model import (
     WorkloadView,
 )
 from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, Load, Prepared, ProcessFacts
-from hibernode.transfer.pageproto import PRESENT, SHMEM, TASK
+from hibernode.transfer.pageproto import LAZY, PRESENT, SHMEM, TASK
 from tests.fakes.script import Script
 
 ROOT, CHILD = 4242, 4243
@@ -43,6 +43,7 @@ class Run:
     vaddr: int
     content: bytes | None
     pages: int = 0  # where there is no content
+    lazy: bool = False  # it may come when the tree runs
 
     @property
     def count(self) -> int:
@@ -50,12 +51,12 @@ class Run:
 
     @property
     def flags(self) -> int:
-        return 0 if self.content is None else PRESENT
+        return 0 if self.content is None else PRESENT | (LAZY if self.lazy else 0)
 
 
-def memory(pages: int, *, zero: bool = False, seed: int = 1) -> list[Run]:
+def memory(pages: int, *, zero: bool = False, seed: int = 1, lazy: bool = False) -> list[Run]:
     """An image of so many pages: two address spaces and a piece of shared memory, taking turns; some pages zero, some text, some
-    random; runs longer than a chunk and runs of one page."""
+    random; runs longer than a chunk and runs of one page. `lazy`: what is not shared may come late, but for the first run."""
     runs: list[Run] = []
     at, left, n = 0x10000, pages, 0
     spaces = (ROOT << 8 | TASK, CHILD << 8 | TASK, 77 << 8 | SHMEM)
@@ -63,7 +64,7 @@ def memory(pages: int, *, zero: bool = False, seed: int = 1) -> list[Run]:
     while left:
         count = min(left, lengths[n % len(lengths)])
         content = b"".join(_page(seed, n, i, zero=zero) for i in range(count))
-        runs.append(Run(spaces[n % 3], at, content))
+        runs.append(Run(spaces[n % 3], at, content, lazy=lazy and n > 0 and n % 3 != 2))
         if n % 4 == 1:
             runs.append(Run(spaces[n % 3], at + (count + 5) * PAGE, None, pages=2))
         at, left, n = at + (count + 16) * PAGE, left - count, n + 1
@@ -213,6 +214,8 @@ class FakePrepared:
     def restore(
         self, fetched: Fetched, options: CriuOptions, cancel: Cancel, note: Callable[[Sequence[str]], None]
     ) -> FakeWorkload:
+        if fetched.begin is not None:
+            fetched.begin(("tree/cgroup.procs",), ("keeper/cgroup.procs",))
         pid = self._criu.restore(fetched.images[MAIN], options, Prepared(), cancel)
         self._script.step("prepared.adopt")
         assert pid == ROOT

@@ -30,8 +30,8 @@ from tests.servers import S3Server
 pytestmark = pytest.mark.node
 
 LAZY = {"restore": "lazy"}
-SIZE = 96  # MiB of private memory: 24 frames
-SOME = 14  # frames that come before the others are held back; those that CRIU itself needs are among them
+SIZE = 128  # MiB of private memory: 32 frames
+SOME = 20  # frames that come before the others are held back; those that CRIU itself needs are among them
 PAGES = "pages-"
 
 
@@ -133,6 +133,13 @@ def insist_never_wrong(program: Program) -> None:
     assert not [line for line in program.log.read_text().splitlines() if line.startswith("wrong")]
 
 
+def looks_at_all(program: Program) -> None:
+    """Once more through all of its memory, and none of it is wrong."""
+    until = program.beat().counter + SIZE + 1
+    wait_until(lambda: program.beat().counter > until, LIMIT, "a look at all of its memory")
+    insist_never_wrong(program)
+
+
 def insist_gone(daemon: Daemon, program: Program) -> None:
     """Nobody of it is left, nor of what restored it."""
     wait_until(lambda: not keeper.alive(program.pid), LIMIT, "the end of the tree")
@@ -162,12 +169,9 @@ def test_the_old_process_goes_on_before_its_memory_is_there(yard: Yard, program:
     assert last.profile.raw_bytes == yard.daemon.manifest(done.checkpoint_id)["raw_bytes"]
     after = beats(program.lines())
     assert {beat.content for beat in after} == {("good",)}
-    for _ in range(SIZE):  # once through all of its memory
-        program.next_beat(after=program.beat())
-    insist_never_wrong(program)
-    again = ready(yard.daemon.checkpoint(program.target))  # and it is as good as any other
+    looks_at_all(program)
     before = program.beat()
-    program.kill()
+    again = checkpointed(yard.daemon, program)  # and it is as good as any other
     ready(yard.daemon.restore(again.checkpoint_id))
     goes_on(program, before)
 
@@ -216,7 +220,7 @@ def test_two_at_once(yard: Yard, tmp_path: Path) -> None:
             programs.append(stack.enter_context(Program(tmp_path / name, python("watcher.py", 48))))
         befores = [program.beat() for program in programs]
         made = [checkpointed(yard.daemon, program).checkpoint_id for program in programs]
-        with yard.held(after=2 * SOME) as hold:
+        with yard.held(after=SOME) as hold:
             restores = [yard.begin(checkpoint_id) for checkpoint_id in made]
             wait_until(hold.held.is_set, LIMIT, "a read that is held back")
             hold.release()
@@ -233,7 +237,7 @@ def test_two_at_once(yard: Yard, tmp_path: Path) -> None:
 def test_a_child_that_is_forked_meanwhile_has_all_of_it(yard: Yard, tmp_path: Path) -> None:
     go = tmp_path / "go"
     with Program(tmp_path, python("watcher.py", SIZE, "fork", go)) as program:
-        program.beat()
+        program.said("waits")
         done = checkpointed(yard.daemon, program)
         go.touch()
         with yard.held() as hold:
@@ -249,7 +253,7 @@ def test_a_child_that_is_forked_meanwhile_has_all_of_it(yard: Yard, tmp_path: Pa
 def test_a_tree_that_empties_moves_and_unmaps_memory_meanwhile(yard: Yard, tmp_path: Path) -> None:
     go = tmp_path / "go"
     with Program(tmp_path, python("watcher.py", SIZE, "change", go)) as program:
-        program.beat()
+        program.said("waits")
         done = checkpointed(yard.daemon, program)
         go.touch()
         with yard.held() as hold:
@@ -258,9 +262,8 @@ def test_a_tree_that_empties_moves_and_unmaps_memory_meanwhile(yard: Yard, tmp_p
             assert program.said("emptied") == ["True"]  # without a byte from the store
             hold.release()
             ready(restore.end())
-        program.said("moved")
-        program.next_beat(after=program.beat())
-        insist_never_wrong(program)
+        assert program.said("moved") == ["True"]
+        looks_at_all(program)
 
 
 # --- something dies --------------------------------------------------------------------------------------------------------------
@@ -341,7 +344,7 @@ def test_a_forked_child_dies_with_it(yard: Yard, tmp_path: Path) -> None:
     """Its userfaultfd is one that nobody but `criu lazy-pages` was ever given."""
     go = tmp_path / "go"
     with Program(tmp_path, python("watcher.py", SIZE, "fork", go)) as program:
-        program.beat()
+        program.said("waits")
         done = checkpointed(yard.daemon, program)
         go.touch()
         with yard.held() as hold:

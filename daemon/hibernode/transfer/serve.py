@@ -4,7 +4,7 @@
 CRIU asks over one socket, and takes the answers in the order of its questions: one page for a thread that waits for it, and, for each
 process, the next piece of what is left, when it has the one before. So what is asked for is read first, in that order, and what will be
 asked for meanwhile, by threads that read ahead: the frames that follow a piece; and those that follow a fault, once faults follow each
-other, twice as many each time. One of the threads reads only what is asked for.
+other, twice as many each time. One of the threads is always there for what is asked for.
 
 A frame is compared with its digest, decrypted and inflated before a byte of it is given out. Pages that hold zeros are answered as zeros.
 Memory: (`room` + readers) frames of 4 MiB, and for each reader what one read takes, 4 times 4 MiB at most.
@@ -12,6 +12,7 @@ Memory: (`room` + readers) frames of 4 MiB, and for each reader what one read ta
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -43,10 +44,11 @@ _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
 
 class Shelf:
     """Frames that were read, those that are wanted, and who reads which. Thread-safe. `room`: frames that may be here, beside those that
-    are asked for; the one that was not used for the longest time goes first."""
+    are asked for; the one that was not used for the longest time goes first. `readers`: threads that read; all but one may read ahead."""
 
-    def __init__(self, room: int, threads: Threads) -> None:
+    def __init__(self, room: int, readers: int, threads: Threads) -> None:
         self._room, self._threads = max(1, room), threads
+        self._most_ahead, self._reading_ahead = readers - 1, set[int]()
         self.arrived = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable when a frame has come
         self._changed = threading.Condition()
         self._here: OrderedDict[int, memoryview] = OrderedDict()
@@ -78,6 +80,7 @@ class Shelf:
     def put(self, row: int, content: memoryview) -> None:
         with self._changed:
             self._reading.discard(row)
+            self._reading_ahead.discard(row)
             self._here[row] = content
             for other in [each for each in self._here if each not in self._asked][: max(0, len(self._here) - self._room)]:
                 del self._here[other]
@@ -88,29 +91,32 @@ class Shelf:
         """All of it has been given out."""
         with self._changed:
             self._here.pop(row, None)
+            with contextlib.suppress(ValueError):
+                self._ahead.remove(row)
             self._changed.notify_all()
 
-    def next(self, *, ahead: bool) -> int | None:
-        """The row that is to be read now, by whoever asks; waits for one. None: nothing will be wanted any more. `ahead`: also one that
-        nobody has asked for yet."""
+    def next(self) -> int | None:
+        """The row that is to be read now, by whoever asks; waits for one. None: nothing will be wanted any more."""
         with self._changed:
             while True:
                 if self._threads.stopping:
                     raise Stopped
                 if self.closed:
                     return None
-                if (row := self._pick(ahead=ahead)) is not None:
+                if (row := self._pick()) is not None:
                     self._reading.add(row)
                     return row
                 self._changed.wait()
 
-    def _pick(self, *, ahead: bool) -> int | None:
+    def _pick(self) -> int | None:
         for row in self._asked:
             if row not in self._here and row not in self._reading:
                 return row
-        while ahead and self._ahead and len(self._here) + len(self._reading) < self._room:
+        may = len(self._reading_ahead) < self._most_ahead and len(self._here) + len(self._reading) < self._room
+        while may and self._ahead:
             row = self._ahead.popleft()
             if row not in self._here and row not in self._reading:
+                self._reading_ahead.add(row)
                 return row
         return None
 
@@ -189,7 +195,9 @@ class Places:
 
 def _runs(values: Numbers) -> list[tuple[int, int, int]]:
     """(value, start, end) of each run of equal ones."""
-    cuts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1]))).tolist() if len(values) else []
+    if not len(values):
+        return []
+    cuts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1]))).tolist()
     return [(int(values[a]), a, b) for a, b in zip(cuts, [*cuts[1:], len(values)], strict=True)]
 
 
@@ -302,7 +310,8 @@ class Server:
         self._questions.append(question)
         self.asked, self.heard = self.asked + 1, time.monotonic()
         if row >= 0:
-            self._shelf.expect(range(row + 1, min(row + 1 + self._window(question), len(self._index.frames))))
+            last = min(row + 1 + self._window(question), len(self._index.frames))
+            self._shelf.expect(each for each in range(row + 1, last) if self._places.left[each] > 0)
 
     def _placeable(self, header: Header) -> int:
         """CRIU (4.2.1) asks again and again for a piece that the kernel does not take: it lies in two mappings, since the tree has changed
@@ -374,10 +383,10 @@ class Server:
 
     # --- the threads that read ------------------------------------------------------------------------------------------------------
 
-    def read(self, *, ahead: bool) -> None:
-        """Frames that are wanted, until nothing is. `ahead`: also those that will be."""
+    def read(self) -> None:
+        """Frames that are wanted, until nothing is."""
         reader = Reader(self._store, self._meter)
-        while (row := self._shelf.next(ahead=ahead)) is not None:
+        while (row := self._shelf.next()) is not None:
             if (content := self._read(reader, row)) is not None:
                 self._shelf.put(row, content)
 

@@ -1,10 +1,11 @@
-"""Looks at its whole memory all the time, and says what it saw: `beat <token> <counter> good` for each piece of a MiB whose sum is what
-it was, `wrong <piece>` for one that is not. Arguments: MiB, and what else there is:
+"""Looks at its whole memory all the time, and says what it saw: `beat <token> <counter> good` for each piece of a MiB whose checksum is
+what it was, `wrong <piece>` for one that is not. Arguments: MiB, and what else there is:
 
 shared      16 MiB more, shared with a child that looks at them, too
 memfd       16 MiB more in a memfd
-fork        the file `go` (next argument) makes it fork a child that looks at all of it once, says `child <good> <wrong>`, and ends
-change      that file makes it unmap, move and empty parts of its memory, and go on with the rest
+fork        it looks once at all of it, says `waits`, and looks at nothing until there is the file of the next argument; then it forks a
+            child that looks at all of it, says `child <good> <wrong>`, and ends
+change      likewise, and then it empties, moves and unmaps parts of its memory, and goes on with the rest
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import mmap
 import os
 import sys
+import time
 import zlib
 
 MIB = 1 << 20
@@ -47,12 +49,14 @@ def main(mebibytes: str, *wishes: str) -> None:
                 os.write(1, f"beat {token} {counter} good\n".encode())
             else:
                 os.write(1, f"wrong {n}\n".encode())
-            if go and os.path.exists(go):
-                go = ""
-                if "fork" in wishes:
-                    fork(pieces, sums)
-                if "change" in wishes:
-                    gone = change(held[0])
+        time.sleep(0.02)
+        if go:
+            wait_for(go)
+            go = ""
+            if "fork" in wishes:
+                fork(pieces, sums)
+            else:
+                gone = change(held[0], sums[-2])
 
 
 def noise(held: mmap.mmap) -> mmap.mmap:
@@ -61,6 +65,12 @@ def noise(held: mmap.mmap) -> mmap.mmap:
         shift = at // MIB * 4099 % MIB
         held[at : at + MIB] = content[shift : shift + MIB]
     return held
+
+
+def wait_for(file: str) -> None:
+    os.write(1, b"waits\n")
+    while not os.path.exists(file):
+        time.sleep(0.01)
 
 
 def fork(pieces: list[memoryview], sums: list[int]) -> None:
@@ -72,7 +82,7 @@ def fork(pieces: list[memoryview], sums: list[int]) -> None:
     os.waitpid(child, 0)
 
 
-def change(held: mmap.mmap) -> set[int]:
+def change(held: mmap.mmap, moving: int) -> set[int]:
     """The last of its pieces, without looking at them before: emptied, moved, unmapped."""
     count = len(held) // PIECE
     start = ctypes.addressof(ctypes.c_char.from_buffer(held))
@@ -83,7 +93,7 @@ def change(held: mmap.mmap) -> set[int]:
     wanted = ctypes.c_size_t(2 * PIECE)
     moved = LIBC.mremap(place[1], ctypes.c_size_t(PIECE), wanted, MREMAP_MAYMOVE)
     content = ctypes.string_at(moved, PIECE)
-    os.write(1, f"moved {zlib.crc32(content)}\n".encode())
+    os.write(1, f"moved {zlib.crc32(content) == moving}\n".encode())
     assert LIBC.munmap(place[2], ctypes.c_size_t(PIECE)) == 0
     return {count - 1, count - 2, count - 3}
 

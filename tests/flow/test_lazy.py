@@ -1,0 +1,185 @@
+"""A lazy restore on fakes: every page comes, in the right place; it is `ready` when all of them have; whatever fails, nobody runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hibernode.errors import Cancelled, Corrupt, HibernodeError, Refused
+from hibernode.journal import remedy
+from hibernode.model import Status
+from tests.envelope import opened, seal
+from tests.fakes.gpu import INVENTORY
+from tests.fakes.machine import ROOT, Machine, memory
+from tests.fakes.script import Script
+from tests.flow.rig import Rig, defect, fitting_error, nothing_outlives
+
+pytestmark = pytest.mark.timeout(60)
+
+LAZY = '{"restore": "lazy"}'
+
+
+def made(directory: Path, pages: int = 6000, script: Script | None = None, **settings: object) -> tuple[Rig, str]:
+    """A checkpoint, whose original has ended. From then on `script` counts."""
+    rig = Rig(directory, memory(pages, lazy=True), **settings)
+    checkpoint_id = rig.checkpoint(streams=2)
+    rig.end_of_original()
+    rig.rescript(script or Script())
+    return rig, checkpoint_id
+
+
+@pytest.mark.parametrize("pages", [0, 1, 20, 1100, 9000])
+def test_every_page_comes(tmp_path: Path, pages: int) -> None:
+    rig, checkpoint_id = made(tmp_path, pages)
+    with nothing_outlives():
+        rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert rig.machine.restored
+    assert rig.statuses == [Status.READY]
+    assert not rig.leftovers(checkpoint_id)
+
+
+def test_it_is_ready_when_all_is_in_and_not_before(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    rig.restore(checkpoint_id, criu_opts=LAZY)
+    notes = rig.script.notes
+    order = [
+        "criu.keeper", "keeper.begin", "criu.restore", "journal.update filling", "keeper.wait", "keeper.half", "journal.update probing",
+        "keeper.close", "report ready",
+    ]  # fmt: skip
+    assert [note for note in notes if note in order] == order
+
+
+def test_its_pages_are_counted_and_no_page_is_read_for_nothing(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path, transfer={"lazy_room": 64 << 20})
+    rig.restore(checkpoint_id, criu_opts=LAZY)
+    frames = sum(
+        stream["frames"] for stream in opened(rig.store.objects[f"{checkpoint_id}/manifest.json"])["images"][0]["streams"]
+    )
+    reads = [call for call in rig.script.calls if call.startswith("store.read pages-")]
+    assert len(reads) <= frames, "all that was read for CRIU itself is kept for the tree"
+
+
+def test_little_room_is_enough(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path, 20_000, transfer={"lazy_room": 16 << 20})
+    rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert rig.statuses == [Status.READY]
+
+
+@pytest.mark.parametrize("error", [fitting_error, defect])
+def test_it_fails_at_every_step(tmp_path: Path, error: Callable[[str], HibernodeError]) -> None:
+    rig, checkpoint_id = made(tmp_path / "count", limits={"outage": 0})
+    rig.restore(checkpoint_id, criu_opts=LAZY)
+    count, failures = len(rig.script.calls), 0
+    for n in range(1, count + 1):
+        rig, checkpoint_id = made(tmp_path / str(n), script=Script(n, error), limits={"outage": 0})
+        raised = None
+        with nothing_outlives():
+            try:
+                rig.restore(checkpoint_id, criu_opts=LAZY)
+            except HibernodeError as e:
+                raised = e.with_traceback(None)
+        where = f"after a failure at {rig.script.failed}"
+        if raised is None:
+            continue
+        failures += 1
+        assert rig.script.failed in str(raised), f"{where}: {raised!r}"
+        assert not rig.machine.restored or rig.script.failed == "report ready", f"{where}: it runs on"
+        assert not (left := rig.at_work()), f"{where}: {left}"
+    assert failures > count - 12, "only undos, marks that are removed, and what is not needed may be forgiven"
+
+
+def test_a_cancel_when_half_is_in_leaves_nothing(tmp_path: Path) -> None:
+    class Cancels(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name == "keeper.half":
+                rig.cancel.set("enough")
+
+    rig, checkpoint_id = made(tmp_path, script=Cancels())
+    with nothing_outlives(), pytest.raises(Cancelled):
+        rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert not rig.machine.restored
+    assert not rig.at_work()
+
+
+def test_a_daemon_that_dies_meanwhile_leaves_a_tree_to_be_killed(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    found: list[str] = []
+
+    class Looks(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name == "keeper.half":
+                found.append(remedy(rig.entry.record))
+
+    rig.rescript(Looks())
+    rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert found == ["kill_restored"]
+
+
+@pytest.mark.parametrize("at", [0, 1 << 16, -5000])
+def test_a_damaged_frame_reaches_nobody(tmp_path: Path, at: int) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    key = f"{checkpoint_id}/main/pages-0.zst"
+    data = bytearray(rig.store.objects[key])
+    data[at] ^= 1
+    rig.store.objects[key] = bytes(data)
+    with nothing_outlives(), pytest.raises(Corrupt, match="damaged"):
+        rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert not rig.machine.restored
+    assert not rig.at_work()
+
+
+# --- refused before anything is touched -------------------------------------------------------------------------------------------
+
+
+def doctored(rig: Rig, checkpoint_id: str, change: Callable[[dict[str, Any]], object]) -> None:
+    key = f"{checkpoint_id}/manifest.json"
+    manifest = opened(rig.store.objects[key])
+    change(manifest)
+    rig.store.objects[key] = seal(manifest)
+
+
+@pytest.mark.parametrize("kind", ["container", "pod"])
+def test_containers_are_refused(tmp_path: Path, kind: str) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    doctored(rig, checkpoint_id, lambda manifest: manifest["workload"].update(kind=kind))
+    insist_refused(rig, checkpoint_id, "lazy_kind")
+
+
+def test_state_on_gpus_is_refused(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.gpu, machine.gpus = "RUNNING", INVENTORY
+    rig = Rig(tmp_path, memory(100, lazy=True))
+    rig.machine.gpu, rig.machine.gpus = machine.gpu, machine.gpus
+    checkpoint_id = rig.checkpoint()
+    rig.end_of_original()
+    rig.rescript(Script())
+    insist_refused(rig, checkpoint_id, "lazy_gpu")
+
+
+def insist_refused(rig: Rig, checkpoint_id: str, code: str) -> None:
+    with pytest.raises(Refused) as refused:
+        rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert refused.value.code == code
+    assert not [call for call in rig.script.calls if call.startswith(("workloads.", "criu.keeper", "criu.restore", "store.read"))]
+
+
+def test_a_checkpoint_refuses_it_and_never_keeps_it(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, memory(20, lazy=True))
+    with pytest.raises(Refused) as refused:
+        rig.checkpoint(criu_opts=LAZY)
+    assert (refused.value.code, refused.value.details["property"]) == ("criu_opts", "criu_opts.restore")
+    checkpoint_id = rig.checkpoint(criu_opts='{"restore": "eager"}')
+    assert "restore" not in opened(rig.store.objects[f"{checkpoint_id}/manifest.json"])["criu_opts"]
+
+
+def test_a_manifest_that_has_it_does_not_make_a_restore_lazy(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path)
+    doctored(rig, checkpoint_id, lambda manifest: manifest["criu_opts"].update(restore="lazy"))
+    rig.restore(checkpoint_id)
+    assert "criu.keeper" not in rig.script.calls
+    assert rig.machine.processes()[0].pid == ROOT
