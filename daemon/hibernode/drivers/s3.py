@@ -339,7 +339,7 @@ class S3:
     def _confirmed(
         self, what: str, send: Callable[..., Mapping[str, Any]], data: bytearray, *, crc32: bool = False
     ) -> tuple[str, str]:
-        """Send `data` with a checksum until the store confirms these bytes; (ETag, CRC32, or "" if that was not asked for)."""
+        """Send `data` with a checksum until the store confirms these bytes; (ETag, CRC32 or "" where the server knows none)."""
         crc, md5 = "", b""
         for _ in range(max(2, self._attempts)):
             checks = {}
@@ -624,8 +624,8 @@ def _clients(settings: config.S3) -> tuple[S3Client, S3Client]:
         connect_timeout=settings.connect_timeout,
         read_timeout=settings.read_timeout,
         retries={"mode": "standard", "total_max_attempts": settings.attempts},
-        max_pool_connections=MAX_STREAMS
-        * max(settings.parts_in_flight, settings.reads_in_flight),  # a bound on idle connections, not on open ones
+        # A bound on idle connections, not on open ones.
+        max_pool_connections=MAX_STREAMS * max(settings.parts_in_flight, settings.reads_in_flight),
         tcp_keepalive=True,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
