@@ -34,7 +34,8 @@ def main(words: Sequence[str] | None = None) -> int:
         more = {option: getattr(arguments, option) for option in _OPTIONS.get(name, ())}
         told[name] = found = QUESTIONS[name].measure(quick=arguments.quick, **more)
         if name in (memory.NAME, increments.NAME):
-            told["ratios"] = {**told.get("ratios", {}), **found["ratios"]}  # where others look for them
+            measured = {name: ratio for name, ratio in told.get("ratios", {}).items() if ratio is not None}
+            told["ratios"] = found["ratios"] | measured  # where others look for them
         print(f"\n{name} ({time.monotonic() - began:.0f} s)\n{QUESTIONS[name].render(found)}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(told, indent=1) + "\n")

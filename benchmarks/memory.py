@@ -420,6 +420,8 @@ def _ratios(pairs: Mapping[str, Any], efficiency: Mapping[str, Any]) -> tuple[di
         "durable_vs_streamer": of("durable", _Stream),
         "restore_vs_tar_zstd": of("restore", _Tar),
         "lazy_to_running_seconds": {},  # not built yet
+        "increment_bytes": {},  # measured by `increments`, as the next
+        "increment_time": {},
     }
     worst = {name: max(found, key=found.__getitem__) for name, found in all_of.items() if found}
     worst["pipeline_efficiency"] = least = min(rates, key=rates.__getitem__)
