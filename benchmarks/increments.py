@@ -80,11 +80,15 @@ class _Tree:
 
     def once(self, daemon: Daemon) -> dict[str, float]:
         os.sync()
+        cpu = [_cpu(daemon.pid)]
         first = self._taken(daemon, {"increment": "auto"})
+        cpu.append(_cpu(daemon.pid))
         self._ask(signal.SIGUSR2)
         os.sync()
         before = self.last()
+        cpu.append(_cpu(daemon.pid))
         second = self._taken(daemon, {"increment": first.checkpoint_id})
+        cpu.append(_cpu(daemon.pid))
         self.end()
         began = time.time()
         ready(daemon.restore(second.checkpoint_id))
@@ -96,7 +100,7 @@ class _Tree:
         held.insist_whole(before, self.last())
         return {
             "first bytes": _stored(daemon, first), "second bytes": _stored(daemon, second),
-            "first": _after(first), "second": _after(second),
+            "first": _after(first), "second": _after(second), "first cpu": cpu[1] - cpu[0], "second cpu": cpu[3] - cpu[2],
             "first preflight": first.profile.phases["preflight"].seconds, "preflight": second.profile.phases["preflight"].seconds,
             "pause": second.profile.pause_ns / 1e9, "restore": restore, "load": os.getloadavg()[0],
         }  # fmt: skip
@@ -128,6 +132,11 @@ def _running(kind: str, size: int, place: Path) -> Iterator[_Tree]:
         tree.end()
 
 
+def _cpu(pid: int) -> float:
+    """Seconds of processor time of it and of the children that it has waited for."""
+    return sum(map(int, keeper.fields(pid)[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def _after(event: pb.Event) -> float:
     """Seconds from the freeze to `ready`."""
     return sum(cost.seconds for name, cost in event.profile.phases.items() if name not in _BEFORE)
@@ -156,7 +165,7 @@ def _ratios(taken: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> dict[s
 def render(found: Mapping[str, Any]) -> str:
     """Medians, and from the least to the greatest of the rounds."""
     lines = [f"{found['mebibytes']} MiB, {found['rounds']} rounds, 5 % of the pages changed"]
-    heads = ["first, MiB", "second, MiB", "bytes", "first, s", "second, s", "time", "pause", "preflight", "restore"]
+    heads = ["first, MiB", "second, MiB", "bytes", "first, s", "second, s", "time", "CPU", "pause", "preflight", "restore"]
     for store, kinds in found["taken"].items():
         rows = {
             kind: [
@@ -164,6 +173,7 @@ def render(found: Mapping[str, Any]) -> str:
                 f"{found['pairs'][f'{kind}, {store}']['increment_bytes']:.3f}",
                 spread([one["first"] for one in rounds], ""), spread([one["second"] for one in rounds], ""),
                 f"{found['pairs'][f'{kind}, {store}']['increment_time']:.3f}",
+                spread([one["second cpu"] / one["first cpu"] for one in rounds], ""),
                 *(spread([one[name] for one in rounds]) for name in ("pause", "preflight", "restore")),
             ]
             for kind, rounds in kinds.items()
@@ -176,5 +186,6 @@ def render(found: Mapping[str, Any]) -> str:
 def _told(one: Mapping[str, float]) -> str:
     return (
         f"bytes {one['second bytes'] / one['first bytes']:.3f} of {one['first bytes'] / 2**20:.0f} MiB, "
-        f"time {one['second'] / one['first']:.3f} of {one['first']:.2f} s, pause {one['pause']:.2f} s"
+        f"time {one['second'] / one['first']:.3f} of {one['first']:.2f} s, CPU {one['second cpu'] / one['first cpu']:.3f}, "
+        f"pause {one['pause']:.2f} s"
     )
