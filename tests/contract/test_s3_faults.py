@@ -278,6 +278,17 @@ def test_over_plain_http_only_parts_go_unsigned(proxy: FaultProxy, store: S3) ->
     assert [r.headers["x-amz-content-sha256"] for r in proxy.seen("PutObject")] == [hashlib.sha256(b).hexdigest() for b in bodies]
 
 
+def test_a_server_that_wants_bodies_signed_is_found_out_before_anybody_is_frozen(proxy: FaultProxy, store: S3) -> None:
+    store.check()
+    signed, unsigned = (r.headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD" for r in proxy.seen("PutObject"))
+    assert (signed, unsigned) == (False, True)
+    proxy.play("PutObject", Answer(403, "AccessDenied"), after=1)
+    with pytest.raises(StoreUnavailable, match="unsigned body"):
+        store.check()
+    proxy.heal()
+    assert keys(store) == []
+
+
 def test_an_echoed_checksum_is_enough(proxy: FaultProxy, store: S3) -> None:
     """As AWS does it with KMS: an ETag that says nothing, and the CRC32 back."""
     data = pattern(1000)

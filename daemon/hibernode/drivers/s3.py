@@ -99,6 +99,13 @@ class S3:
         try:
             if self.get(key, limit=len(data)) != data:
                 raise StoreUnavailable(f"{self.location} does not give back what was written")
+            if (
+                self._part_client is not self._client
+            ):  # a server that wants bodies signed says so now, and not when somebody is frozen
+                with self._translating(f"cannot write {key} as parts are written, with an unsigned body"):
+                    self._part_client.put_object(
+                        Bucket=self._bucket, Key=self._base + key, Body=data, ContentMD5=_base64(hashlib.md5(data).digest())
+                    )
         finally:
             self.delete(key)
 
