@@ -233,6 +233,7 @@ def verify(
 
 def _verify_part(store: Store, seal: Seal, part: ImageRef | LayerRef, threads: int, cancel: Cancel, meter: Meter) -> int:
     receiver: Receiver | LayerReceiver
+    threads = min(threads, max(2, len(part.streams)))
     if isinstance(part, LayerRef):
         receiver = LayerReceiver(store, seal, part, threads, meter)
     else:

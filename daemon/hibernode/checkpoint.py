@@ -41,6 +41,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             meter.bytes_total = sum(process.rss for process in processes) + on_gpus
             preflight.room(meter.bytes_total, store.free_bytes(), node.host.room(node.config.work_dir))
             store.check()
+        with attempt.phase("preflight", limits.transfer_of(meter.bytes_total)):  # what is read of an earlier one grows with it
             origin = undo.enter_context(increment.origin(node, store, command, workload, options))
         share = undo.enter_context(node.arena.share(meter.bytes_total, attempt.cancel))  # nobody is frozen until there is one
         with attempt.phase("preflight", limits.preflight):  # a store that hangs now hangs before anybody is frozen
@@ -48,10 +49,11 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
                 Capture(node, share, store, origin.seal, workload, command.kind, options, attempt, work, origin.known)
             )
             processes = workload.processes()  # again: the wait may have been long, and who was stopped then may run now
-            gpu_image, on_gpus = gpus.look(node, gpu, workload, processes if command.kind != "rootfsonly" else ())
-        gpu_limit = limits.gpu_of(on_gpus)
+            gpu_image, on_gpus = gpus.look(node, gpu, workload, saved := processes if command.kind != "rootfsonly" else ())
+            meter.bytes_total = max(meter.bytes_total, sum(process.rss for process in saved) + on_gpus)  # it may have grown
         let_go = calmly(
-            "letting the workload go on", lambda: _let_go(workload, gpu, gpu_limit, attempt) if options.kill else None
+            "letting the workload go on",
+            lambda: _let_go(workload, gpu, limits.gpu_of(on_gpus), attempt) if options.kill else None,
         )
         attempt.entry.update(
             trees=tuple(Tree(pid=each.pid, start_time=each.start_time, stopped=each.state == "T") for each in processes),
@@ -59,7 +61,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
         )  # fmt: skip
 
         with ExitStack() as held:
-            gpus.suspend(gpu, workload, attempt, gpu_limit, held)  # first: who stands still cannot answer the driver
+            gpus.suspend(gpu, workload, attempt, limits.gpu_of(on_gpus), held)  # first: who stands still cannot answer the driver
             with attempt.phase("dumping", limits.pause_of(meter.bytes_total)), ExitStack() as frozen:
                 frozen.callback(insist, "letting the workload go on", workload.thaw)
                 meter.pause_ns += capture.dump(since=workload.freeze())
@@ -74,9 +76,8 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
         with attempt.phase("committing", limits.commit), attempt.cancel.waking(let_go):
             on_gpu = gpus.saved(gpu_image, gpu, workload, images)
             manifest = catalog.describe(node, command, workload, options, meter, images, layers, origin.seal, on_gpu)
-            with capture.keeping():
+            with capture.keeping(), origin.references.committing(store, manifest):
                 catalog.commit(store, manifest, node.notary, attempt.cancel)
-                origin.references.keep(manifest)
         attempt.report(Status.READY)
         if options.kill:
             stopped.pop_all()  # somebody may restore it now: it never goes on again, also if it cannot be killed at once

@@ -343,7 +343,7 @@ def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
         there = tuple(store.list(f"{checkpoint_id}/"))
         if Place(checkpoint_id, there).used(time.time()):
             raise Busy(f"a restore uses {checkpoint_id}", hint="wait for it; what a node left that died counts for a day")
-        if referrers := [each for each in Place(checkpoint_id, there).marks if _alive(store, each)]:
+        if referrers := _referrers(store, checkpoint_id, there):
             raise Refused(
                 "referenced", f"{len(referrers)} checkpoints have pages in {checkpoint_id}, and could not be restored without it: "
                 + ", ".join(referrers[:3]), prop="checkpoint_id", found=referrers[:100], wanted="none that refers to it",
@@ -355,6 +355,10 @@ def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
     except BaseException:
         calmly("removing the mark of the removal", lambda: store.delete(_removing(checkpoint_id)))()
         raise
+
+
+def _referrers(store: Store, checkpoint_id: str, there: tuple[ObjectFacts, ...]) -> list[str]:
+    return [each for each in Place(checkpoint_id, there).marks if _alive(store, each)]
 
 
 def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = False) -> None:
@@ -371,6 +375,10 @@ def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = Fa
         _log.info("%s, and goes with the last of them", e.message)
         with suppress(Refused):  # it is there
             store.put(_unwanted(checkpoint_id), b"")
+        if not _referrers(
+            store, checkpoint_id, tuple(store.list(f"{checkpoint_id}/"))
+        ):  # the last has gone before he could see that
+            remove(store, notary, checkpoint_id, later=True)
         return
     _let_go(store, notary, checkpoint_id, bases)
 
@@ -602,20 +610,29 @@ class References:
     def __init__(self, bases: Collection[str] = ()) -> None:
         self.unneeded = set(bases)
 
-    def keep(self, manifest: Manifest) -> None:
-        """It is committed: those to which it does refer keep their marks for as long as it is there."""
+    @contextmanager
+    def committing(self, store: Store, manifest: Manifest) -> Iterator[None]:
+        """Inside it is committed; then those to which it does refer keep their marks for as long as it is there. Busy if what says that
+        this is an attempt has been removed (a workload may wait for its arena for longer than another node's `collect` has patience),
+        Busy or NotFound if a base is, or was."""
+        for base in sorted({base.checkpoint_id for base in manifest.bases}):
+            with suppress(Refused):  # it is there, as it should be
+                store.put(_reference(base, manifest.checkpoint_id), b"")
+            _insist_stays(store, base)
+        if manifest.bases and not _is_of(store, manifest.checkpoint_id, manifest.action_id):
+            raise Busy(f"somebody has removed the attempt at {manifest.checkpoint_id}", hint="a longer `gc.grace`; try again")
+        yield
         self.unneeded -= {base.checkpoint_id for base in manifest.bases}
 
 
 @contextmanager
-def referring(store: Store, bases: Collection[str], checkpoint_id: str) -> Iterator[References]:
+def referring(store: Store, notary: Notary, bases: Collection[str], checkpoint_id: str) -> Iterator[References]:
     """While inside, none of these is removed by any node; afterwards none of those that were kept. Inside of `attempting`. Busy or NotFound
     if one is being removed or was; what the store says if it cannot be written: without a mark nothing is referred to."""
     references = References(bases)
 
     def release() -> None:
-        for base in sorted(references.unneeded):
-            store.delete(_reference(base, checkpoint_id))
+        _let_go(store, notary, checkpoint_id, references.unneeded)
 
     try:
         for base in sorted(bases):

@@ -15,13 +15,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 from hibernode import catalog, gc
-from hibernode.errors import Busy, Corrupt, NotFound, Refused
+from hibernode.errors import Busy, Corrupt, KeyService, NotFound, Refused
+from hibernode.journal import BOOT
 from hibernode.model import BaseRef, CheckpointCommand, ImageRef, Manifest, Meter, Status, WorkloadFacts
 from hibernode.node import Node
 from hibernode.ports import ProcessFacts, Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer.fingerprint import new_seed
-from hibernode.transfer.known import Known, composed
+from hibernode.transfer.known import Known, fold
 from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
 
@@ -62,7 +63,7 @@ def origin(node: Node, store: Store, command: CheckpointCommand, workload: Workl
                     found = _from(candidate, node, store, seal, command, workload, attempt)
                     stack.push(attempt.pop_all())
                 break
-            except (Refused, NotFound, Corrupt, Busy) as e:
+            except (Refused, NotFound, Corrupt, Busy, KeyService) as e:  # an old key may be gone: the new one was tried above
                 if wanted != "auto":
                     raise
                 level = logging.WARNING if isinstance(e, Corrupt) else logging.INFO
@@ -80,7 +81,12 @@ def _latest(node: Node, command: CheckpointCommand, workload: Workload) -> list[
     for entry in reversed(node.journal.all()):
         record = entry.record
         there = gc.command_of(record)
-        if record.status == Status.READY and there and there.overrides.directory == command.overrides.directory:
+        if (
+            record.status == Status.READY
+            and record.boot == BOOT
+            and there
+            and there.overrides.directory == command.overrides.directory
+        ):
             known = {(tree.pid, tree.start_time) for tree in record.trees}
             if known & alive and record.checkpoint_id not in found:
                 found.append(record.checkpoint_id)
@@ -108,7 +114,10 @@ def _from(
         ) from e  # fmt: skip
     _check(before, node.config.increments.bases, seal, workload.facts, workload.processes())
     owners = {base.checkpoint_id for base in before.bases} | {checkpoint_id}
-    references = attempt.enter_context(gc.referring(store, owners, command.checkpoint_id))
+    references = attempt.enter_context(gc.referring(store, node.notary, owners, command.checkpoint_id))
+    catalog.check_sizes(
+        store, before
+    )  # as the commit will ask: found out only there, a stream that is gone would cost a freeze each time
     opened = catalog.seal_of(before, node.keyring)
     images = {image.name: image for image in before.images}
     meter = Meter()  # of what is read before the freeze nobody is told
@@ -119,7 +128,7 @@ def _from(
 
 def _check(before: Manifest, most: int, seal: Seal, facts: WorkloadFacts, processes: Sequence[ProcessFacts]) -> None:
     """Refused where the new one may not refer to it."""
-    old, bases = before.workload, max((len(image.bases) for image in before.images), default=0)
+    old, bases = before.workload, len({base.checkpoint_id for base in before.bases})
     other = (old.kind, old.namespace, old.name) != (facts.kind, facts.namespace, facts.name)
     if old.kind == "process" and before.images:  # of these any number may have one name
         other |= before.images[0].tasks[0].pid not in {process.inside for process in processes}
@@ -156,14 +165,16 @@ def _known(store: Store, seal: Seal, image: ImageRef | None, before: Manifest, m
     receiver = Receiver(store, seal, image, 1, meter)
     index = receiver.fetch_index()
     own, seed = receiver.fetch_digests()
-    bases = []
-    for source in receiver.sources[1:]:
-        digests, same = receiver.digests_of(source)
+    digests = own.copy()  # what was read cannot be written to
+    del own
+    for number, source in enumerate(receiver.sources[1:]):
+        of_base, same = receiver.digests_of(source)
         if same != seed:
             raise Corrupt(f"the digests of {source.seal.checkpoint_id} are of another chain than those of {before.checkpoint_id}")
-        bases.append(digests)
+        fold(digests, index.references, number, of_base)
+        del of_base  # before the next is read: each has as many as it has pages
     whole = BaseRef(
         **{name: getattr(image, name) for name in BaseRef.model_fields if name in type(image).model_fields},
         checkpoint_id=before.checkpoint_id, encryption=before.encryption,
     )  # fmt: skip
-    return Known(seed, composed(own, index.references, bases), index.references, (*image.bases, whole))
+    return Known(seed, digests, index.references, (*image.bases, whole))

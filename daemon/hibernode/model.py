@@ -28,6 +28,7 @@ MAX_ENTRIES = 2_000_000  # of one writable layer: a minute and a half of pause, 
 MAX_LISTED = 500  # workloads in a node's record: under 400 KiB with the longest names, of the 1 MiB that a broker takes
 MAX_WISHES = 250  # and heartbeats that its pods ask for: under 250 KiB more; a kubelet has 110 pods, where nobody says otherwise
 MAX_GPUS = 64  # of one node; NVIDIA's driver takes 32
+MAX_DIGESTED = 1 << 28  # pages, 1 TiB of memory: 4 GiB of digests; of a larger image there are none, and it is nobody's base
 MAX_BASES = 64  # other checkpoints whose pages one image may have
 FORMAT_VERSION = 3  # the newest that is read; 1 or 2 is written where that is enough
 

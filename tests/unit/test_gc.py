@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hibernode import catalog, gc
-from hibernode.config import Retention
+from hibernode.config import Retention, Signing
 from hibernode.drivers.localdir import LocalDir
+from hibernode.drivers.notary import Notary
 from hibernode.errors import (
     Busy,
     Cancelled,
@@ -43,6 +44,7 @@ from tests.flow.rig import Rig
 
 MINE, OTHER = str(uuid.uuid4()), str(uuid.uuid4())
 CHECKPOINT = str(uuid.uuid4())
+NOTARY = Notary(Signing())
 
 
 @pytest.fixture
@@ -865,22 +867,51 @@ def test_layers_and_digests_are_ours() -> None:
 def test_marks_are_there_while_it_is_made_and_those_that_are_needed_afterwards(store: MemoryStore) -> None:
     for each in IDS[:2]:
         store.put(f"{each}/manifest.json", b"{}")
-    with gc.referring(store, IDS[:2], CHECKPOINT) as references:
+    with gc.referring(store, NOTARY, IDS[:2], CHECKPOINT) as references:
         assert keys(store) == sorted(f"{each}/{name}" for each in IDS[:2] for name in ("manifest.json", f"refs/{CHECKPOINT}"))
         made = referring(whole(CHECKPOINT, 0), IDS[1]).manifest
         assert made is not None
-        references.keep(made)
+        store.put(f"{CHECKPOINT}/attempt", made.action_id.encode())
+        with references.committing(store, made):
+            store.put(f"{CHECKPOINT}/manifest.json", b"{}")
+    store.delete(f"{CHECKPOINT}/attempt")
+    store.delete(f"{CHECKPOINT}/manifest.json")
     assert keys(store) == [f"{IDS[0]}/manifest.json", f"{IDS[1]}/manifest.json", f"{IDS[1]}/refs/{CHECKPOINT}"]
+
+
+def test_an_attempt_that_another_node_has_collected_meanwhile_is_not_committed(store: MemoryStore) -> None:
+    """Nor one of which a base has gone; a mark that is missing is put again."""
+    made = referring(whole(CHECKPOINT, 0), IDS[0]).manifest
+    assert made is not None
+    store.put(f"{IDS[0]}/manifest.json", b"{}")
+    with pytest.raises(Busy, match="attempt"), gc.References(IDS[:1]).committing(store, made):
+        raise AssertionError("never reached")
+    store.put(f"{CHECKPOINT}/attempt", made.action_id.encode())
+    store.delete(f"{IDS[0]}/refs/{CHECKPOINT}")
+    with gc.References(IDS[:1]).committing(store, made):
+        assert f"{IDS[0]}/refs/{CHECKPOINT}" in keys(store)
+    store.delete(f"{IDS[0]}/manifest.json")
+    with pytest.raises(NotFound), gc.References(IDS[:1]).committing(store, made):
+        raise AssertionError("never reached")
+
+
+def test_who_is_unwanted_goes_with_an_attempt_that_comes_to_nothing(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, memory(8))
+    (base,) = chained(rig, 1)
+    with gc.attempting(rig.store, OTHER, MINE), gc.referring(rig.store, rig.node.notary, [base], OTHER):
+        gc.remove(rig.store, rig.node.notary, base, later=True)
+        assert f"{base}/unwanted" in [facts.key for facts in rig.store.list()]
+    assert not list(rig.store.list())
 
 
 def test_of_what_fails_no_mark_stays_but_of_what_may_be_there(store: MemoryStore) -> None:
     store.put(f"{IDS[0]}/manifest.json", b"{}")
-    left_with(Internal("no"), gc.referring(store, IDS[:1], CHECKPOINT))
+    left_with(Internal("no"), gc.referring(store, NOTARY, IDS[:1], CHECKPOINT))
     assert keys(store) == [f"{IDS[0]}/manifest.json"]
-    left_with(OutcomeUnknown("nobody knows"), gc.referring(store, IDS[:1], CHECKPOINT))
+    left_with(OutcomeUnknown("nobody knows"), gc.referring(store, NOTARY, IDS[:1], CHECKPOINT))
     assert keys(store) == [f"{IDS[0]}/manifest.json", f"{IDS[0]}/refs/{CHECKPOINT}"]
     store.put(f"{CHECKPOINT}/manifest.json", b"{}")
-    left_with(Internal("nobody could be told"), gc.referring(store, IDS[:1], CHECKPOINT))
+    left_with(Internal("nobody could be told"), gc.referring(store, NOTARY, IDS[:1], CHECKPOINT))
     assert f"{IDS[0]}/refs/{CHECKPOINT}" in keys(store)
 
 
@@ -889,13 +920,13 @@ def test_who_is_gone_or_goes_is_not_referred_to(store: MemoryStore) -> None:
     for error, base in ((NotFound, IDS[1]), (Busy, IDS[0])):
         if error is Busy:
             store.put(f"{IDS[0]}/removing", b"")
-        with pytest.raises(error), gc.referring(store, [base], CHECKPOINT):
+        with pytest.raises(error), gc.referring(store, NOTARY, [base], CHECKPOINT):
             raise AssertionError("never reached")
         assert not [key for key in keys(store) if "/refs/" in key]
 
 
 def test_a_store_that_takes_no_mark_is_not_referred_to() -> None:
-    with pytest.raises(StoreUnavailable), gc.referring(MemoryStore(Script(fail_at=1)), IDS[:1], CHECKPOINT):
+    with pytest.raises(StoreUnavailable), gc.referring(MemoryStore(Script(fail_at=1)), NOTARY, IDS[:1], CHECKPOINT):
         raise AssertionError("never reached")
 
 
@@ -953,7 +984,7 @@ def test_who_begins_to_refer_while_it_is_removed_is_seen_or_sees_it(tmp_path: Pa
                 self.at = 0
                 try:
                     self.lease.enter_context(gc.attempting(rig.store, OTHER, MINE))
-                    self.lease.enter_context(gc.referring(rig.store, [base], OTHER))
+                    self.lease.enter_context(gc.referring(rig.store, NOTARY, [base], OTHER))
                     self.made = "referred"
                 except (Busy, NotFound) as e:
                     self.made = e.code

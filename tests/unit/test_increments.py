@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hibernode import catalog
 from hibernode.errors import Corrupt
-from hibernode.model import FRAME_PAGES, PAGE, BaseRef, ImageRef, ObjectRef, PagesRef, StreamRef, TaskFacts
+from hibernode.model import (
+    FRAME_PAGES,
+    MAX_DIGESTED,
+    PAGE,
+    BaseRef,
+    ImageRef,
+    Meter,
+    ObjectRef,
+    PagesRef,
+    StreamRef,
+    TaskFacts,
+    WrappedKey,
+)
 from hibernode.transfer import fingerprint, format, known, places
 from hibernode.transfer.format import FRAME, REFERENCE, SEGMENT, Index, Ranks
 from hibernode.transfer.known import Known
 from hibernode.transfer.pageproto import PRESENT
 from hibernode.transfer.places import Loan, Source
+from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
+from tests.fakes import machine
+from tests.flow.rig import Rig
 
 IDS = [f"0000000{n}-0000-4000-8000-000000000000" for n in range(5)]
 NOWHERE = ObjectRef(key="main/index.zst", size=0, digest="0" * 64)
@@ -239,7 +256,7 @@ def test_a_chain_is_flat() -> None:
 def test_digests_of_pages_that_a_base_has_not_are_corrupt(references: list[tuple[int, ...]], what: str) -> None:
     of_base = table_of(np.array([1, 2, 3, 4, 0, 6, 7, 8, 9, 10]), 7)
     with pytest.raises(Corrupt, match=what):
-        known.composed(np.zeros((10, 2), np.uint64), np.array(references, REFERENCE), [of_base])
+        known.fold(np.zeros((10, 2), np.uint64), np.array(references, REFERENCE), 0, of_base)
 
 
 @given(st.binary(max_size=100), st.integers(0, 5))
@@ -324,7 +341,7 @@ def test_an_image_names_no_base_twice_and_none_for_nothing() -> None:
         name="main", pages=4, zero_pages=0, referenced=4, streams=[], index=NOWHERE, tasks=[TaskFacts(pid=7)], files=NOWHERE,
         bases=[base(1)],
     )  # fmt: skip
-    format._check_bases(image, IDS[0])
+    format._check_bases(image, IDS[0], encrypted=False)
     other_folder = base(1).model_copy(update={"index": NOWHERE.model_copy(update={"key": "elsewhere/index.zst"})})
     for changed in (
         {"bases": [base(0)]},
@@ -335,9 +352,10 @@ def test_an_image_names_no_base_twice_and_none_for_nothing() -> None:
         {"bases": [base(1).model_copy(update={"digests": NOWHERE})]},
         {"bases": [base(1).model_copy(update={"zero_pages": 5})]},
         {"bases": [other_folder]},
+        {"bases": [base(1).model_copy(update={"encryption": WrappedKey(cipher="AES-256-GCM", key="k", wrapped="AA==")})]},
     ):
         with pytest.raises(Corrupt):
-            format._check_bases(image.model_copy(update=changed), IDS[0])
+            format._check_bases(image.model_copy(update=changed), IDS[0], encrypted=False)
 
 
 def test_what_an_enemy_lends_again_and_again_takes_no_longer_than_it_is_much() -> None:
@@ -354,3 +372,41 @@ def test_what_an_enemy_lends_again_and_again_takes_no_longer_than_it_is_much() -
     assert sum(part.pages for frame in frames[1:] for part in loan.parts(frame)) == count - 1
     assert len(list(loan.parts(frames[0]))) == count + 1
     assert time.process_time() - began < 10
+
+
+def test_digests_of_more_pages_than_any_writer_has_them_of_are_corrupt() -> None:
+    """16 bytes for each page, whatever is stored: pages of zeros cost nothing."""
+    image = PagesRef(
+        name="main",
+        pages=MAX_DIGESTED,
+        zero_pages=MAX_DIGESTED,
+        streams=[],
+        index=NOWHERE,
+        digests=NOWHERE.model_copy(update={"key": "main/digests.zst"}),
+    )
+    format._check_part(image)
+    with pytest.raises(Corrupt, match="digests"):
+        format._check_part(image.model_copy(update={"pages": MAX_DIGESTED + 1, "zero_pages": MAX_DIGESTED + 1}))
+
+
+def test_the_indexes_of_an_image_and_its_bases_have_one_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone is small enough."""
+    rig = Rig(tmp_path, machine.memory(8))
+    first = rig.checkpoint(criu_opts='{"increment": "auto"}')
+    second = rig.checkpoint(criu_opts=f'{{"increment": "{first}"}}')
+    (image,) = catalog.read(rig.store, second, rig.node.notary).images
+    index = Receiver(rig.store, Seal(second), image, 1, Meter()).fetch_index()
+    monkeypatch.setattr(format, "MAX_INDEX", index.nbytes + 100)
+    with pytest.raises(Corrupt, match=r"inflates|larger"):
+        Receiver(rig.store, Seal(second), image, 1, Meter()).fetch_index()
+
+
+def test_one_that_has_lost_a_stream_is_referred_to_no_more(tmp_path: Path) -> None:
+    """Found out when all was written, it would cost a freeze each time."""
+    rig = Rig(tmp_path, machine.memory(8))
+    first = rig.checkpoint(criu_opts='{"increment": "auto"}')
+    (image,) = catalog.read(rig.store, first, rig.node.notary).images
+    rig.store.delete(f"{first}/{image.streams[0].key}")
+    with pytest.raises(Corrupt, match="not in the store"):
+        rig.checkpoint(criu_opts=f'{{"increment": "{first}"}}')
+    assert [call for call in rig.script.calls if "dump" in call].count("criu.dump") == 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hibernode.errors import Corrupt
-from hibernode.flow import Threads
+from hibernode.flow import Channel, Threads
 from hibernode.model import PAGE, Cancel, ImageRef, Meter, ObjectRef, StreamRef, TaskFacts
 from hibernode.transfer import codec, format
 from hibernode.transfer.pageproto import PRESENT
@@ -138,3 +138,33 @@ def test_as_many_reads_are_in_flight_for_each_stream_as_the_store_needs(tmp_path
     receiver = LayerReceiver(store, PLAIN, ref, 2, Meter())
     with Threads(Cancel()) as threads:
         receiver.verify_pages(receiver.fetch_index(), threads)
+
+
+def test_no_reader_outlives_what_it_writes_to(tmp_path: Path) -> None:
+    """The first frame is damaged while others are being written: the files are closed, and their memory unmapped, when all have ended."""
+    receiver, ended, at_work = received(b"", pages=0, zero_pages=0), threading.Event(), threading.Event()
+    receiver._threads = 2
+
+    def work(jobs: Channel[int]) -> None:
+        for job in jobs:
+            if job:
+                at_work.wait(10)
+                raise Corrupt("a frame is damaged")
+            at_work.set()
+            threads.stopped.wait(10)  # in the middle of a write, which nobody can interrupt
+            ended.set()
+
+    class Scope(Threads):
+        def __init__(self) -> None:
+            super().__init__(Cancel())
+            self.stopped = threading.Event()
+            self.on_stop(self.stopped.set)
+
+    def read() -> None:
+        try:
+            receiver._each([0, 1, *[0] * 1000], threads, work)  # type: ignore[list-item, arg-type]
+        finally:
+            assert ended.is_set()
+
+    with pytest.raises(Corrupt), Scope() as threads:
+        read()

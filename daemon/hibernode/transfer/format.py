@@ -22,7 +22,7 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from hibernode.errors import Corrupt, DumpFailed, Refused
-from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_STREAMS, PAGE, ImageRef, Manifest, PagesRef, Signature
+from hibernode.model import FORMAT_VERSION, FRAME_PAGES, MAX_DIGESTED, MAX_STREAMS, PAGE, ImageRef, Manifest, PagesRef, Signature
 from hibernode.ports import Notary
 from hibernode.transfer.pageproto import PRESENT
 
@@ -134,6 +134,10 @@ class Index:
     frames: FrameTable
     keeps: Mapping[int, KeepMap]  # first_page -> bool per page of that frame's run
     references: ReferenceTable = field(default_factory=no_references)  # by first page
+
+    @property
+    def nbytes(self) -> int:
+        return self.segments.nbytes + self.frames.nbytes + self.references.nbytes + len(self.keeps) * _KEEP_BYTES
 
     @property
     def pages(self) -> int:
@@ -499,7 +503,7 @@ def _check_images(manifest: Manifest) -> None:
     for part in manifest.parts:
         _check_part(part)
     for image in manifest.images:
-        _check_bases(image, manifest.checkpoint_id)
+        _check_bases(image, manifest.checkpoint_id, encrypted=manifest.encryption is not None)
     for layer in manifest.layers:
         if layer.referenced or layer.digests:
             raise Corrupt(f"manifest: layer {layer.name} refers to other checkpoints")
@@ -510,19 +514,23 @@ def _check_part(part: PagesRef) -> None:
         raise Corrupt(f"manifest: {part.name} has more frames in planes, or in LZ4, than frames")
     if len(part.streams) > MAX_STREAMS or part.zero_pages + part.referenced > part.pages or part.pages > _PAGES_LIMIT:
         raise Corrupt(f"manifest: {part.name} has impossible counts")
+    if part.digests is not None and part.pages > MAX_DIGESTED:
+        raise Corrupt(f"manifest: {part.name} has too many pages to have digests of them")
     if any(stream.frames * _SEEK_ENTRY.itemsize > stream.size for stream in part.streams):
         raise Corrupt(f"manifest: {part.name} has a stream that cannot hold its frames")
     if any(not ref.key.startswith(f"{part.name}/") for ref in part.objects):
         raise Corrupt(f"manifest: {part.name} names objects outside of its folder")
 
 
-def _check_bases(image: ImageRef, checkpoint_id: str) -> None:
+def _check_bases(image: ImageRef, checkpoint_id: str, *, encrypted: bool) -> None:
     if bool(image.bases) != bool(image.referenced):
         raise Corrupt(f"manifest: {image.name} has bases without references, or references without bases")
     owners = [base.checkpoint_id for base in image.bases]
     if len({*owners, checkpoint_id}) != len(owners) + 1:
         raise Corrupt(f"manifest: {image.name} names a base twice, or itself")
     for base in image.bases:
+        if (base.encryption is not None) != encrypted:  # who has no key must not have a node decrypt pages of others for him
+            raise Corrupt(f"manifest: a base of {image.name} is encrypted, and the checkpoint is not, or the other way round")
         _check_part(base)
         keys = [ref.key for ref in base.objects]
         if len(set(keys)) != len(keys) or base.digests is None:

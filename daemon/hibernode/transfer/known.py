@@ -23,7 +23,6 @@ from hibernode.transfer.places import Numbers, Origins
 
 KNOWN_PAGE = DIGEST + 8 + 8  # bytes: its digest, half of it again in order, and whose it is
 OWN_PAGE = 3 * DIGEST + 8  # bytes: digest and number as a stream has them, in the table, on its way
-MAX_PAGES = 1 << 28  # 1 TiB of memory: 4 GiB of digests; of a larger image there are none, and it is nobody's base
 _HEAD = struct.Struct("<8sQQ")
 _MAGIC = b"HNDIGST1"
 _TURNS = 4  # places at which one chunk may go on in another part of the earlier image, before single pages are looked up
@@ -149,19 +148,17 @@ def numbered(table: ReferenceTable) -> tuple[ReferenceTable, list[int]]:
     return table, [int(each) for each in used]
 
 
-def composed(own: Digests, references: ReferenceTable, bases: Sequence[Digests]) -> Digests:
-    """The digests of all pages of an image that refers to others. Corrupt where one of them has none."""
-    whole: npt.NDArray[Any] = own.copy()
-    for number, base in enumerate(bases):
-        mine = references[references["source"] == number]
-        to, there = _spread(mine["first_page"], mine["pages"]), _spread(mine["source_page"], mine["pages"])
-        if len(there) and int(there.max()) >= len(base):
-            raise Corrupt("digests: a reference to pages that its base does not have")
-        taken = base[there]
-        if not taken.any(axis=1).all():
-            raise Corrupt("digests: a reference to pages that its base does not store")
-        whole[to] = taken
-    return whole
+def fold(whole: Digests, references: ReferenceTable, number: int, base: Digests) -> None:
+    """Put the digests of the pages that an image has of base `number` into `whole`, those of its own. One base after the other: each has
+    as many as it has pages. Corrupt where one of them has none."""
+    mine = references[references["source"] == number]
+    to, there = _spread(mine["first_page"], mine["pages"]), _spread(mine["source_page"], mine["pages"])
+    if len(there) and int(there.max()) >= len(base):
+        raise Corrupt("digests: a reference to pages that its base does not have")
+    taken = base[there]
+    if not taken.any(axis=1).all():
+        raise Corrupt("digests: a reference to pages that its base does not store")
+    whole[to] = taken
 
 
 def _spread(first: npt.NDArray[Any], pages: npt.NDArray[Any]) -> Numbers:

@@ -61,7 +61,11 @@ class _Pages(Generic[R]):
     def fetch_index(self) -> Index:
         """The index, compared with its digest and with the manifest. Takes no more memory than `format.index_limit` and what it inflates
         to, whatever the manifest says."""
-        limit = format.index_limit(self._ref)
+        return self.index_within(format.MAX_INDEX)
+
+    def index_within(self, most: int) -> Index:
+        """Likewise, of at most so many bytes."""
+        limit = min(format.index_limit(self._ref), most)
         data = self._fetch_small(self._ref.index, limit)
         return format.decode_index(codec.inflate(data, limit=limit), self._ref)
 
@@ -105,12 +109,22 @@ class _Pages(Generic[R]):
         self, jobs: Sequence[Batch | _Table], threads: Threads, work: Callable[Concatenate[Channel[Batch | _Table], P], None],
         *args: P.args, **kwargs: P.kwargs,
     ) -> None:  # fmt: skip
-        """`work` on a channel of these, by several threads; returns when all is done."""
+        """`work` on a channel of these, by several threads. None of them outlives this, however it ends: what they write to is closed next,
+        and its memory unmapped."""
         channel: Channel[Batch | _Table] = threads.channel(len(jobs) + 1)
-        workers = [threads.start(f"{self._ref.name} read {n}", work, channel, *args, **kwargs) for n in range(self._threads)]
         for job in jobs:
             channel.put(job)
         channel.close()
+        workers: list[threading.Thread] = []
+        try:
+            for n in range(self._threads):
+                workers += [threads.start(f"{self._ref.name} read {n}", work, channel, *args, **kwargs)]
+        except BaseException as e:
+            threads.fail(e)
+            raise
+        finally:
+            for worker in workers:
+                worker.join()
         threads.join(workers)
 
     def _loans(self, index: Index) -> Iterable[Loan]:  # noqa: ARG002 - an image has some
@@ -164,15 +178,17 @@ class Receiver(_Pages[ImageRef]):
     sources: Sequence[Source] = ()
 
     def fetch_index(self) -> Index:
-        """Likewise; and of the bases, by what the manifest says of them. Every reference is to pages that are there."""
+        """Likewise; and of the bases, by what the manifest says of them: all together no more than one may have. Every reference is to
+        pages that are there."""
         index = super().fetch_index()
-        self.sources = [Source(self._ref, self._seal, index), *map(self._source, self._ref.bases)]
-        insist(self.sources)
+        sources, left = [Source(self._ref, self._seal, index)], format.MAX_INDEX - index.nbytes
+        for base in self._ref.bases:
+            seal = self._seal.base(base.checkpoint_id)
+            sources.append(Source(base, seal, _Pages(self._store, seal, base, 1, self._meter).index_within(left)))
+            left -= sources[-1].index.nbytes
+        insist(sources)
+        self.sources = sources
         return index
-
-    def _source(self, base: BaseRef) -> Source:
-        seal = self._seal.base(base.checkpoint_id)
-        return Source(base, seal, _Pages(self._store, seal, base, 1, self._meter).fetch_index())
 
     def digests_of(self, base: Source) -> tuple[Digests, int]:
         """`fetch_digests` of one of its bases."""

@@ -26,14 +26,14 @@ import numpy.typing as npt
 
 from hibernode.errors import HibernodeError, Internal
 from hibernode.flow import Channel, Threads
-from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef, StreamRef, TaskFacts
+from hibernode.model import FRAME_PAGES, MAX_DIGESTED, PAGE, ImageRef, LayerRef, Meter, ObjectRef, PagesRef, StreamRef, TaskFacts
 from hibernode.ports import Store, Upload
 from hibernode.transfer import codec, fingerprint, format
 from hibernode.transfer.arena import CHUNK, Chunk, Share
 from hibernode.transfer.collect import SOCKET_BUFFER
 from hibernode.transfer.fingerprint import Digests
 from hibernode.transfer.format import FRAME, REFERENCE, SEGMENT, Digester, Index, KeepMap, KeepMaps, ReferenceTable, SegmentTable
-from hibernode.transfer.known import KNOWN_PAGE, MAX_PAGES, OWN_PAGE, Known, encode, joined, numbered
+from hibernode.transfer.known import KNOWN_PAGE, OWN_PAGE, Known, encode, joined, numbered
 from hibernode.transfer.places import Numbers
 from hibernode.transfer.seal import TAG, Closer, Seal
 
@@ -189,7 +189,7 @@ class Sender(_Pages):
         references, used = numbered(joined([table for s in self._streams for table in s.references]))
         ref = self._put_index(table, pages, references)
         bases = [self._known.bases[each] for each in used] if self._known else []
-        more = {"digests": self._put_digests(self._known.seed, pages)} if self._known and pages <= MAX_PAGES else {}
+        more = {"digests": self._put_digests(self._known.seed, pages)} if self._known and pages <= MAX_DIGESTED else {}
         return ImageRef(**(dict(ref) | more), bases=bases, tasks=tasks, files=files, files_bytes=files_bytes)
 
     def _put_digests(self, seed: int, pages: int) -> ObjectRef:
