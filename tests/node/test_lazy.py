@@ -429,6 +429,17 @@ def test_a_tree_that_is_filled_is_nobodys_to_checkpoint(yard: Yard, tmp_path: Pa
         insist_never_wrong(program)
 
 
+def test_a_process_with_very_many_mappings_is_refused(yard: Yard, tmp_path: Path) -> None:
+    most = int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
+    with Program(tmp_path, python("memory.py", "mappings", most + 100)) as program:
+        before = program.beat()
+        done = checkpointed(yard.daemon, program)
+        failed(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY), "lazy_mappings")
+        insist_gone(yard.daemon, program)
+        ready(yard.daemon.restore(done.checkpoint_id))
+        goes_on(program, before)
+
+
 def test_a_checkpoint_does_not_make_its_restores_lazy(yard: Yard, program: Program) -> None:
     refused = failed(yard.daemon.checkpoint(program.target, criu_opts=LAZY), "criu_opts")
     assert "restore" in refused.message
