@@ -310,6 +310,7 @@ def test_whoever_dies_the_tree_is_killed(yard: Yard, program: Program, end: Call
         last = failed(restore.end(), "restore_failed")
         assert details(last)["reason"] == reason
         insist_gone(yard.daemon, program)
+    program.kill()  # it is dead: what it says from now on, it says restored again
     ready(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY))
     goes_on(program, before)
     insist_never_wrong(program)
@@ -335,6 +336,7 @@ def test_the_daemon_dies_and_the_tree_is_killed(yard: Yard, program: Program, *,
     (action,) = [a for a in yard.daemon.stub.ListActions(pb.Empty(), timeout=10).actions if a.action_id == restore.action_id]
     assert action.last.code == "interrupted", action.last.message
     insist_gone(yard.daemon, program)
+    program.kill()  # it is dead: what it says from now on, it says restored again
     ready(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY))
     goes_on(program, before)
     insist_never_wrong(program)

@@ -483,10 +483,13 @@ def _apply(opts: pycriu.rpc.criu_opts, options: CriuOptions, directory: int, log
 
 
 def _join_cgroup(procs: str, pid: int) -> bool:
+    """Best effort: without it the tree is born in the daemon's own cgroup, and `KillMode` keeps it alive. One that is gone is made again:
+    another daemon of this machine removes as it starts what nobody lives in."""
     try:
+        Path(procs).parent.mkdir(parents=True, exist_ok=True)
         Path(procs).write_text(str(pid))
     except OSError:
-        return False  # best effort: the tree is then born in the daemon's own cgroup, and `KillMode` keeps it alive
+        return False
     return True
 
 
