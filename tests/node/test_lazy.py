@@ -342,6 +342,19 @@ def test_the_daemon_dies_and_the_tree_is_killed(yard: Yard, program: Program, *,
     insist_never_wrong(program)
 
 
+def test_one_that_hangs_is_found_out(yard: Yard, program: Program) -> None:
+    """Nothing waits for the store, and nobody asks for what is missing: half a minute of that is enough."""
+    done = checkpointed(yard.daemon, program)
+    with yard.held() as hold:
+        restore = yard.begin(done.checkpoint_id)
+        restore.filling()
+        os.kill(lazy_pages(yard.daemon), signal.SIGSTOP)
+        hold.release()
+        last = failed(restore.end(), "restore_failed")
+        assert details(last)["reason"] == "lazy_stuck"
+        insist_gone(yard.daemon, program)
+
+
 def test_a_forked_child_dies_with_it(yard: Yard, tmp_path: Path) -> None:
     """Its userfaultfd is one that nobody but `criu lazy-pages` was ever given."""
     go = tmp_path / "go"
