@@ -251,7 +251,8 @@ class Keeper(Protocol):
     def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
         """Have `criu lazy-pages` listen in `images`, which are complete but for pages that come late; when this returns CRIU may restore
         there. `procs`: files of the cgroups that the tree will be born in, and nobody else lives in; `own`: of those where the keeper
-        is to live. Raises Refused("lazy_kernel") where the kernel does not keep what is promised, RestoreFailed, or Stopped."""
+        is to live. Raises Refused("lazy_kernel") where the kernel does not keep what is promised, Refused("lazy_mappings"),
+        RestoreFailed, or Stopped."""
 
     def told(self, tree: Sequence[Identity]) -> None:
         """It runs, and these are it."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from hibernode.errors import Cancelled, Corrupt, HibernodeError, Refused
+from hibernode.errors import Cancelled, Corrupt, DeadlineExceeded, HibernodeError, Refused
 from hibernode.journal import remedy
 from hibernode.model import Status
 from tests.envelope import opened, seal
 from tests.fakes.gpu import INVENTORY
 from tests.fakes.machine import ROOT, Machine, memory
 from tests.fakes.script import Script
-from tests.flow.rig import Rig, defect, fitting_error, nothing_outlives
+from tests.flow.rig import Rig, defect, fitting_error, nothing_outlives, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -101,6 +101,22 @@ def test_a_cancel_when_half_is_in_leaves_nothing(tmp_path: Path) -> None:
     rig, checkpoint_id = made(tmp_path, script=Cancels())
     with nothing_outlives(), pytest.raises(Cancelled):
         rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert not rig.machine.restored
+    assert not rig.at_work()
+
+
+def test_a_store_that_hangs_meets_the_deadline_of_the_phase(tmp_path: Path) -> None:
+    class Hangs(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name == "keeper.half":
+                until(lambda: bool(rig.cancel.reason), "the deadline")
+
+    rig, checkpoint_id = made(tmp_path, 40, script=Hangs(), limits={"transfer": 1.0})
+    with nothing_outlives(), pytest.raises(DeadlineExceeded) as raised:
+        rig.restore(checkpoint_id, criu_opts=LAZY)
+    assert raised.value.details["phase"] == "filling"
+    assert "limits.transfer" in raised.value.hint
     assert not rig.machine.restored
     assert not rig.at_work()
 

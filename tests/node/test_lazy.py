@@ -310,6 +310,7 @@ def test_whoever_dies_the_tree_is_killed(yard: Yard, program: Program, end: Call
         last = failed(restore.end(), "restore_failed")
         assert details(last)["reason"] == reason
         insist_gone(yard.daemon, program)
+    program.kill()  # it is dead: what it says from now on, it says restored again
     ready(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY))
     goes_on(program, before)
     insist_never_wrong(program)
@@ -335,9 +336,23 @@ def test_the_daemon_dies_and_the_tree_is_killed(yard: Yard, program: Program, *,
     (action,) = [a for a in yard.daemon.stub.ListActions(pb.Empty(), timeout=10).actions if a.action_id == restore.action_id]
     assert action.last.code == "interrupted", action.last.message
     insist_gone(yard.daemon, program)
+    program.kill()  # it is dead: what it says from now on, it says restored again
     ready(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY))
     goes_on(program, before)
     insist_never_wrong(program)
+
+
+def test_one_that_hangs_is_found_out(yard: Yard, program: Program) -> None:
+    """Nothing waits for the store, and nobody asks for what is missing: half a minute of that is enough."""
+    done = checkpointed(yard.daemon, program)
+    with yard.held() as hold:
+        restore = yard.begin(done.checkpoint_id)
+        restore.filling()
+        os.kill(lazy_pages(yard.daemon), signal.SIGSTOP)
+        hold.release()
+        last = failed(restore.end(), "restore_failed")
+        assert details(last)["reason"] == "lazy_stuck"
+        insist_gone(yard.daemon, program)
 
 
 def test_a_forked_child_dies_with_it(yard: Yard, tmp_path: Path) -> None:
@@ -427,6 +442,17 @@ def test_a_tree_that_is_filled_is_nobodys_to_checkpoint(yard: Yard, tmp_path: Pa
             ready(restore.end())
         ready(yard.daemon.checkpoint(program.target))
         insist_never_wrong(program)
+
+
+def test_a_process_with_very_many_mappings_is_refused(yard: Yard, tmp_path: Path) -> None:
+    most = int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
+    with Program(tmp_path, python("memory.py", "mappings", most + 100)) as program:
+        before = program.beat()
+        done = checkpointed(yard.daemon, program)
+        failed(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY), "lazy_mappings")
+        insist_gone(yard.daemon, program)
+        ready(yard.daemon.restore(done.checkpoint_id))
+        goes_on(program, before)
 
 
 def test_a_checkpoint_does_not_make_its_restores_lazy(yard: Yard, program: Program) -> None:

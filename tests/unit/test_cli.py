@@ -271,6 +271,8 @@ def test_restore(served: Served, desk: FakeDesk) -> None:
     assert result.code == 0
     assert "✓ it runs again\n" in result.out
     assert (desk.commands[0].checkpoint_id, desk.commands[0].overrides.pod_name) == (CHECKPOINT, "again")
+    hibernode(served.path, "restore", CHECKPOINT, "--lazy", "--criu-opts", '{"tcp": "close"}')
+    assert json.loads(desk.commands[1].overrides.criu_opts) == {"tcp": "close", "restore": "lazy"}
     records = hibernode(served.path, "restore", CHECKPOINT, "--json").records
     assert records[-1]["event"]["status"] == "ready"
 
@@ -610,6 +612,7 @@ def test_what_comes_from_elsewhere_cannot_steer_the_terminal(served: Served, des
         (["gc", "--grace", "soon"], "soon is not a time like 90, 30m, 12h or 2d"),
         (["gc", "--keep-last", "-1"], "-1 is not in the range"),
         (["restore"], "missing argument 'CHECKPOINT_ID'"),
+        (["restore", CHECKPOINT, "--lazy", "--criu-opts", '{"restore": "eager"}'], "--lazy and --criu-opts disagree"),
         (["hibernate"], "no such command 'hibernate'"),
         (["list", "--frobnicate"], "no such option '--frobnicate'"),
     ],

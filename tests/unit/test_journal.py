@@ -206,6 +206,8 @@ RULE = [
     ("restore", "fetching", P, "nothing"),
     ("restore", "restoring", P, "kill_restored"),
     ("restore", "restoring", E, "kill_restored"),
+    ("restore", "filling", P, "kill_restored"),
+    ("restore", "filling", E, "kill_restored"),
     ("restore", "probing", P, "kill_restored"),
     ("restore", "probing", R, "nothing"),
     ("restore", "done", R, "nothing"),

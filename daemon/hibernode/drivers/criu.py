@@ -36,6 +36,7 @@ from pycriu.images import (
     fdinfo_pb2,
     ghost_file_pb2,
     magic,
+    mm_pb2,
     mnt_pb2,
     pstree_pb2,
     remap_file_path_pb2,
@@ -315,6 +316,7 @@ class Keeper:
             theirs.close()
 
     def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
+        _insist_few_mappings(images)
         for file in own:  # who kills the daemon's cgroup must not meet it
             _join_cgroup(file, self._process.pid)
         self._log = images / "lazy-pages.log"
@@ -380,6 +382,22 @@ class Keeper:
                 self._children.wait(self._process, _LAST)
             except subprocess.TimeoutExpired:  # it is never killed: it may hold what keeps a tree from reading zeros
                 _log.error("the keeper (pid %d) does not end: somebody of its tree does not", self._process.pid)
+
+
+def _insist_few_mappings(images: Path) -> None:
+    """`criu lazy-pages` (4.2.1) takes a mapping that cannot be split, because its process has as many as it may, for the end of that
+    process: it lets go of a tree that lives, which would read zeros."""
+    most = int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
+    for path in images.glob("mm-*.img"):
+        try:
+            found = len(mm_pb2.mm_entry.FromString(next(_entries(_content(path), "MM", 1))).vmas)
+        except (OSError, struct.error, ValueError, DecodeError, StopIteration) as e:
+            raise Corrupt(f"{path.name} cannot be read: {e}") from e
+        if found > most:
+            raise Refused(
+                "lazy_mappings", "a process has too many mappings to be restored lazily", prop="mappings", found=found,
+                wanted=f"{most} at most, half of vm.max_map_count", hint="restore it without `lazy`, or raise vm.max_map_count",
+            )  # fmt: skip
 
 
 @contextmanager
@@ -465,10 +483,13 @@ def _apply(opts: pycriu.rpc.criu_opts, options: CriuOptions, directory: int, log
 
 
 def _join_cgroup(procs: str, pid: int) -> bool:
+    """Best effort: without it the tree is born in the daemon's own cgroup, and `KillMode` keeps it alive. One that is gone is made again:
+    another daemon of this machine removes as it starts what nobody lives in."""
     try:
+        Path(procs).parent.mkdir(parents=True, exist_ok=True)
         Path(procs).write_text(str(pid))
     except OSError:
-        return False  # best effort: the tree is then born in the daemon's own cgroup, and `KillMode` keeps it alive
+        return False
     return True
 
 

@@ -1,4 +1,5 @@
-"""Stops processes, and has one thread of a stopped process run: signals and ptrace, for `gpu.design = "stop"`. No other file has ptrace.
+"""Stops processes, and has one thread of a stopped process run: signals and ptrace, for `gpu.design = "stop"`. No other file has ptrace,
+but for the keeper of a lazy restore (`hibernode.keeper`), a program that stands alone.
 
 A driver's call is served by a thread of the target (its restore thread). Of a process that SIGSTOP holds, a tracer can let that one thread
 run: it seizes it and continues it, and the stop stays in force for all others. What the kernel does with such a thread, and is used here

@@ -1,5 +1,5 @@
 """What is done to whole trees of processes: let go on, kill. Where the daemon signals other
-people's processes; the GPU helper, a process of its own, has `drivers/gpu/halting.py`.
+people's processes; the GPU helper, a process of its own, has `drivers/gpu/halting.py`, and the keeper of a lazy restore kills by itself.
 
 A process is a pid and when it began, because pids come again; it is signalled through a pidfd, so that nobody else is ever met. A tree
 that is to die is stopped first: what is stopped does not fork, so that the list of it comes to an end.
