@@ -53,9 +53,15 @@ class Options:
     increment: str = ""  # as `CriuOpts` has it; empty: not said
 
 
-def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts = _NO_OPTS) -> Options:
+def options(overrides: Overrides, config: Config, cpus: int, made_with: CriuOpts | None = None) -> Options:
     """Merge: the command's overrides over those a checkpoint was `made_with` over the configuration. Refused names the key."""
     opts = _criu_opts(overrides.criu_opts)
+    if opts.increment and made_with is not None:
+        raise Refused(
+            "criu_opts", "criu_opts: increment is of a checkpoint, not of a restore", prop="criu_opts.increment", found=opts.increment,
+            wanted="not there", hint="leave it out: what a checkpoint refers to is read with it",
+        )  # fmt: skip
+    made_with = made_with or _NO_OPTS
     inherited = made_with.model_dump(include=made_with.model_fields_set - opts.model_fields_set - _ONCE)
     increment, restoring = opts.increment or "", opts.restore
     opts = opts.model_copy(update={**inherited, **dict.fromkeys(_ONCE - {"leave_running"})})  # older readers do not know them

@@ -370,6 +370,8 @@ def test_an_increment_is_asked_for_each_time_and_is_in_no_manifest() -> None:
     assert found.increment == "auto"
     assert "increment" not in found.criu_opts.model_dump_json()
     assert not preflight.options(Overrides(), CONFIG, 2, CriuOpts(increment="auto")).increment
+    with pytest.raises(Refused, match="not of a restore"):
+        preflight.options(Overrides(criu_opts='{"increment": "auto"}'), CONFIG, 2, CriuOpts())
 
 
 def test_the_manifest_says_how_connections_were_dumped_also_if_the_configuration_said_so() -> None:
