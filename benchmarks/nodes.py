@@ -84,7 +84,8 @@ def measure(*, quick: bool) -> dict[str, Any]:
                 with serving(home / f"{name}-{nodes}", broker.url, url, CLUSTER) as api:
                     stage[name] = _served(api, driver, processes | {"api": api.pid}, nodes, rest)
                     print(f"{nodes} nodes, {name}: {stage[name]}", flush=True)
-            people.ask("count")
+            stage["again"] = _again(broker, people)
+            print(f"{nodes} nodes, again: {stage['again']}", flush=True)
             stage["load_after"] = os.getloadavg()[0]
             found["stages"].append(stage)
     return found
@@ -292,6 +293,14 @@ def _rest(broker: NatsServer, people: _Crowd, seconds: float) -> dict[str, Any]:
     }
 
 
+def _again(broker: NatsServer, people: _Crowd) -> dict[str, Any]:
+    """All lose their connection, as when a broker is started anew."""
+    used = cpu(broker.pid)
+    found = people.ask("again")
+    people.ask("count")
+    return {**found, "broker_cpu": cpu(broker.pid) - used}
+
+
 def _served(api: Api, driver: _Driver, pids: Mapping[str, int], nodes: int, rest: float) -> dict[str, Any]:
     seconds, known = driver.nodes()
     found: dict[str, Any] = {"records_s": seconds, "records": known}
@@ -401,6 +410,9 @@ def _said(cores: Mapping[str, float]) -> str:
 _CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "made ready: seconds": lambda s: f"{s['ready']['seconds']:.1f}",
     "made ready: requests/s": lambda s: f"{s['ready']['requests'] / s['ready']['seconds']:.0f}",
+    "made ready: broker's CPU seconds": lambda s: f"{s['ready']['broker_cpu']:.1f}",
+    "all come back at once: seconds": lambda s: f"{s['again']['seconds']:.1f}",
+    "all come back: broker's CPU seconds": lambda s: f"{s['again']['broker_cpu']:.1f}",
     "broker at rest: cores": lambda s: f"{s['rest']['broker_cores']:.2f}",
     "broker: MiB": lambda s: f"{s['rest']['broker_mebibytes']:.0f}",
     "broker: KiB for each node": lambda s: f"{s['broker_bytes_each'] / 1024:.0f}",
