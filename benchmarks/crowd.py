@@ -5,6 +5,7 @@ It speaks NATS by itself, as `storm.py` does: a real daemon is a process of 75 M
 records it), under each node's own names. On standard input it is told what to do, a line each:
 
     grow N            until there are N nodes, made ready as a daemon does it; then says {"seconds", "requests"}
+    again             all of them lose their connection and come back in the same moment; then says the same
     count             says what was sent and received since it was asked last, by kind
 
 A checkpoint command is answered as a daemon answers it that needs three seconds: three events, each behind the one before, progress four
@@ -45,7 +46,9 @@ def pod_of(node: str) -> str:
 class Node:
     """One of them. Its requests go one after the other while it is made ready, as a daemon's do."""
 
-    def __init__(self, crowd: Crowd, name: str) -> None:
+    def __init__(self, crowd: Crowd, name: str, *, known: bool = False) -> None:
+        """`known`: it was there before, and has its consumer."""
+        self.gone = False
         self.crowd, self.name, self.inbox = crowd, name, f"_INBOX.{crowd.cluster}.{name}"
         self.socket = socket.create_connection((crowd.host, crowd.port))
         self.socket.setblocking(False)
@@ -53,8 +56,10 @@ class Node:
         consumer = nats._taker(Bus(), crowd.cluster, name)
         make = f"$JS.API.CONSUMER.CREATE.{nats.COMMANDS}.{consumer.name}.{consumer.filter_subject}"
         wanted = json.dumps({"stream_name": nats.COMMANDS, "config": consumer.as_dict(), "action": ""}).encode()
+        look = (f"$JS.API.CONSUMER.INFO.{nats.COMMANDS}.{consumer.name}", b"")
         looks = [(f"$JS.API.STREAM.INFO.{each}", b"") for each in (nats.COMMANDS, nats.EVENTS, nats.NODES)]
-        self.waits = [self.asking("setup", subject, data) for subject, data in (*looks, (make, wanted), (make, wanted))][::-1]
+        requests = [*looks, look, look] if known else [*looks, look, (make, wanted), look]
+        self.waits = [self.asking("setup", subject, data) for subject, data in requests][::-1]
         self.next_pull = f"$JS.API.CONSUMER.MSG.NEXT.{nats.COMMANDS}.{consumer.name}"
         options = json.dumps({"verbose": False, "pedantic": False, "headers": True, "no_responders": True, "name": name})
         listens = f"SUB {self.inbox}.> 1\r\nSUB hibernode.find.{crowd.cluster} 2\r\n"
@@ -74,11 +79,15 @@ class Node:
     # --- what it does again and again -------------------------------------------------------------------------------------------
 
     def record(self) -> None:
+        if self.gone:
+            return
         data = self.crowd.record(self.name)
         self.send("record", self.asking("record", f"{nats.RECORDS}.{self.crowd.cluster}.{self.name}", data))
         self.crowd.later(self.crowd.node_interval, self.record)
 
     def ping(self) -> None:
+        if self.gone:
+            return
         self.send("ping", b"PING\r\n")
         self.crowd.later(nats.ALIVE, self.ping)
 
@@ -127,7 +136,7 @@ class Node:
         elif kind == "pull":  # its time is over
             self.pull()
         elif kind == "setup":
-            if b'"error"' in data:
+            if b'"error"' in data and b"consumer not found" not in data:
                 raise RuntimeError(f"{self.name}: {data[:500]!r}")
             self.crowd.requests += 1
             if self.waits:
@@ -224,14 +233,23 @@ class Crowd:
                 self._wanted, self._began, self.requests = int(number), time.monotonic(), 0
                 while self._growing < GROWING and len(self._nodes) < self._wanted:
                     self._begin()
+            case ["again"]:
+                self._began, self.requests, before = time.monotonic(), 0, list(self._nodes.values())
+                self._nodes.clear()
+                for node in before:
+                    node.gone = True
+                    self._epoll.unregister(node.socket)
+                    node.socket.close()
+                for node in before:
+                    self._begin(node.name)
             case ["count"]:
                 self._say(dict(self.counts))
                 self.counts.clear()
             case other:
                 raise SystemExit(f"crowd: {other}")
 
-    def _begin(self) -> None:
-        node = Node(self, f"node-{len(self._nodes):05}")
+    def _begin(self, known: str = "") -> None:
+        node = Node(self, known or f"node-{len(self._nodes):05}", known=bool(known))
         self._nodes[node.socket.fileno()] = node
         self._names[pod_of(node.name)] = node.name
         self._epoll.register(node.socket, select.EPOLLIN)

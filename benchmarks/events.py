@@ -93,7 +93,7 @@ def _variant(kind: str, servers: int, rate: int, actions: int) -> dict[str, Any]
 def _storm(url: str, apis: Sequence[Api], processes: Mapping[str, Sequence[int]], rate: int, actions: int) -> dict[str, Any]:
     total = actions * len(storm.STATUSES)
     applied, watch = [(time.time(), 0)], _Watch(apis, storm.ids(actions, _SEED))
-    cpu = {name: sum(map(cpu, pids)) for name, pids in processes.items()}
+    used = {name: sum(map(cpu, pids)) for name, pids in processes.items()}
     publisher = subprocess.Popen(_publishing(url, actions, rate, _SEED), stdout=subprocess.PIPE, text=True)
     published = list[tuple[float, int]]()
     try:
@@ -106,7 +106,7 @@ def _storm(url: str, apis: Sequence[Api], processes: Mapping[str, Sequence[int]]
             if time.time() - applied[-1][0] > 0.25:
                 applied.append((time.time(), sum(api.applied() for api in apis)))
         took = time.time() - published[0][0]
-        cpu = {name: (sum(map(cpu, pids)) - cpu[name]) / took for name, pids in processes.items()}
+        cores = {name: (sum(map(cpu, pids)) - used[name]) / took for name, pids in processes.items()}
         watch.finish()
     finally:
         publisher.kill()
@@ -118,7 +118,7 @@ def _storm(url: str, apis: Sequence[Api], processes: Mapping[str, Sequence[int]]
         "applied_per_s": total / took,
         "lag_at_end_s": max(0.0, applied[-1][0] - ended),
         "lag_max_s": max(lags, default=0.0),
-        "cores": cpu,
+        "cores": cores,
         "status_ms": _spread(watch.seconds),
         "statuses_seen": len(watch.seconds),
         "went_back": watch.went_back,

@@ -35,6 +35,7 @@ from hibernode.api.db import Database
 from hibernode.api.migrate import migrate
 from hibernode.config import Bus, Config
 from hibernode.drivers.nats import NatsControl
+from hibernode.errors import BusUnavailable
 from hibernode.model import CheckpointCommand, Target
 from tests.daemon import Daemon
 from tests.keeper import wait_until
@@ -84,7 +85,8 @@ def measure(*, quick: bool) -> dict[str, Any]:
                 with serving(home / f"{name}-{nodes}", broker.url, url, CLUSTER) as api:
                     stage[name] = _served(api, driver, processes | {"api": api.pid}, nodes, rest)
                     print(f"{nodes} nodes, {name}: {stage[name]}", flush=True)
-            people.ask("count")
+            stage["again"] = _again(broker, people)
+            print(f"{nodes} nodes, again: {stage['again']}", flush=True)
             stage["load_after"] = os.getloadavg()[0]
             found["stages"].append(stage)
     return found
@@ -191,6 +193,7 @@ class _Driver(contextlib.AbstractContextManager["_Driver"]):
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._bus = NatsControl(Bus(url=url), CLUSTER)
+        self.late = 0  # commands that the broker did not confirm in time, and that were sent again
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -235,7 +238,11 @@ class _Driver(contextlib.AbstractContextManager["_Driver"]):
                 "expires_at": time.time() + LIMIT,
             }
         )
-        await self._bus.send(node, "checkpoint", action, wire.encode_command(command))
+        try:
+            await self._bus.send(node, "checkpoint", action, wire.encode_command(command))
+        except BusUnavailable:  # it may be in the stream already; the second time it is stored once
+            self.late += 1
+            await self._bus.send(node, "checkpoint", action, wire.encode_command(command))
 
     def nodes(self) -> tuple[float, int]:
         """Seconds to read all records, and how many there are."""
@@ -292,6 +299,14 @@ def _rest(broker: NatsServer, people: _Crowd, seconds: float) -> dict[str, Any]:
     }
 
 
+def _again(broker: NatsServer, people: _Crowd) -> dict[str, Any]:
+    """All lose their connection, as when a broker is started anew."""
+    used = cpu(broker.pid)
+    found = people.ask("again")
+    people.ask("count")
+    return {**found, "broker_cpu": cpu(broker.pid) - used}
+
+
 def _served(api: Api, driver: _Driver, pids: Mapping[str, int], nodes: int, rest: float) -> dict[str, Any]:
     seconds, known = driver.nodes()
     found: dict[str, Any] = {"records_s": seconds, "records": known}
@@ -302,7 +317,7 @@ def _served(api: Api, driver: _Driver, pids: Mapping[str, int], nodes: int, rest
         api, [crowd.pod_of(f"node-{n * 37 % nodes:05}") for n in range(1, 6)]
     )
     found["drain"] = _drain(api, driver, pids, min(DRAIN, nodes // PART))
-    found["api_mebibytes"] = _rss(api.pid) / (1 << 20)
+    found["api_mebibytes"], found["commands_late"] = _rss(api.pid) / (1 << 20), driver.late
     return found
 
 
@@ -401,6 +416,9 @@ def _said(cores: Mapping[str, float]) -> str:
 _CELLS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "made ready: seconds": lambda s: f"{s['ready']['seconds']:.1f}",
     "made ready: requests/s": lambda s: f"{s['ready']['requests'] / s['ready']['seconds']:.0f}",
+    "made ready: broker's CPU seconds": lambda s: f"{s['ready']['broker_cpu']:.1f}",
+    "all come back at once: seconds": lambda s: f"{s['again']['seconds']:.1f}",
+    "all come back: broker's CPU seconds": lambda s: f"{s['again']['broker_cpu']:.1f}",
     "broker at rest: cores": lambda s: f"{s['rest']['broker_cores']:.2f}",
     "broker: MiB": lambda s: f"{s['rest']['broker_mebibytes']:.0f}",
     "broker: KiB for each node": lambda s: f"{s['broker_bytes_each'] / 1024:.0f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -12,6 +13,7 @@ from typing import TypeVar
 
 import nats
 import pytest
+from nats.aio.msg import Msg
 from nats.js.api import RetentionPolicy, StreamConfig
 
 from hibernode.bus import ControlBus, NodeBus
@@ -330,6 +332,24 @@ async def test_more_nodes_than_a_server_gives_a_stream_by_itself(server: NatsSer
     await stream.update_stream(info.config.evolve(max_consumers=5000))
     async with ends(server.url):
         assert (await stream.stream_info(COMMANDS)).config.max_consumers == 5000, "an operator's own number stays"
+    await admin.close()
+
+
+async def test_a_consumer_that_is_as_it_should_be_is_not_made_again(server: NatsServer) -> None:
+    """With thousands of them the server takes long to make one; one with other settings is changed."""
+    admin, made = await nats.connect(server.url), list[str]()
+
+    async def count(message: Msg) -> None:
+        made.append(json.loads(message.data)["config"]["name"])
+
+    await admin.subscribe("$JS.API.CONSUMER.CREATE.>", cb=count)
+    for ack_wait, times in ((1.0, 1), (1.0, 1), (2.0, 2)):
+        node = NatsNode(Bus(url=server.url, ack_wait=ack_wait), "c", "n")
+        await asyncio.wait_for(node.start(), LIMIT)
+        await node.stop()
+        await admin.flush()
+        assert made == ["c=n"] * times
+    assert (await admin.jetstream().consumer_info(COMMANDS, "c=n")).config.ack_wait == 2.0
     await admin.close()
 
 

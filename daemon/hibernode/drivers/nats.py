@@ -772,8 +772,14 @@ async def _found(client: Client, name: str) -> StreamInfo | None:
 
 
 async def _ensure_consumer(client: Client, stream: str, config: ConsumerConfig) -> None:
-    """Make the consumer, or change an existing one; its place in the stream stays."""
-    await client.jetstream(timeout=CALL).add_consumer(stream, config)
+    """Make the consumer, or change an existing one; its place in the stream stays. One that is as it should be is left alone: the server
+    compares a new one with all that the stream has, and 10,000 nodes that lost a broker come back in the same moment."""
+    jetstream = client.jetstream(timeout=CALL)
+    with suppress(NotFoundError):
+        found = (await jetstream.consumer_info(stream, str(config.name))).config
+        if all(getattr(found, key) == wanted for key, wanted in vars(config).items() if wanted is not None):
+            return
+    await jetstream.add_consumer(stream, config)
 
 
 async def _follower(client: Client, subject: str, last: int) -> str:
