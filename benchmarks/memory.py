@@ -155,7 +155,7 @@ def bench(size: int, *, arena: int) -> Iterator[Bench]:
         server = stack.enter_context(S3Server(disk / "s3"))
         s3 = {**server.settings().model_dump(exclude_defaults=True), "secret_access_key": server.secret_access_key}
         url = f"s3://{server.bucket}/ours"
-        settings = {"store": {"allowed": [url], "s3": {**s3, "part_size": 8 << 20}}}
+        settings = {"store": {"allowed": [url], "s3": {**s3, "part_size": 8 << 20}}, "criu": {"lazy": True}}
         store = f"file://{disk}/store"
         made = Daemon(store=store, arena=f"{arena}MiB", settings=settings, call_limit=LIMIT, start_limit=LIMIT)
         daemon = stack.enter_context(made)

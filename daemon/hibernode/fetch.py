@@ -104,7 +104,7 @@ class Supply(AbstractContextManager["Supply"]):
             self._keeper.begin(self._directory, procs, own)
 
     def fill(self, workload: Workload) -> None:
-        """Wait until all is in. Whatever is raised, no page of the tree was ever anything else than it was; but it may still be there."""
+        """Wait until all is in. Whatever is raised, the tree may still be there."""
         self._keeper.told([(process.pid, process.start_time) for process in workload.processes()])
         self._server.heard = time.monotonic()
         with self._reasoned():

@@ -1,4 +1,4 @@
-"""The keeper of a lazy restore: a process of its own, which sees to it that a tree never runs on with pages that did not come.
+"""The keeper of a lazy restore: a process of its own, which sees to it that no tree runs on when its pages will not come.
 
 Such a tree reads what it has not yet through userfaultfds, and `criu lazy-pages` holds them. When the last copy of one is closed, the
 kernel takes what is missing for zeros, and the tree calculates with them. So whoever is left when something dies has to hold them until
@@ -10,8 +10,9 @@ of the control socket is closed before all pages are in, the tree is killed and 
 tree has forked meanwhile have userfaultfds of their own, which are `criu lazy-pages`' from the moment that it reads of them: so there is
 no moment in which one is held by nobody. That this kernel does stop it there is tried out with a child before anything is restored.
 
-What is left: keeper and `criu lazy-pages` SIGKILLed both, before the daemon has killed the tree for the first of them (milliseconds). For
-that reason the keeper lives in a cgroup of its own: who kills the daemon's does not meet it.
+What is left: faults of `criu lazy-pages` while it is well (docs/operations.md, "Lazy restores"); and keeper and `criu lazy-pages` SIGKILLed
+both, before the daemon has killed the tree for the first of them (milliseconds). For that reason the keeper lives in a cgroup of its own:
+who kills the daemon's does not meet it.
 
 Standard library only, and run by its path (`python -I -S`): it starts in 20 ms, and takes 9 MiB. One thread. Messages are JSON, one for
 each packet. In: what to start, and `{"tree": [[pid, start time], ...]}` when it runs. Out: `{"ready": true}` when CRIU may restore; then

@@ -245,8 +245,8 @@ class Demands:
 
 
 class Keeper(Protocol):
-    """What stands behind one lazy restore: a process of its own, which has `criu lazy-pages` as its child and outlives the daemon. The tree
-    never runs on with pages that did not come: when something dies before all are in, it is killed (`hibernode.keeper`). One thread."""
+    """What stands behind one lazy restore: a process of its own, which has `criu lazy-pages` as its child and outlives the daemon. When
+    something dies before all pages are in, the tree is killed before anybody lets go of what is missing (`hibernode.keeper`)."""
 
     def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
         """Have `criu lazy-pages` listen in `images`, which are complete but for pages that come late; when this returns CRIU may restore

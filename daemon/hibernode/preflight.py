@@ -267,8 +267,14 @@ def restore(manifest: Manifest, here: HostFacts, criu: CriuFacts) -> None:
         )  # fmt: skip
 
 
-def lazy(manifest: Manifest) -> None:
-    """Can this checkpoint be restored before its pages are there?"""
+def lazy(manifest: Manifest, *, allowed: bool) -> None:
+    """Can this checkpoint be restored before its pages are there, and may it be on this node?"""
+    if not allowed:
+        raise Refused(
+            "lazy_off", "this node does not restore lazily: `criu lazy-pages` has faults by which a tree can read zeros",
+            prop="criu.lazy", found=False, wanted=True,
+            hint="leave it out; or read \"Lazy restores\" in docs/operations.md, and say `lazy = true` in [criu]",
+        )  # fmt: skip
     if manifest.workload.contained or manifest.layers:
         raise Refused(
             "lazy_kind", f"a {manifest.workload.kind} cannot be restored lazily", prop="criu_opts.restore", found="lazy", wanted="eager",

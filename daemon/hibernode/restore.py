@@ -28,7 +28,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         tasks = [task for image in manifest.images for task in image.tasks]
         preflight.restore(manifest, node.host.facts(), node.criu.facts())
         if lazy := options.criu.lazy:
-            preflight.lazy(manifest)
+            preflight.lazy(manifest, allowed=node.config.criu.lazy)
         places = gpus.places(node, manifest.gpu)
         preflight.restore_room(manifest, node.host.room(node.config.work_dir), node.host.load(), lazy=lazy)
         catalog.check_sizes(store, manifest)

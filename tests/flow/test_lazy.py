@@ -20,11 +20,12 @@ from tests.flow.rig import Rig, defect, fitting_error, nothing_outlives, until
 pytestmark = pytest.mark.timeout(60)
 
 LAZY = '{"restore": "lazy"}'
+ON: dict[str, Any] = {"criu": {"lazy": True}}
 
 
 def made(directory: Path, pages: int = 6000, script: Script | None = None, **settings: object) -> tuple[Rig, str]:
     """A checkpoint, whose original has ended. From then on `script` counts."""
-    rig = Rig(directory, memory(pages, lazy=True), **settings)
+    rig = Rig(directory, memory(pages, lazy=True), **{**ON, **settings})
     checkpoint_id = rig.checkpoint(streams=2)
     rig.end_of_original()
     rig.rescript(script or Script())
@@ -166,10 +167,17 @@ def test_containers_are_refused(tmp_path: Path, kind: str) -> None:
     insist_refused(rig, checkpoint_id, "lazy_kind")
 
 
+def test_a_node_that_does_not_allow_it_refuses_it(tmp_path: Path) -> None:
+    rig, checkpoint_id = made(tmp_path, criu={})
+    insist_refused(rig, checkpoint_id, "lazy_off")
+    rig.restore(checkpoint_id)
+    assert rig.statuses == [Status.READY]
+
+
 def test_state_on_gpus_is_refused(tmp_path: Path) -> None:
     machine = Machine()
     machine.gpu, machine.gpus = "RUNNING", INVENTORY
-    rig = Rig(tmp_path, memory(100, lazy=True))
+    rig = Rig(tmp_path, memory(100, lazy=True), **ON)
     rig.machine.gpu, rig.machine.gpus = machine.gpu, machine.gpus
     checkpoint_id = rig.checkpoint()
     rig.end_of_original()

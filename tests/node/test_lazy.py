@@ -30,6 +30,7 @@ from tests.servers import S3Server
 pytestmark = pytest.mark.node
 
 LAZY = {"restore": "lazy"}
+ON = {"lazy": True}  # of [criu]
 SIZE = 128  # MiB of private memory: 32 frames
 SOME = 20  # frames that come before the others are held back; those that CRIU itself needs are among them
 PAGES = "pages-"
@@ -100,7 +101,7 @@ def shared_yard() -> Iterator[Yard]:
             **server.settings().model_dump(exclude_defaults=True), "secret_access_key": server.secret_access_key,
             "endpoint_url": proxy.url, "attempts": 2, "read_timeout": 50.0,
         }  # fmt: skip
-        settings = {"store": {"s3": s3}, "limits": {"outage": 20.0, "second": "refuse"}}
+        settings = {"store": {"s3": s3}, "limits": {"outage": 20.0, "second": "refuse"}, "criu": ON}
         with Daemon(store=f"s3://{server.bucket}/lazy", arena="256MiB", settings=settings) as daemon:
             yield Yard(daemon, proxy)
 
@@ -190,7 +191,7 @@ def test_several_processes_with_shared_memory_and_a_memfd(yard: Yard, tmp_path: 
 
 
 def test_an_encrypted_checkpoint(tmp_path: Path) -> None:
-    settings = {"encryption": {"key": keys.wrapper(tmp_path, "key")}}
+    settings = {"encryption": {"key": keys.wrapper(tmp_path, "key")}, "criu": ON}
     with Program(tmp_path, python("watcher.py", 16)) as program, Daemon(settings=settings) as daemon:
         before = program.beat()
         done = checkpointed(daemon, program)
@@ -401,7 +402,8 @@ def test_a_store_that_does_not_answer_for_a_while_is_asked_again(yard: Yard, pro
 def test_a_store_that_stays_away_ends_it(yard: Yard, program: Program) -> None:
     done = checkpointed(yard.daemon, program)
     with Daemon(
-        store=yard.daemon.store, settings={"store": yard.daemon._settings["store"], "limits": {"outage": 0.3, "attempts": 1}}
+        store=yard.daemon.store,
+        settings={"store": yard.daemon._settings["store"], "limits": {"outage": 0.3, "attempts": 1}, "criu": ON},
     ) as daemon:
         yard.proxy.play("GetObject", Answer(503, "SlowDown"), times=FOREVER, after=SOME, key=PAGES)
         failed(daemon.restore(done.checkpoint_id, criu_opts=LAZY), "store_unavailable")
