@@ -118,9 +118,12 @@ class _Mapped:
         self._memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)) if size else np.zeros(0, np.uint8)
 
     def fill(self, offset: int, views: list[memoryview]) -> None:
+        start = offset // _BLOCK * _BLOCK
         for view in views:
             np.copyto(self._memory[offset : offset + len(view)], np.frombuffer(view, np.uint8))  # without the interpreter's lock
             offset += len(view)
+        # The pages are the file's. Left in our page table they would look like memory of the daemon as well.
+        _libc.madvise(self.address + start, -(-offset // _BLOCK) * _BLOCK - start, mmap.MADV_DONTNEED)
 
     def end(self) -> None:
         if self.size:
