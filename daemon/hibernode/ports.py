@@ -246,7 +246,8 @@ class Demands:
 
 class Keeper(Protocol):
     """What stands behind one lazy restore: a process of its own, which has `criu lazy-pages` as its child and outlives the daemon. When
-    something dies before all pages are in, the tree is killed before anybody lets go of what is missing (`hibernode.keeper`)."""
+    something dies before all pages are in, the tree is killed before anybody lets go of what is missing (`hibernode.keeper`). One
+    thread, but for `wake`."""
 
     def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
         """Have `criu lazy-pages` listen in `images`, which are complete but for pages that come late; when this returns CRIU may restore
