@@ -616,6 +616,9 @@ class Host(Protocol):
     def memory_room(self, pid: int) -> int:
         """Bytes that this process can still take, by the machine and by the cgroups that it is in."""
 
+    def lacks_pages(self, pid: int) -> bool:
+        """Pages of this process may still come, through a userfaultfd: 10 ms for each GiB of it. False for one that has ended."""
+
     def room(self, path: Path) -> int:
         """Bytes free in the file system of `path`, or of its nearest parent that is there."""
 
