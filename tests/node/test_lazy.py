@@ -190,6 +190,22 @@ def test_several_processes_with_shared_memory_and_a_memfd(yard: Yard, tmp_path: 
         insist_never_wrong(program)
 
 
+def test_what_is_staged_for_criu_is_held_once(yard: Yard, tmp_path: Path) -> None:
+    """Shared memory comes before the tree runs: CRIU frees it of its files as it reads, and it is not held twice for the whole fill."""
+    with Program(tmp_path, python("watcher.py", SIZE, "shared", "memfd")) as program:
+        wait_until(lambda: len({beat.token for beat in beats(program.lines())}) == 2, LIMIT, "two processes")
+        done = checkpointed(yard.daemon, program, compression="none")
+        with yard.held() as hold:
+            restore = yard.begin(done.checkpoint_id)
+            restore.filling()
+            staged = [path.stat() for path in yard.daemon.work_dir.rglob("pages-*.img")]
+            assert sum(each.st_size for each in staged) >= 32 << 20, "shared memory and the memfd"
+            assert sum(each.st_blocks * 512 for each in staged) < 1 << 20
+            hold.release()
+            ready(restore.end())
+        looks_at_all(program)
+
+
 def test_an_encrypted_checkpoint(tmp_path: Path) -> None:
     settings = {"encryption": {"key": keys.wrapper(tmp_path, "key")}, "criu": ON}
     with Program(tmp_path, python("watcher.py", 16)) as program, Daemon(settings=settings) as daemon:
