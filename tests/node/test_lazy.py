@@ -402,6 +402,7 @@ def test_a_tree_that_ends_by_itself_meanwhile_was_restored(yard: Yard, program: 
         os.kill(program.pid, signal.SIGKILL)
         hold.release()
         ready(restore.end())
+        wait_until(lambda: not yard.daemon.at_work(), LIMIT, "that its mark is removed: `ready` is on disk")
         insist_gone(yard.daemon, program)
 
 
