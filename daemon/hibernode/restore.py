@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from hibernode import catalog, gc, gpus, preflight
+from hibernode.config import Limits
 from hibernode.errors import RestoreFailed
 from hibernode.fetch import Supply, fetch
 from hibernode.journal import Tree, mark_of
@@ -68,7 +69,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
         gpus.resume(node, manifest.gpu, places, workload, attempt, undo)
         if supply is not None:  # it runs, and hangs on the store until all of it is there
-            _fill(supply, workload, manifest, attempt, limits.transfer_of(manifest.raw_bytes))
+            _fill(supply, workload, manifest, attempt, limits)
         with attempt.phase("probing", limits.preflight):
             if supply is None:
                 _probe(workload, manifest.images)
@@ -78,9 +79,10 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     attempt.report(Status.READY)
 
 
-def _fill(supply: Supply, workload: Workload, manifest: Manifest, attempt: Attempt, limit: float) -> None:
-    with attempt.phase("filling", limit):
+def _fill(supply: Supply, workload: Workload, manifest: Manifest, attempt: Attempt, limits: Limits) -> None:
+    with attempt.phase("probing", limits.preflight):
         _probe(workload, manifest.images)  # first: who ends by himself while it is filled was restored well
+    with attempt.phase("filling", limits.transfer_of(manifest.raw_bytes)):
         supply.fill(workload)
 
 

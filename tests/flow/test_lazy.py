@@ -47,8 +47,8 @@ def test_it_is_ready_when_all_is_in_and_not_before(tmp_path: Path) -> None:
     rig.restore(checkpoint_id, criu_opts=LAZY)
     notes = rig.script.notes
     order = [
-        "criu.keeper", "keeper.begin", "criu.restore", "journal.update filling", "keeper.wait", "keeper.half", "journal.update probing",
-        "keeper.close", "report ready",
+        "criu.keeper", "keeper.begin", "criu.restore", "journal.update probing", "journal.update filling", "keeper.wait",
+        "keeper.half", "journal.update probing", "keeper.close", "report ready",
     ]  # fmt: skip
     assert [note for note in notes if note in order] == order
 
