@@ -40,7 +40,7 @@ _SHORT = 16  # pages of an answer while a thread waits for a later one: 64 KiB
 _AGAIN = 1000  # times that a process asks for the same piece, before it is clear that CRIU cannot place it
 _AGAIN_ONE = 100_000  # likewise, of one page: each child that the tree forks may ask for it, too
 _GROUP = 16  # questions between two looks at the socket: half a millisecond
-_QUESTIONS = 32 << 20  # bytes of questions that nobody has taken yet, about 1 KiB each with what the kernel adds
+_QUESTIONS = 32 << 20  # bytes, which the kernel doubles: 87,000 questions that nobody has taken yet, 768 each with what it adds
 _SNDBUFFORCE, _RCVBUFFORCE = 32, 33  # asm-generic/socket.h: as SO_SNDBUF and SO_RCVBUF, beyond the limit of net.core
 _BACKOFF = 0.1, 5.0  # seconds between two tries of a store that does not answer: at first, and at most
 _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
@@ -48,7 +48,7 @@ _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
 
 def question_sockets() -> tuple[socket.socket, socket.socket]:
     """(ours, that of `criu lazy-pages`). Where the daemon lacks CAP_NET_ADMIN they have what net.core.wmem_max allows: 212,992 bytes, as
-    kernels come, are some 300 questions."""
+    kernels come, are 555 questions."""
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     for end in pair:
         for forced, asked in ((_SNDBUFFORCE, socket.SO_SNDBUF), (_RCVBUFFORCE, socket.SO_RCVBUF)):
