@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from hibernode import preflight
 from hibernode.errors import DumpFailed, OutcomeUnknown
 from hibernode.flow import Threads
 from hibernode.model import PAGE, Cancel, ImageRef, Kind, LayerRef, Meter
 from hibernode.node import Attempt, Node
-from hibernode.ports import Store, Workload
+from hibernode.ports import ProcessFacts, Store, Workload
 from hibernode.preflight import Options
 from hibernode.transfer import files, layer
 from hibernode.transfer.arena import Share
@@ -32,6 +33,7 @@ from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import Seal
 from hibernode.transfer.send import LayerSender, Packing, Sender
 
+_LACKING = ("restoring", "probing", "filling")  # phases in which a tree may run and lack pages
 _NOTHING_KNOWN: Mapping[str, Known] = {}
 
 
@@ -47,6 +49,15 @@ def survey(workload: Workload, kind: Kind, cancel: Cancel) -> int:
         layer.check_mount(facts.options)
         size += layer.survey(facts.upper, cancel).bytes
     return size
+
+
+def living(node: Node, workload: Workload) -> Sequence[ProcessFacts]:
+    """Of the workload, now. Refused where pages of one are still missing, which a checkpoint would take for zeros: of a lazy restore, which
+    has claimed only who is in its image, and not who was forked since. Asked only while there is one: it takes time."""
+    processes = workload.processes()
+    if any(not entry.settled and entry.record.phase in _LACKING for entry in node.journal.all()):
+        preflight.whole([process for process in processes if node.host.lacks_pages(process.pid)])
+    return processes
 
 
 class Capture(AbstractContextManager["Capture"]):

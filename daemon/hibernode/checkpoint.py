@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 
 from hibernode import catalog, gc, gpus, increment, preflight
-from hibernode.capture import Capture, survey
+from hibernode.capture import Capture, living, survey
 from hibernode.journal import Tree
 from hibernode.model import CheckpointCommand, Status
 from hibernode.node import Attempt, Node, calmly, insist, on_error
@@ -33,7 +33,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
     ):
         with attempt.phase("preflight", limits.preflight):  # with the claim: nobody else is doing anything to the workload now
             undo.enter_context(gc.attempting(store, command.checkpoint_id, command.action_id))
-            processes = workload.processes() if command.kind != "rootfsonly" else ()  # of them nothing is saved then
+            processes = living(node, workload) if command.kind != "rootfsonly" else ()  # of them nothing is saved then
             preflight.checkpoint(command, workload.facts, processes, options.criu, endable=workload.endable)
             pod_spec = workload.pod_spec()
             gpu = undo.enter_context(closing(node.gpu.find(command.action_id, processes)))
@@ -48,7 +48,7 @@ def checkpoint(node: Node, command: CheckpointCommand, attempt: Attempt) -> None
             capture = undo.enter_context(
                 Capture(node, share, store, origin.seal, workload, command.kind, options, attempt, work, origin.known)
             )
-            processes = workload.processes()  # again: the wait may have been long, and who was stopped then may run now
+            processes = living(node, workload)  # again: the wait may have been long, and who was stopped then may run now
             gpu_image, on_gpus = gpus.look(node, gpu, workload, saved := processes if command.kind != "rootfsonly" else ())
             meter.bytes_total = max(meter.bytes_total, sum(process.rss for process in saved) + on_gpus)  # it may have grown
         let_go = calmly(

@@ -17,11 +17,11 @@ from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Manifest, Tas
 from hibernode.node import Attempt, Node
 from hibernode.ports import Fetched, Keeper, Store, Workload
 from hibernode.transfer.apply import apply
-from hibernode.transfer.collect import page_sockets, shut
+from hibernode.transfer.collect import shut
 from hibernode.transfer.pageproto import Wire
 from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import Seal
-from hibernode.transfer.serve import Server, Shelf
+from hibernode.transfer.serve import Server, Shelf, question_sockets
 
 _READERS = 4  # threads of a supply at least: a store is asked for so many frames at a time
 _SILENCE = 30.0  # seconds without a question while all are answered: `criu lazy-pages` asks hundreds of times a second
@@ -67,7 +67,7 @@ class Supply(AbstractContextManager["Supply"]):
         with ExitStack() as stack:
             self._shelf = Shelf(self._room, self._readers, self._threads)
             stack.callback(self._shelf.free)
-            self._ours, theirs = page_sockets()
+            self._ours, theirs = question_sockets()
             stack.callback(self._ours.close)
             stack.enter_context(self._threads)
             stack.callback(shut, self._ours)
@@ -94,9 +94,8 @@ class Supply(AbstractContextManager["Supply"]):
         )
         with Threads(self._attempt.cancel) as threads:
             receiver.fetch_fixed(index, directory, threads, self._server.keep)
-        self._threads.start(f"{image.name} serve", self._server.run)
-        for number in range(self._readers):
-            self._threads.start(f"{image.name} fill {number}", self._server.read)
+        work = {"serve": self._server.run} | {f"fill {number}": self._server.read for number in range(self._readers)}
+        self._working = [self._threads.start(f"{image.name} {what}", run) for what, run in work.items()]
 
     def begin(self, procs: Sequence[str], own: Sequence[str]) -> None:
         """As `Keeper.begin`."""
@@ -104,7 +103,8 @@ class Supply(AbstractContextManager["Supply"]):
             self._keeper.begin(self._directory, procs, own)
 
     def fill(self, workload: Workload) -> None:
-        """Wait until all is in. Whatever is raised, the tree may still be there."""
+        """Wait until all is in. Whatever is raised, the tree may still be there; what the
+        threads have to say they have said when this returns: from then on nothing of them ends the action."""
         self._keeper.told([(process.pid, process.start_time) for process in workload.processes()])
         self._server.heard = time.monotonic()
         with self._reasoned():
@@ -114,6 +114,7 @@ class Supply(AbstractContextManager["Supply"]):
                         f"criu lazy-pages has not asked for a page for {_SILENCE:.0f} s, and not all are in", reason="lazy_stuck",
                         hint="the tree has changed its memory in a way that CRIU does not follow: restore it without `lazy`",
                     )  # fmt: skip
+            self._threads.join(self._working)
         self._attempt.meter.fill(self._image.pages * PAGE, self._image.zero_pages * PAGE)
 
     def _reasoned(self) -> _Reasoned:

@@ -28,6 +28,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -50,6 +51,9 @@ _UFFD = "anon_inode:[userfaultfd]"
 _LOOK = 0.005  # seconds between two looks at who is left
 _START = 20.0  # seconds for `criu lazy-pages` to listen; 20 ms are usual
 _MOST = 1 << 20  # bytes of a message
+_SPARE = 12  # descriptors that are kept for the end: three are needed at once
+_IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # who shuts the machine down ends the tree, and so the keeper
+_GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)  # of a process, or a cgroup; any other error says nothing of who is left
 _KIDS = 100  # pids that are told
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,7 +64,10 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 def main(words: Sequence[str]) -> int:
     """`words`: the numbers of the control socket and of the page socket's end for `criu lazy-pages`."""
     control, pages = socket.socket(fileno=int(words[0])), int(words[1])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who shuts the machine down ends the tree, and so this
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a userfaultfd for each process of the tree
     if reason := unfit():
         _say(control, unfit=reason)
         return 1
@@ -129,44 +136,61 @@ class Keeper:
     def __init__(self, control: socket.socket, pages: int, order: dict[str, Any]) -> None:
         self._control, self._pages, self._order = control, pages, order
         self._procs: list[str] = order["procs"]
+        self._spare = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(_SPARE)]
         self._held: list[int] = []  # copies of userfaultfds
         self._known: dict[Identity, None] = {}  # of the tree, wherever they live
         self._killed: dict[Identity, None] = {}
-        self._woken, waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
         self._pid, self._at_end = 0, False  # of `criu lazy-pages`; whether it stands still at the beginning of its end
 
     def run(self) -> int:
         """Until all is in, or nobody is left."""
         try:
+            reason = self._watch()
+        except Exception as e:  # noqa: BLE001 - whatever it is: who ended for it would let go of all at once
+            reason = f"the keeper has failed: {e!r}"
+        if not reason:
+            _say(self._control, **{"in": True})
+            return 0
+        while True:
+            try:
+                return self._lose(reason)
+            except Exception:  # noqa: BLE001 - no memory, no descriptors: nobody has been seen to be gone, so again
+                time.sleep(_LOOK)
+
+    def _watch(self) -> str:
+        """Why the tree is lost; empty when all is in."""
+        woken, waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(waking, warn_on_full_buffer=False)
+        try:
             status = self._start()
         except OSError as e:
-            return self._lose(f"criu lazy-pages cannot be started: {e}")
+            return f"criu lazy-pages cannot be started: {e}"
         poller, until = select.poll(), time.monotonic() + _START
-        for descriptor in (self._woken, self._control.fileno(), status):
+        for descriptor in (woken, self._control.fileno(), status):
             poller.register(descriptor, select.POLLIN)
         listening = False
         while True:
             ready = {number for number, _ in poller.poll(None if listening else _START * 1000)}
             with contextlib.suppress(BlockingIOError):
-                os.read(self._woken, 4096)
+                os.read(woken, 4096)
             if (code := self._ended()) is not None:
-                return self._lose(f"criu lazy-pages ended {_how(code)}") if code or not listening else self._all_in()
+                self._hears()  # what was said before, if anything was
+                return f"criu lazy-pages ended {_how(code)}" if code or not listening else ""
             if self._control.fileno() in ready and not self._hears():
-                return self._lose("the daemon has gone")
+                return "the daemon has gone"
             if status in ready:
                 poller.unregister(status)
                 if os.read(status, 1):
                     listening = True
                     _say(self._control, ready=True)
             if not listening and time.monotonic() > until:
-                return self._lose("criu lazy-pages does not listen")
+                return "criu lazy-pages does not listen"
 
     def _hears(self) -> bool:
         """What the daemon says; False if it has gone."""
         try:
-            data = self._control.recv(_MOST)
+            data = self._control.recv(_MOST, socket.MSG_DONTWAIT)
         except OSError:
             return False
         if data:
@@ -182,7 +206,7 @@ class Keeper:
             with contextlib.suppress(OSError):
                 os.close(go)
                 signal.set_wakeup_fd(-1)
-                for number in (signal.SIGCHLD, signal.SIGTERM):
+                for number in (signal.SIGCHLD, *_IGNORED):
                     signal.signal(number, signal.SIG_DFL)
                 os.setsid()
                 os.chdir(self._order["cwd"])
@@ -231,56 +255,78 @@ class Keeper:
 
     # --- ends ------------------------------------------------------------------------------------------------------------------
 
-    def _all_in(self) -> int:
-        _say(self._control, **{"in": True})
-        return 0
-
     def _lose(self, reason: str) -> int:
-        """Nobody of the tree runs on with what it has. Returns when the last one has ended, however long that takes."""
-        if self._pid:
+        """Nobody of the tree runs on with what it has. Returns when the last one has ended, however long that takes. To be repeated if it
+        raises."""
+        if self._pid and not self._held:
             self._hold()
+        while self._spare:
+            os.close(self._spare.pop())
         self._kill()
         self._let_go()
         _say(self._control, lost=reason, killed=[pid for pid, _ in self._killed][:_KIDS])
         return 2
 
     def _hold(self) -> None:
-        """Copies of all its userfaultfds. It has them itself until it is let go on to its end, but here they are safe from a kernel that
-        would let it go on for a second SIGKILL."""
-        try:
-            pidfd = os.pidfd_open(self._pid)
-        except ProcessLookupError:
-            return
+        """Copies of all its userfaultfds, as many as there is room for. It has them itself until it is let go on to its end, but here they
+        are safe from a kernel that would let it go on for a second SIGKILL."""
         with contextlib.suppress(OSError):
-            for name in os.listdir(f"/proc/{self._pid}/fd"):
-                with contextlib.suppress(OSError):
-                    if os.readlink(f"/proc/{self._pid}/fd/{name}") == _UFFD:
-                        copy = _libc.syscall(_PIDFD_GETFD, pidfd, int(name), 0)
-                        self._held += [copy] if copy >= 0 else []
-        os.close(pidfd)
+            pidfd = os.pidfd_open(self._pid)
+            try:
+                for name in os.listdir(f"/proc/{self._pid}/fd"):
+                    with contextlib.suppress(OSError):
+                        if os.readlink(f"/proc/{self._pid}/fd/{name}") == _UFFD:
+                            copy = _libc.syscall(_PIDFD_GETFD, pidfd, int(name), 0)
+                            self._held += [copy] if copy >= 0 else []
+            finally:
+                os.close(pidfd)
 
     def _kill(self) -> None:
-        """SIGKILL whoever is known of the tree or lives in its cgroups, and who descends from them, until nobody is left: who is killed
-        forks no more, so that it comes to its end."""
-        while found := self._living():
+        """SIGKILL whoever is known of the tree or lives in its cgroups, and who descends from them, until two looks in a row have found
+        nobody: who is killed forks no more, so that it comes to its end."""
+        quiet = 0
+        while quiet < 2:
+            try:
+                found, over = self._look()
+            finally:
+                for file in self._procs:  # first, and whatever could not be read
+                    self._kill_group(file)
             for who in found:
                 _kill(who)
             self._killed.update(dict.fromkeys(found))
+            quiet = quiet + 1 if over else 0
             time.sleep(_LOOK)
 
-    def _living(self) -> list[Identity]:
+    def _kill_group(self, file: str) -> None:
+        """By the kernel (cgroup v2), which misses nobody who is being forked; where it cannot, they are killed one by one."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(f"{os.path.dirname(file)}/cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                if not {self._pid, os.getpid()} & _pids(file):
+                    os.write(descriptor, b"1")
+            finally:
+                os.close(descriptor)
+
+    def _look(self) -> tuple[list[Identity], bool]:
+        """(who of the tree runs, whether it is sure that nobody does). The cgroups are asked before everybody is looked at, and again
+        afterwards: of a chain that forks and exits each one is gone when it is looked at, and another has come."""
+        before = self._members()
         stats = dict(_everybody())
-        inside = {pid for file in self._procs for pid in _pids(file) if pid in stats}
+        inside = before & stats.keys()
         inside |= {pid for pid, began in [*self._known, *self._killed] if pid in stats and stats[pid][1] == began}
         new = inside
         while new:
             new = {pid for pid, (parent, _) in stats.items() if parent in new and pid not in inside}
             inside |= new
-        return [(pid, stats[pid][1]) for pid in sorted(inside - {self._pid, os.getpid()}) if _runs(pid)]
+        found = [(pid, stats[pid][1]) for pid in sorted(inside - {self._pid, os.getpid()}) if _runs(pid)]
+        return found, not found and self._members() <= before
+
+    def _members(self) -> set[int]:
+        return {pid for file in self._procs for pid in _pids(file)}
 
     def _let_go(self) -> None:
-        for copy in self._held:
-            os.close(copy)
+        while self._held:
+            os.close(self._held.pop())
         while self._pid:
             if self._at_end:
                 self._go_on(_CONT, 0)
@@ -324,8 +370,8 @@ def _stat(place: str) -> list[str]:
     try:
         with open(f"{place}/stat", encoding="utf-8", errors="replace") as file:
             text = file.read()
-    except OSError:
-        return []
+    except OSError as e:
+        return _gone(e)
     return text[text.rindex(")") + 2 :].split()
 
 
@@ -333,25 +379,31 @@ def _runs(pid: int) -> bool:
     """A thread of it has not ended: a zombie has no memory any more."""
     try:
         threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return False
+    except OSError as e:
+        threads = _gone(e)
     return any((_stat(f"/proc/{pid}/task/{thread}") or "X")[0] not in ("Z", "X") for thread in threads)
 
 
-def _pids(file: str) -> list[int]:
+def _pids(file: str) -> set[int]:
+    """Empty when the cgroup is gone, and with it all who lived there."""
     try:
         with open(file, encoding="ascii") as procs:
-            return [int(line) for line in procs]
-    except OSError:
-        return []  # the cgroup is gone, and with it all who lived there
+            return {int(line) for line in procs}
+    except OSError as e:
+        return set(map(int, _gone(e)))
+
+
+def _gone(error: OSError) -> list[str]:
+    """Nobody, if the error says so."""
+    if error.errno not in _GONE:
+        raise error
+    return []
 
 
 def _kill(who: Identity) -> None:
     try:
         pidfd = os.pidfd_open(who[0])
-    except OSError as e:
-        if e.errno != errno.ESRCH:
-            os.kill(who[0], signal.SIGKILL)  # no descriptor is left for a moment
+    except ProcessLookupError:
         return
     try:
         if (_stat(f"/proc/{who[0]}") or ["0"] * 20)[19] == str(who[1]):

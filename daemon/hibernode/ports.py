@@ -246,7 +246,8 @@ class Demands:
 
 class Keeper(Protocol):
     """What stands behind one lazy restore: a process of its own, which has `criu lazy-pages` as its child and outlives the daemon. When
-    something dies before all pages are in, the tree is killed before anybody lets go of what is missing (`hibernode.keeper`)."""
+    something dies before all pages are in, the tree is killed before anybody lets go of what is missing (`hibernode.keeper`). One
+    thread, but for `wake`."""
 
     def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
         """Have `criu lazy-pages` listen in `images`, which are complete but for pages that come late; when this returns CRIU may restore
@@ -614,6 +615,9 @@ class Host(Protocol):
 
     def memory_room(self, pid: int) -> int:
         """Bytes that this process can still take, by the machine and by the cgroups that it is in."""
+
+    def lacks_pages(self, pid: int) -> bool:
+        """Pages of this process may still come, through a userfaultfd: 10 ms for each GiB of it. False for one that has ended."""
 
     def room(self, path: Path) -> int:
         """Bytes free in the file system of `path`, or of its nearest parent that is there."""

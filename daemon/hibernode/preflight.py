@@ -157,6 +157,16 @@ def checkpoint(
         _both_ends(processes)
 
 
+def whole(lacking: Sequence[ProcessFacts]) -> None:
+    """Nobody may be `lacking` pages."""
+    for process in lacking:
+        raise Refused(
+            "filling", f"pages of process {process.pid} ({process.comm!r}) are still missing: its tree is being restored lazily",
+            prop=f"memory of pid {process.pid}", found="userfaultfd, missing pages", wanted="all pages",
+            hint="wait until that restore is `ready`",
+        )  # fmt: skip
+
+
 def _process(process: ProcessFacts, kind: WorkloadKind, criu: CriuOptions) -> None:
     who = f"process {process.pid} ({process.comm!r})"
     if process.tracer:

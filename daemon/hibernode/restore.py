@@ -9,10 +9,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from hibernode import catalog, gc, gpus, preflight
+from hibernode.config import Limits
 from hibernode.errors import RestoreFailed
 from hibernode.fetch import Supply, fetch
 from hibernode.journal import Tree, mark_of
-from hibernode.model import ImageRef, RestoreCommand, Status
+from hibernode.model import ImageRef, Manifest, RestoreCommand, Status
 from hibernode.node import Attempt, Node, insist
 from hibernode.ports import Workload
 
@@ -68,14 +69,21 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
         gpus.resume(node, manifest.gpu, places, workload, attempt, undo)
         if supply is not None:  # it runs, and hangs on the store until all of it is there
-            with attempt.phase("filling", limits.transfer_of(manifest.raw_bytes)):
-                supply.fill(workload)
+            _fill(supply, workload, manifest, attempt, limits)
         with attempt.phase("probing", limits.preflight):
-            _probe(workload, manifest.images)
+            if supply is None:
+                _probe(workload, manifest.images)
             attempt.cancel.close()
             mark_of(node.config.work_dir, command.action_id).touch()  # from here on it stays, whatever dies
         undo.pop_all()  # it runs, and it stays
     attempt.report(Status.READY)
+
+
+def _fill(supply: Supply, workload: Workload, manifest: Manifest, attempt: Attempt, limits: Limits) -> None:
+    with attempt.phase("probing", limits.preflight):
+        _probe(workload, manifest.images)  # first: who ends by himself while it is filled was restored well
+    with attempt.phase("filling", limits.transfer_of(manifest.raw_bytes)):
+        supply.fill(workload)
 
 
 def _probe(workload: Workload, images: list[ImageRef]) -> None:

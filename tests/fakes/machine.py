@@ -109,6 +109,7 @@ class Machine:
     prepared: int = 0  # places prepared and neither adopted nor discarded
     pod_spec: str = ""
     room: int = 1 << 40
+    lacking: frozenset[int] = frozenset()  # whose pages are not all there
     cpu_flags: list[str] = field(default_factory=lambda: ["sse2", "avx2", "avx512f"])
     gpus: GpuInventory = field(default_factory=lambda: GPUS)
     wishes: list[HeartbeatWish] = field(default_factory=list)
@@ -328,6 +329,10 @@ class FakeHost:
     def memory_room(self, pid: int) -> int:
         self._script.step("host.memory_room")
         return 1 << 40
+
+    def lacks_pages(self, pid: int) -> bool:
+        self._script.step("host.lacks_pages")
+        return pid in self._machine.lacking
 
     def room(self, path: Path) -> int:
         self._script.step("host.room")

@@ -10,12 +10,12 @@ import pytest
 
 from hibernode.errors import Cancelled, Corrupt, DeadlineExceeded, HibernodeError, Refused
 from hibernode.journal import remedy
-from hibernode.model import Status
+from hibernode.model import RestoreCommand, Status
 from tests.envelope import opened, seal
 from tests.fakes.gpu import INVENTORY
-from tests.fakes.machine import ROOT, Machine, memory
+from tests.fakes.machine import CHILD, ROOT, Machine, memory
 from tests.fakes.script import Script
-from tests.flow.rig import Rig, defect, fitting_error, nothing_outlives, until
+from tests.flow.rig import Rig, defect, fitting_error, new_id, nothing_outlives, until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -47,8 +47,8 @@ def test_it_is_ready_when_all_is_in_and_not_before(tmp_path: Path) -> None:
     rig.restore(checkpoint_id, criu_opts=LAZY)
     notes = rig.script.notes
     order = [
-        "criu.keeper", "keeper.begin", "criu.restore", "journal.update filling", "keeper.wait", "keeper.half", "journal.update probing",
-        "keeper.close", "report ready",
+        "criu.keeper", "keeper.begin", "criu.restore", "journal.update probing", "journal.update filling", "keeper.wait",
+        "keeper.half", "journal.update probing", "keeper.close", "report ready",
     ]  # fmt: skip
     assert [note for note in notes if note in order] == order
 
@@ -199,6 +199,25 @@ def test_a_checkpoint_refuses_it_and_never_keeps_it(tmp_path: Path) -> None:
     assert (refused.value.code, refused.value.details["property"]) == ("criu_opts", "criu_opts.restore")
     checkpoint_id = rig.checkpoint(criu_opts='{"restore": "eager"}')
     assert "restore" not in opened(rig.store.objects[f"{checkpoint_id}/manifest.json"])["criu_opts"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "lacking", "refused"), [("filling", {CHILD}, True), ("filling", set(), False), ("done", {CHILD}, False)]
+)
+def test_who_lacks_pages_is_not_checkpointed(tmp_path: Path, phase: str, lacking: set[int], *, refused: bool) -> None:
+    """A child that a tree has forked while it is filled, which has claimed only who is in its image."""
+    rig = Rig(tmp_path, memory(20))
+    filling = rig.node.journal.begin(RestoreCommand(action_id=new_id(), checkpoint_id=new_id()))
+    filling.update(phase=phase, published=filling.record.seq)
+    rig.machine.lacking = frozenset(lacking)
+    if refused:
+        with pytest.raises(Refused) as raised:
+            rig.checkpoint()
+        assert raised.value.code == "filling"
+        assert not [call for call in rig.script.calls if call.startswith(("workload.freeze", "criu.dump"))]
+    else:
+        rig.checkpoint()
+    assert ("host.lacks_pages" in rig.script.calls) == (phase == "filling"), "it takes time"
 
 
 def test_a_manifest_that_has_it_does_not_make_a_restore_lazy(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pycriu.images import core_pb2, fdinfo_pb2, ghost_file_pb2, magic, mnt_pb2, 
 
 from hibernode.children import Children
 from hibernode.drivers.criu import Criu
-from hibernode.errors import Corrupt, DumpFailed, RestoreFailed
+from hibernode.errors import Corrupt, DumpFailed, Refused, RestoreFailed
 from hibernode.model import Cancel, TaskFacts
 from hibernode.ports import CriuOptions, MountFacts, Prepared
 from tests import keeper
@@ -259,3 +259,18 @@ def test_what_a_dead_daemons_worker_has_left_goes_on(tmp_path: Path) -> None:
         for each in left:
             each.kill()
             each.wait()
+
+
+@pytest.mark.parametrize("made", [False, True])  # none could be made; one was, and nobody gets in
+def test_a_keeper_that_has_no_cgroup_of_its_own_begins_nothing(tmp_path: Path, made: bool) -> None:
+    (tmp_path / "file").touch()
+    own = [str(tmp_path / "file" / "cgroup.procs")] if made else []
+    ours, theirs = socket.socketpair()
+    with ours:
+        kept = Criu("/nowhere/criu", Children(), tmp_path / "plugins").keeper(theirs)
+        try:
+            with pytest.raises(Refused) as refused:
+                kept.begin(tmp_path, [str(tmp_path / "cgroup.procs")], own)
+        finally:
+            kept.close()
+    assert refused.value.code == "lazy_cgroup"

@@ -5,6 +5,7 @@ What the FIFO tells is what the kernel would do with a userfaultfd: its end come
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -31,6 +32,11 @@ import os, signal, sys
 words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 open(words["--out"], "w").write(str(os.getpid()))
 held = os.open(words["--holds"], os.O_WRONLY)
+if words["--does"] == "many":
+    import ctypes
+    while ctypes.CDLL(None).syscall(323, os.O_CLOEXEC | os.O_NONBLOCK) >= 0:  # userfaultfd
+        pass
+    words["--does"] = "1"
 if words["--does"] == "silent":
     sys.exit(0)
 os.write(int(words["--status-fd"]), bytes(1))
@@ -54,7 +60,8 @@ FORKS = [
 class Ward:
     """A keeper, what it keeps, and the test in the daemon's place."""
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, stack: ExitStack, descriptors: int = 0) -> None:
+        """`descriptors`: as many as it may have, and `criu lazy-pages`."""
         self._directory, self._stack = directory, stack
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.pages, served = socket.socketpair()
@@ -65,8 +72,9 @@ class Ward:
         self.held = os.open(directory / "held", os.O_RDONLY | os.O_NONBLOCK)
         stack.callback(os.close, self.held)
         numbers = theirs.fileno(), served.fileno()
+        limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", program.__file__, *map(str, numbers)], pass_fds=numbers,
+            [*limit, sys.executable, "-I", "-S", program.__file__, *map(str, numbers)], pass_fds=numbers,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         stack.callback(self._end)
@@ -182,6 +190,68 @@ def test_what_is_lost_is_told_when_nobody_is_left(ward: Ward) -> None:
     said = ward.hears()
     assert said == {"lost": "criu lazy-pages ended with exit status 1", "killed": ward.tree}
     assert ward.gone()
+
+
+def test_one_that_has_no_descriptor_left_still_sees_who_is_there(tmp_path: Path) -> None:
+    """`criu lazy-pages` has as many userfaultfds as it may: copies of them take all that the keeper has."""
+    with ExitStack() as stack:
+        ward = Ward(tmp_path, stack, descriptors=40)
+        ward.has(SLEEPS)
+        ward.begin("many")
+        assert ward.hears() == {"ready": True}
+        kill(ward)
+        assert ward.hears()["killed"] == ward.tree
+        assert ward.gone()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_who_shuts_the_machine_down_does_not_end_it(ward: Ward, number: signal.Signals) -> None:
+    ward.has(SLEEPS)
+    ward.begin("0")
+    assert ward.hears() == {"ready": True}
+    os.kill(ward.process.pid, number)
+    ward.pages.sendall(b".")
+    assert ward.hears() == {"in": True}
+    assert not ward.gone()
+
+
+@contextlib.contextmanager
+def looking(procs: Path) -> Iterator[Callable[[], tuple[list[program.Identity], bool]]]:
+    """The look of a keeper that is not run."""
+    with socket.socket() as control:
+        kept = program.Keeper(control, -1, {"procs": [str(procs)]})
+        yield kept._look
+        for descriptor in kept._spare:
+            os.close(descriptor)
+
+
+def test_of_a_chain_that_forks_and_exits_nobody_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was there has gone when it is looked at; its child has come, and nobody had listed it."""
+    procs = tmp_path / "cgroup.procs"
+    gone = subprocess.Popen(["true"])
+    gone.wait(LIMIT)
+    procs.write_text(f"{gone.pid}\n")
+    everybody = program._everybody
+
+    def forks() -> Iterator[tuple[int, tuple[int, int]]]:
+        yield from [(pid, facts) for pid, facts in everybody() if pid != os.getpid()]
+        procs.write_text(f"{os.getpid()}\n")
+
+    with looking(procs) as look:
+        assert look() == ([], True)
+        monkeypatch.setattr(program, "_everybody", forks)
+        assert look() == ([], False)
+
+
+def test_what_cannot_be_read_does_not_mean_that_nobody_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with looking(tmp_path / "cgroup.procs") as look:
+        assert look() == ([], True), "no cgroup, nobody in it"
+        monkeypatch.setattr(program, "open", fails, raising=False)
+        with pytest.raises(OSError, match="too many open files"):
+            look()
 
 
 def test_who_has_left_the_cgroup_is_killed_too(ward: Ward) -> None:

@@ -22,7 +22,7 @@ from hibernode.transfer.format import Index
 from hibernode.transfer.pageproto import Header, Wire
 from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
-from hibernode.transfer.serve import Places, Server, Shelf
+from hibernode.transfer.serve import Places, Server, Shelf, question_sockets
 from tests.fakes.criu import VERSION
 from tests.fakes.machine import CHILD, ROOT, Run, memory
 from tests.fakes.store import MemoryStore
@@ -256,6 +256,33 @@ def test_the_room_is_kept(tmp_path: Path) -> None:
     assert most <= 4 + 3
 
 
+def test_the_room_is_kept_where_more_is_asked_for_at_once(tmp_path: Path) -> None:
+    """A process that waits has a frame of its own, and there are more of them than frames there is room for."""
+    served = Served(tmp_path, plain(30))
+    with served.running(room=4, readers=3) as peer:
+        for n in range(30):
+            peer.ask(START + n * FRAME * PAGE)
+        until(lambda: served.server.asked == 30, "all questions")
+        served.store.open.set()
+        for n in range(30):
+            assert peer.answer()[1] == served.content(START + n * FRAME * PAGE, 1)
+            assert len(served.shelf) <= 4
+        peer.end()
+
+
+def test_what_becomes_of_a_frame_that_was_read_ahead_is_no_matter_when_all_is_in(tmp_path: Path) -> None:
+    served = Served(tmp_path, plain(12))
+    with served.running(readers=2) as peer:
+        peer.ask(START, 256)
+        served.store.asked(2)  # the one that was asked for, and the next
+        served.shelf.put(0, memoryview(served.content(START, 256) * 4))  # as if it had come
+        peer.answer()
+        peer.end()
+        until(lambda: served.shelf.closed, "the end")
+        served.store.objects = {}  # what is held back fails
+    assert served.server.closed
+
+
 def test_a_store_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
     served = Served(tmp_path, plain(2))
     served.store.open.set()
@@ -332,6 +359,49 @@ def test_a_piece_that_the_kernel_does_not_take_is_answered_shorter_and_given_up_
         ask()
     assert lengths[:10] == [256, 128, 64, 32, 16, 8, 4, 2, 1, 1]
     assert raised.value.details["reason"] == "lazy_stuck"
+
+
+def test_each_process_has_its_own_piece_that_is_not_taken(tmp_path: Path) -> None:
+    """CRIU asks for them in turn."""
+    served, lengths = Served(tmp_path, [*plain(1), *plain(1, CHILD)]), dict[int, list[int]]()
+    served.store.open.set()
+    with served.running() as peer:
+        for _ in range(9):
+            for pid in (ROOT, CHILD):
+                peer.ask(START, 256, pid)
+                lengths.setdefault(pid, []).append(peer.answer()[0].pages)
+                peer.ask(START + 300 * PAGE, 1, pid)  # a thread waits
+                assert peer.answer()[0].pages == 1
+        peer.ask(START + PAGE, 255)
+        assert peer.answer()[0].pages == 255
+        peer.ask(START, 256)
+        assert peer.answer()[0].pages == 256, "it has asked for something else meanwhile"
+        peer.end()
+    assert lengths == {pid: [256, 128, 64, 32, 16, 8, 4, 2, 1] for pid in (ROOT, CHILD)}
+
+
+def test_a_page_may_be_asked_for_by_many(tmp_path: Path) -> None:
+    """By every child that the tree has forked."""
+    served = Served(tmp_path, plain(1))
+    served.store.open.set()
+    with served.running() as peer:
+        for _ in range(1500):
+            peer.ask(START)
+            assert peer.answer()[0].pages == 1
+        peer.end()
+
+
+def test_questions_that_nobody_has_taken_yet_find_room() -> None:
+    """CRIU does not wait when it asks."""
+    for end, other in (question_sockets(), question_sockets()[::-1]):
+        with end, other:
+            other.setblocking(False)
+            room, count = other.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF), 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    other.send(WIRE.encode(get(START)))
+                    count += 1
+            assert count >= room // 2048
 
 
 def test_the_end_of_the_socket_is_no_error_of_its_own(tmp_path: Path) -> None:

@@ -172,9 +172,7 @@ class Criu:
                 pass_fds=list(prepared.inherit.values()),
                 leave_for=prepared.cgroup_procs,
             ) as request:
-                request.opts.auto_dedup = (
-                    not options.lazy
-                )  # frees each page of the files as it is used: no second copy at the end
+                request.opts.auto_dedup = True  # frees each page of the files as it is used: no second copy at the end
                 request.opts.lazy_pages = options.lazy
                 for key, descriptor in prepared.inherit.items():
                     request.opts.inherit_fd.add(key=key, fd=descriptor)
@@ -317,8 +315,12 @@ class Keeper:
 
     def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
         _insist_few_mappings(images)
-        for file in own:  # who kills the daemon's cgroup must not meet it
-            _join_cgroup(file, self._process.pid)
+        joined = [_join_cgroup(file, self._process.pid) for file in own]  # who kills the daemon's cgroup must not meet it
+        if not any(joined):
+            raise Refused(
+                "lazy_cgroup", "the keeper of a lazy restore cannot have a cgroup of its own here", prop="cgroup", found="the daemon's",
+                wanted="hibernode/<uid>.keeper", hint="restore it without `lazy`",
+            )  # fmt: skip
         self._log = images / "lazy-pages.log"
         place = str(images)
         argv = [self._criu, "lazy-pages", "--page-server", "-D", place, "-W", place, "-o", self._log.name, "-v2"]

@@ -46,6 +46,13 @@ class LinuxHost:
                 room = min(room, limit - used + _given_way(place))
         return max(0, room)
 
+    def lacks_pages(self, pid: int) -> bool:
+        try:
+            with open(f"/proc/{pid}/smaps", "rb") as file:
+                return any(line.startswith(b"VmFlags:") and b"um" in line.split() for line in file)
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
     def room(self, path: Path) -> int:
         while not path.exists():
             path = path.parent

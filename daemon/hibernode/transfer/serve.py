@@ -37,14 +37,32 @@ from hibernode.transfer.seal import Seal
 
 _AHEAD = 16  # frames after one that was asked for, at most
 _SHORT = 16  # pages of an answer while a thread waits for a later one: 64 KiB
-_AGAIN = 1000  # times that one and the same piece is asked for, before it is clear that CRIU cannot place it
+_AGAIN = 1000  # times that a process asks for the same piece, before it is clear that CRIU cannot place it
+_AGAIN_ONE = 100_000  # likewise, of one page: each child that the tree forks may ask for it, too
+_GROUP = 16  # questions between two looks at the socket: half a millisecond
+_QUESTIONS = 32 << 20  # bytes, which the kernel doubles: 87,000 questions that nobody has taken yet, 768 each with what it adds
+_SNDBUFFORCE, _RCVBUFFORCE = 32, 33  # asm-generic/socket.h: as SO_SNDBUF and SO_RCVBUF, beyond the limit of net.core
 _BACKOFF = 0.1, 5.0  # seconds between two tries of a store that does not answer: at first, and at most
 _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
 
 
+def question_sockets() -> tuple[socket.socket, socket.socket]:
+    """(ours, that of `criu lazy-pages`). Where the daemon lacks CAP_NET_ADMIN they have what net.core.wmem_max allows: 212,992 bytes, as
+    kernels come, are 555 questions."""
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    for end in pair:
+        for forced, asked in ((_SNDBUFFORCE, socket.SO_SNDBUF), (_RCVBUFFORCE, socket.SO_RCVBUF)):
+            try:
+                end.setsockopt(socket.SOL_SOCKET, forced, _QUESTIONS)
+            except PermissionError:
+                end.setsockopt(socket.SOL_SOCKET, asked, _QUESTIONS)
+    return pair
+
+
 class Shelf:
-    """Frames that were read, those that are wanted, and who reads which. Thread-safe. `room`: frames that may be here, beside those that
-    are asked for; the one that was not used for the longest time goes first. `readers`: threads that read; all but one may read ahead."""
+    """Frames that were read, those that are wanted, and who reads which. Thread-safe. `room`: frames that may be here, those that are asked
+    for among them: the first so many, others wait for their turn. The one that was not used for the longest time goes first. `readers`:
+    threads that read; all but one may read ahead."""
 
     def __init__(self, room: int, readers: int, threads: Threads) -> None:
         self._room, self._threads = max(1, room), threads
@@ -53,7 +71,7 @@ class Shelf:
         self._changed = threading.Condition()
         self._here: OrderedDict[int, memoryview] = OrderedDict()
         self._reading: set[int] = set()
-        self._asked: list[int] = []  # rows of the index, in the order of the questions
+        self._asked: dict[int, None] = {}  # rows of the index, in the order of the questions
         self._ahead: deque[int] = deque()
         self.closed = False
         threads.on_stop(self._wake)
@@ -61,7 +79,11 @@ class Shelf:
     def ask(self, rows: Iterable[int]) -> None:
         """These are asked for, and no others any more."""
         with self._changed:
-            self._asked = list(dict.fromkeys(rows))
+            self._asked = {}
+            for row in rows:
+                self._asked[row] = None
+                if len(self._asked) >= self._room:
+                    break
             self._changed.notify_all()
 
     def expect(self, rows: Iterable[int]) -> None:
@@ -236,7 +258,7 @@ class Server:
         self._questions: deque[_Question] = deque()
         self._in, self._out = bytearray(), deque[memoryview]()
         self._faults: dict[int, tuple[int, int]] = {}  # of each process: the frame of the last one, and how many are read ahead
-        self._last, self._times = (0, 0, 0), 0
+        self._last: dict[tuple[int, bool], tuple[int, int]] = {}  # of a process, whether one page: address, how often again
         self.closed = False
         self.asked = 0  # questions so far
         self.heard = time.monotonic()  # when the last one came
@@ -263,29 +285,41 @@ class Server:
                 ready = dict(poller.poll())
                 if self._shelf.arrived in ready:
                     os.eventfd_read(self._shelf.arrived)
-                if ready.get(self._socket.fileno(), 0) & ~select.POLLOUT and not self._receive():
-                    return
+                if ready.get(self._socket.fileno(), 0) & ~select.POLLOUT:
+                    self._receive()
                 self._send()  # first: what is left of an answer keeps the next from being looked for
                 self._answer()
-        except OSError:
+        except (OSError, EOFError):
             return  # CRIU has gone
         finally:
             self._shelf.close()
             self._socket.close()
 
-    def _receive(self) -> bool:
-        """What there is; False at the end."""
-        data = self._socket.recv(1 << 16)
-        self._in += data
+    def _receive(self) -> None:
+        """All there is, with a look at the socket between few of them: CRIU (4.2.1) does not wait when it asks, and dies of a socket that
+        is full. EOFError at its end."""
         size, heard = self._wire.size, False
+        self._drain()
         while len(self._in) >= size and not self.closed:
-            header = self._wire.decode(self._in[:size])
-            del self._in[:size]
-            self._handle(header)
+            group = self._in[: min(len(self._in) // size, _GROUP) * size]
+            del self._in[: len(group)]
+            for at in range(0, len(group), size):
+                if not self.closed:
+                    self._handle(self._wire.decode(group[at : at + size]))
             heard = True
+            self._drain()
         if heard:
             self._say_what_is_asked()
-        return bool(data)
+
+    def _drain(self) -> None:
+        while not self.closed:
+            try:
+                data = self._socket.recv(1 << 16)
+            except BlockingIOError:
+                return
+            if not data:
+                raise EOFError
+            self._in += data
 
     def _say_what_is_asked(self) -> None:
         self._shelf.ask(question.row for question in self._questions if question.row >= 0)
@@ -317,15 +351,16 @@ class Server:
         """CRIU (4.2.1) asks again and again for a piece that the kernel does not take: it lies in two mappings, since the tree has changed
         the rights of a part. A shorter one fits. One page that is not taken never is: the tree has unmapped more than 2 GiB at a time,
         of which CRIU has only seen a part."""
-        asked = header.dst_id, header.vaddr, header.pages
-        self._times = self._times + 1 if asked == self._last else 0
-        self._last = asked
-        if self._times > _AGAIN:
+        who = header.dst_id, (one := header.pages == 1)
+        vaddr, times = self._last.get(who, (-1, 0))
+        times = times + 1 if vaddr == header.vaddr else 0
+        self._last[who] = header.vaddr, times
+        if times > (_AGAIN_ONE if one else _AGAIN):
             raise RestoreFailed(
                 f"criu lazy-pages asks again and again for the page at {header.vaddr:#x} of process {header.dst_id}",
                 hint="the tree has changed its memory in a way that CRIU does not follow: restore it without `lazy`", reason="lazy_stuck",
             )  # fmt: skip
-        return max(1, header.pages >> min(self._times, 40))
+        return max(1, header.pages >> min(times, 40))
 
     def _window(self, question: _Question) -> int:
         """How many frames after this one are read ahead: it learns from the order of faults."""
@@ -353,6 +388,7 @@ class Server:
             self._out.append(content[at : at + count * PAGE])
             self._count(first.row, count)
             self._send()
+            self._receive()
 
     def _count(self, row: int, pages: int) -> None:
         """Of pages that a forked child has asked for again, too, each counts once."""
@@ -384,11 +420,15 @@ class Server:
     # --- the threads that read ------------------------------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Frames that are wanted, until nothing is."""
+        """Frames that are wanted, until nothing is: whatever becomes then of one that was read ahead, the tree has all it needs."""
         reader = Reader(self._store, self._meter)
-        while (row := self._shelf.next()) is not None:
-            if (content := self._read(reader, row)) is not None:
-                self._shelf.put(row, content)
+        try:
+            while (row := self._shelf.next()) is not None:
+                if (content := self._read(reader, row)) is not None:
+                    self._shelf.put(row, content)
+        except Exception:
+            if not self._shelf.closed:
+                raise
 
     def _read(self, reader: Reader, row: int) -> memoryview | None:
         """None: it is not wanted any more."""
