@@ -103,8 +103,8 @@ class Supply(AbstractContextManager["Supply"]):
             self._keeper.begin(self._directory, procs, own)
 
     def fill(self, workload: Workload) -> None:
-        """Wait until all is in. Whatever is raised, the tree may still be there; what the
-        threads have to say they have said when this returns: from then on nothing of them ends the action."""
+        """Wait until all is in. Whatever is raised, the tree may still be there. When this returns the threads have said what they have to
+        say: nothing of them ends the action afterwards."""
         self._keeper.told([(process.pid, process.start_time) for process in workload.processes()])
         self._server.heard = time.monotonic()
         with self._reasoned():

@@ -413,6 +413,14 @@ def test_the_end_of_the_socket_is_no_error_of_its_own(tmp_path: Path) -> None:
     assert not served.server.closed
 
 
+def test_what_was_said_before_the_end_of_the_socket_is_heard(tmp_path: Path) -> None:
+    served = Served(tmp_path, plain(1))
+    with served.running() as peer:
+        peer._end.sendall(WIRE.encode(Header(pageproto.FORCE_CLOSE, 0, 0, 0, 0)))
+        peer._end.close()
+    assert served.server.closed
+
+
 def test_every_question_is_taken_while_answers_wait(tmp_path: Path) -> None:
     """CRIU does not wait when it asks: a socket that is full would end it."""
     served = Served(tmp_path, plain(4))

@@ -259,6 +259,7 @@ class Server:
         self._in, self._out = bytearray(), deque[memoryview]()
         self._faults: dict[int, tuple[int, int]] = {}  # of each process: the frame of the last one, and how many are read ahead
         self._last: dict[tuple[int, bool], tuple[int, int]] = {}  # of a process, whether one page: address, how often again
+        self._over = False  # CRIU's end of the socket is closed
         self.closed = False
         self.asked = 0  # questions so far
         self.heard = time.monotonic()  # when the last one came
@@ -310,15 +311,16 @@ class Server:
             self._drain()
         if heard:
             self._say_what_is_asked()
+        if self._over and not self.closed:
+            raise EOFError
 
     def _drain(self) -> None:
-        while not self.closed:
+        while not self.closed and not self._over:
             try:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
                 return
-            if not data:
-                raise EOFError
+            self._over = not data
             self._in += data
 
     def _say_what_is_asked(self) -> None:
