@@ -222,7 +222,7 @@ def test_a_plain_container_goes_on_from_where_it_was_dumped(made: dict[str, imag
 def test_a_container_of_a_pod_is_dumped_and_its_network_is_open_again(containerd: Containerd, disk: Path) -> None:
     """CRIU closes the network of a container that has one of its own, with iptables, whether anybody is connected or not."""
     with Pod(containerd, [counter(port=PORT)]) as pod:
-        before = pod.ask()
+        before = pod.beat()  # waits for one: before that it may not listen yet
         places = ["--image-path", str(disk / "images"), "--work-path", str(disk)]
         words = ["--root", str(STATES), "checkpoint", "--leave-running", *places, pod.ids["app"]]
         subprocess.run([containerd.runc, *words], env={"PATH": PATH}, check=True, timeout=60)
