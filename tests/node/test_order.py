@@ -66,7 +66,7 @@ def test_a_restore_waits_for_the_end_of_the_old_tree(tmp_path: Path) -> None:
             done = ready(daemon.checkpoint(pid_target(child.pid), criu_opts={"leave_running": False}))
             restore = daemon.stub.Restore(pb.RestoreCommand(checkpoint_id=done.checkpoint_id), timeout=LIMIT)
             wait_until(lambda: "waits for another action" in daemon.log, LIMIT, "a restore that waits")
-            assert keeper.state(child.pid) == "Z"
+            wait_until(lambda: keeper.state(child.pid) == "Z", LIMIT, "its end, for which nobody has waited yet")
         finally:
             child.kill()
             child.wait()

@@ -139,14 +139,14 @@ def blocked_get(threads: Threads, at: threading.Event) -> None:
 
 
 def blocked_take(threads: Threads, at: threading.Event) -> None:
-    threads.on_stop(ARENA.wake)
-    chunks = [ARENA.take(threads) for _ in range(4)]
-    at.set()
-    try:
-        ARENA.take(threads)
-    finally:
-        for chunk in chunks:
-            ARENA.give_back(chunk)
+    with ARENA.share(ARENA.total_bytes, Cancel()) as share:
+        threads.on_stop(share.wake)
+        chunks = [share.take(threads, lambda: None) for _ in range(4)]
+        try:
+            share.take(threads, at.set)  # it lets go, and waits
+        finally:
+            for chunk in chunks:
+                share.give_back(chunk)
 
 
 BLOCKS = [blocked_put, blocked_get, blocked_take]
