@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from hibernode.flow import Channel, Stopped, Threads
 from hibernode.model import PAGE, Cancel
 from hibernode.transfer.arena import CHUNK, Arena, Chunk
 from hibernode.transfer.filling import Held
+from tests.flow.rig import until
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -108,7 +108,7 @@ def test_a_part_is_waited_for_before_anybody_is_frozen(arena: Arena) -> None:
     with Threads(Cancel()) as threads:
         with arena.share(1, Cancel()) as share:
             threads.start("second", second)
-            until(lambda: arena.waiting == 1)
+            until(lambda: arena.waiting == 1, "somebody who waits")
             assert not entered.is_set()
             chunk = share.take(threads, nothing)
             share.full()
@@ -121,17 +121,10 @@ def test_a_part_is_waited_for_before_anybody_is_frozen(arena: Arena) -> None:
 def test_a_cancelled_action_waits_for_no_part(arena: Arena) -> None:
     cancel = Cancel()
     with arena.share(arena.total_bytes, Cancel()), Threads(Cancel()) as threads:
-        threads.start("cancels", lambda: (until(lambda: arena.waiting == 1), cancel.set("enough")))  # type: ignore[arg-type]
+        threads.start("cancels", lambda: (until(lambda: arena.waiting == 1, "somebody who waits"), cancel.set("enough")))  # type: ignore[arg-type]
         with pytest.raises(Cancelled, match="enough"), arena.share(CHUNK, cancel):
             raise AssertionError("it has a part")
         assert arena.waiting == 0
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_the_stop_of_one_action_does_not_end_the_wait_of_another(arena: Arena) -> None:
