@@ -77,7 +77,9 @@ def numbers_of(frames: FrameTable) -> Numbers:
     return numbers
 
 
-def batches_of(frames: FrameTable, numbers: Numbers, streams: Sequence[StreamRef], seal: Seal) -> list[Batch]:
+def batches_of(
+    frames: FrameTable, numbers: Numbers, streams: Sequence[StreamRef], seal: Seal, loan: Loan | None = None
+) -> list[Batch]:
     """How some frames are read: those that lie end to end in one stream together, up to `BATCH` bytes of it."""
     if not len(frames):
         return []
@@ -85,7 +87,9 @@ def batches_of(frames: FrameTable, numbers: Numbers, streams: Sequence[StreamRef
     ordered, its = frames[order], numbers[order]
     apart = (ordered["stream"][1:] != ordered["stream"][:-1]) | (np.diff(its) != 1) | (np.diff(ordered["offset"] // BATCH) != 0)
     cuts = [0, *(np.flatnonzero(apart) + 1).tolist(), len(ordered)]
-    return [Batch(seal, streams[int(ordered["stream"][a])].key, int(its[a]), ordered[a:b]) for a, b in itertools.pairwise(cuts)]
+    return [
+        Batch(seal, streams[int(ordered["stream"][a])].key, int(its[a]), ordered[a:b], loan) for a, b in itertools.pairwise(cuts)
+    ]
 
 
 def dense(frame: np.void, content: list[memoryview], index: Index) -> memoryview:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import itertools
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from hibernode.ports import Store
 from hibernode.transfer import codec, files, format, known
 from hibernode.transfer.fingerprint import Digests
 from hibernode.transfer.format import FrameTable, Index
-from hibernode.transfer.frames import BATCH, Batch, Reader, batches_of, dense, numbers_of
+from hibernode.transfer.frames import Batch, Reader, batches_of, dense, numbers_of
 from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.places import Loan, Source, insist
 from hibernode.transfer.seal import PIECE, ObjectSeal, Seal, opened
@@ -326,18 +326,13 @@ class _Ready:
             self._changed.notify_all()
 
 
-def _planned(ref: PagesRef, seal: Seal, frames: FrameTable, loan: Loan | None = None) -> Iterator[tuple[tuple[int, int], Batch]]:
+def _planned(ref: PagesRef, seal: Seal, frames: FrameTable, loan: Loan | None = None) -> Iterator[tuple[int, Batch]]:
     """Batches of every stream, each with its turn: taken by turns, the threads read from all streams at once."""
-    wanted = np.ones(len(frames), bool) if loan is None else loan.wanted()
-    for n, stream in enumerate(ref.streams):
-        rows = np.flatnonzero(frames["stream"] == n)
-        rows = rows[np.argsort(frames["offset"][rows])]
-        numbers = np.flatnonzero(wanted[rows])
-        mine = frames[rows[numbers]]
-        cuts = np.flatnonzero((np.diff(mine["offset"] // BATCH) != 0) | (np.diff(numbers) != 1)) + 1
-        for turn, (first, part) in enumerate(zip(np.split(numbers, cuts), np.split(mine, cuts), strict=True)):
-            if len(part):
-                yield (turn, n), Batch(seal, stream.key, int(first[0]), part, loan)
+    rows = np.arange(len(frames)) if loan is None else np.flatnonzero(loan.wanted())
+    turns = Counter[str]()
+    for batch in batches_of(frames[rows], numbers_of(frames)[rows], ref.streams, seal, loan):
+        yield turns[batch.key], batch
+        turns[batch.key] += 1
 
 
 def _cut(content: list[memoryview], offset: int, size: int) -> list[memoryview]:
