@@ -8,7 +8,8 @@ Ours is the daemon as it is installed, with an arena that fits. The peers have t
     streamer      `criu dump --stream` into criu-image-streamer, a pipe per CPU to a compressor, uploads as streams; back the same way
 
 All pauses are what the processes have seen: the longest time that a thread that wakes every millisecond did not. A restore is over with
-the first beat of the old process (of the last of them), by its own clock; afterwards all of the memory must be what was written.
+the first beat of the old process (of the last of them), by its own clock; afterwards all of the memory must be what was written. Ours is
+restored twice: eagerly, and lazily, where `complete` is when all of it is back (`ready`).
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ from tests.servers import S3Server, beside_python
 NAME = "memory"
 KINDS = {"float32": 1, "bf16": 1, "json": 1, "half-zero": 1, "mappings": 1, "processes": 8}  # and how many processes it is
 _QUICK_KINDS = ("float32", "json", "half-zero")
-_MEASURES = ("pause", "durable", "restore")
+_MEASURES = ("pause", "durable", "restore", "complete")
 _COPIES = 4.2  # of the memory, on this machine at once: the process, the arena, an image and what it is packed into
+_OUR_COPIES = 2.6  # the same without a peer, where one process is restored
 _CPUS = len(os.sched_getaffinity(0))
 
 
@@ -86,6 +88,8 @@ class Taken:
     said_pause: float = 0.0  # ours: as the daemon says; the peer's: how long `criu dump` took
     durable: float = 0.0
     restore: float = 0.0
+    complete: float = 0.0  # until all of it is back: ours, restored once more, lazily; of a peer, its restore
+    lazy: float = 0.0  # ours: until it ran, of that
     cpu: float = 0.0  # of the daemon and its children, or of all that the peer ran, during the checkpoint
     restore_cpu: float = 0.0
     memory: int = 0  # bytes, ours: resident at the most, without the arena
@@ -94,22 +98,26 @@ class Taken:
     steps: dict[str, float] = field(default_factory=dict)  # ours, as the daemon says: seconds of each phase
 
 
-def measure(*, quick: bool, size: int = 0, rounds: int = 0, kinds: str = "") -> dict[str, Any]:
-    """Every round: kind -> variant -> what was taken; None of what this machine has no program for."""
-    size, rounds = size or (512 if quick else 1024), rounds or 3
+def measure(*, quick: bool, size: int = 0, rounds: int = 0, kinds: str = "", only: Sequence[str] = ()) -> dict[str, Any]:
+    """Every round: kind -> variant -> what was taken; None of what this machine has no program for, and of what is not wanted."""
+    size, rounds = size or (512 if quick else 1024), rounds or (3 if quick else 5)
     wanted = kinds.split(",") if kinds else [*(_QUICK_KINDS if quick else KINDS)]
     if unknown := set(wanted) - set(KINDS):
         raise SystemExit(f"run: --kinds: no {', '.join(unknown)}; there are {', '.join(KINDS)}")
     if size % (8 * BOUNDARY) and size not in (64, 128, 256):
         raise SystemExit(f"run: --size: so many times {8 * BOUNDARY} MiB (or 64, 128, 256): eight processes hold {BOUNDARY} each")
-    _insist_room(size)
-    runnable = {name: how for name, how in VARIANTS.items() if not (quick and name in _NOT_QUICK) and _can(how)}
+    asked = [name for name in VARIANTS if (any(text in name for text in only) if only else not (quick and name in _NOT_QUICK))]
+    runnable = {name: VARIANTS[name] for name in asked if _can(VARIANTS[name])}
+    if not runnable.keys() & {*_OURS}:
+        raise SystemExit(f"run: --only: nothing of ours is in it; there are {'; '.join(VARIANTS)}")
+    _insist_room(size, _COPIES if runnable.keys() - {*_OURS} or max(KINDS[kind] for kind in wanted) > 1 else _OUR_COPIES)
     taken: dict[str, dict[str, Any]] = {kind: dict.fromkeys(VARIANTS) for kind in wanted}
     ceilings: dict[str, list[dict[str, float]]] = {kind: [] for kind in wanted}
     with bench(size, arena=size * 5 // 4 + 64) as made:
         for kind in wanted:
             taken[kind] |= {name: [] for name in runnable}
             with made.running(kind) as tree:
+                tree.keep_sample()
                 for turn in range(rounds + 1):
                     at = turn % len(runnable)
                     for name in [*runnable][at:] + [*runnable][:at]:
@@ -132,10 +140,10 @@ def _can(how: _Ours | _Tar | _Stream) -> bool:
     return not isinstance(how, _Stream) or bool(streamer.program() and shutil.which(how.pack.split()[0]))
 
 
-def _insist_room(size: int) -> None:
+def _insist_room(size: int, copies: float) -> None:
     """Rather than have the kernel kill somebody: a tmpfs is memory, too."""
-    if size * _COPIES > room():
-        raise SystemExit(f"run: --size {size} needs {size * _COPIES:.0f} MiB of memory, and {room()} are available")
+    if size * copies > room():
+        raise SystemExit(f"run: --size {size} needs {size * copies:.0f} MiB of memory, and {room()} are available")
 
 
 def room() -> int:
@@ -155,7 +163,7 @@ def bench(size: int, *, arena: int) -> Iterator[Bench]:
         server = stack.enter_context(S3Server(disk / "s3"))
         s3 = {**server.settings().model_dump(exclude_defaults=True), "secret_access_key": server.secret_access_key}
         url = f"s3://{server.bucket}/ours"
-        settings = {"store": {"allowed": [url], "s3": {**s3, "part_size": 8 << 20}}, "criu": {"lazy": True}}
+        settings = {"store": {"allowed": [url], "s3": {**s3, "part_size": 8 << 20}}}
         store = f"file://{disk}/store"
         made = Daemon(store=store, arena=f"{arena}MiB", settings=settings, call_limit=LIMIT, start_limit=LIMIT)
         daemon = stack.enter_context(made)
@@ -216,6 +224,16 @@ class Tree:
             raise
         return taken
 
+    def keep_sample(self) -> None:
+        """Of what it has written into memory of its own: what is compressed and stored alone."""
+        with self.sample.open("wb") as out:
+            for pid in self._tree():
+                with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                    for start, end in _anonymous(pid):
+                        memory.seek(start)
+                        while piece := memory.read(min(end - memory.tell(), 1 << 20, stages.SAMPLE - out.tell())):
+                            out.write(piece)
+
     # --- ours -----------------------------------------------------------------------------------------------------------------
 
     def _ours(self, how: _Ours, taken: Taken, planted: Mapping[str, Beat]) -> None:
@@ -233,6 +251,12 @@ class Tree:
         taken.steps |= {f"restore: {name}": cost.seconds for name, cost in restored.profile.phases.items()}
         taken.restore = self.back(planted, began)
         taken.restore_cpu, taken.memory = _cpu(daemon.pid) - cpu, _peak(daemon.pid) - self._bench.arena
+        self.insist_whole(planted)
+        self.end()
+        began = time.time()
+        ready(daemon.restore(event.checkpoint_id, directory=directory, criu_opts={"restore": "lazy"}))
+        taken.complete = time.time() - began
+        taken.lazy = self.back(planted, began)
         store = self._bench.stores.place("S3", "ours") if directory else self._bench.disk / "store"
         shutil.rmtree(store / event.checkpoint_id)
 
@@ -256,7 +280,6 @@ class Tree:
         taken.durable, taken.cpu = time.time() - began, _cpu_of_children() - cpu
         taken.pause = held.pause(self.lines, began)
         taken.stored = stores.place(how.store, object_).stat().st_size
-        self._keep_sample(image)
         self.end()
         (work / "packed").unlink(missing_ok=True)
         shutil.rmtree(image)
@@ -264,7 +287,7 @@ class Tree:
         cpu, began = _cpu_of_children(), time.time()
         stores.shell(f"{stores.get(how.store, object_)} | zstd -q -d | tar -C {image} -xf -")
         self._restore(work)
-        taken.restore = self.back(planted, began)
+        taken.restore = taken.complete = self.back(planted, began)
         taken.restore_cpu = _cpu_of_children() - cpu + _cpu_of_keeper(self.pid)
         stores.place(how.store, object_).unlink()
 
@@ -282,7 +305,7 @@ class Tree:
         cpu, began = _cpu_of_children(), time.time()
         lines = [f"{stores.get(how.store, name)} | {how.unpack}" for name in objects]
         streamer.stream("serve", image, lines, env, lambda: self._restore(work, "--stream"))
-        taken.restore = self.back(planted, began)
+        taken.restore = taken.complete = self.back(planted, began)
         taken.restore_cpu = _cpu_of_children() - cpu + _cpu_of_keeper(self.pid)
         for place in places:
             place.unlink()
@@ -310,14 +333,6 @@ class Tree:
         self._kept = Kept(self._criu(work, "restore", "-d", *options), said)
         if code := self._kept.exit_code(LIMIT):
             raise RuntimeError(f"criu restore: {code}\n{said.read_text()[-1000:]}{(work / 'restore.log').read_text()[-2000:]}")
-
-    def _keep_sample(self, image: Path) -> None:
-        """Of what CRIU finds in its memory, once."""
-        if not self.sample.exists():
-            with self.sample.open("wb") as out:
-                for file in sorted(image.glob("pages-*.img")):
-                    with file.open("rb") as pages:
-                        out.write(pages.read(stages.SAMPLE - out.tell()))
 
     # --- what the program says ------------------------------------------------------------------------------------------------
 
@@ -363,6 +378,15 @@ class Tree:
         held.insist_whole(planted, self.last())
 
 
+def _anonymous(pid: int) -> Iterator[tuple[int, int]]:
+    """Where its own memory without a file begins and ends."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        where, rights, _, _, inode, *name = line.split(maxsplit=5)
+        if rights.startswith("rw") and inode == "0" and not name:
+            start, end = where.split("-")
+            yield int(start, 16), int(end, 16)
+
+
 def _cpu(pid: int) -> float:
     """Seconds of processor time of it and of the children that it has waited for."""
     return sum(map(int, keeper.fields(pid)[11:15])) / os.sysconf("SC_CLK_TCK")
@@ -400,6 +424,7 @@ def _pairs(taken: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float
             if how.store == VARIANTS[ours].store and peer not in _OURS and taken[peer] is not None
         }
         for ours in _OURS
+        if taken[ours] is not None
     }
 
 
@@ -411,6 +436,7 @@ def _efficiency(size: int, taken: Mapping[str, Any], ceilings: Sequence[dict[str
             for one, rates in zip(taken[ours], ceilings, strict=True)
         ]
         for ours in _OURS
+        if taken[ours] is not None
     }
 
 
@@ -432,6 +458,7 @@ def _ratios(pairs: Mapping[str, Any], efficiency: Mapping[str, Any]) -> tuple[di
         "durable_vs_tar_zstd": of("durable", _Tar),
         "durable_vs_streamer": of("durable", _Stream),
         "restore_vs_tar_zstd": of("restore", _Tar),
+        "lazy_complete_vs_tar_zstd": of("complete", _Tar),
     }
     worst = {name: max(found, key=found.__getitem__) for name, found in all_of.items() if found}
     worst["pipeline_efficiency"] = least = min(rates, key=rates.__getitem__)
@@ -471,11 +498,16 @@ def _kind(kind: str, found: Mapping[str, Any]) -> list[str]:
         for ours, peers in found["pairs"][kind].items()
         for peer, of in peers.items()
     }
-    rates = {name: [spread([each[name] for each in found["ceilings"][kind]], "")] for name in found["ceilings"][kind][0]}
+    alone = found["ceilings"][kind]
+    rates = {
+        name: [spread([each[of] for each in alone], "") for of in (name, name + stages.COST)]
+        for name in alone[0]
+        if not name.endswith(stages.COST)
+    }
     return [
         "", *table(kind, heads, {name: row(rounds) for name, rounds in taken.items()}),
-        "", *table(f"{kind}: ours / peer", _MEASURES, ratios),
-        "", *table(f"{kind}: alone", ["GB/s"], rates),
+        *(["", *table(f"{kind}: ours / peer", _MEASURES, ratios)] if ratios else ()),
+        "", *table(f"{kind}: alone", ["GB/s", "CPU s/GB"], rates),
     ]  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""What each stage of a checkpoint does alone, in GB/s: ceilings, on a sample of the data that is checkpointed in the same run.
+"""What each stage of a checkpoint does alone, in GB/s, and what it costs, in CPU s/GB: ceilings, on a sample of the data that is
+checkpointed in the same run.
 
 Compression is what our daemon does: frames of 4 MiB, each thread with a context of its own, nothing but memory around it. The stores are
 asked by a client that does nothing else.
@@ -8,11 +9,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import boto3
 import numpy as np
@@ -28,8 +31,18 @@ SAMPLE = 256 << 20  # bytes of it that are copied and stored
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module yet
 
 
+class Taken(NamedTuple):
+    """`rate`: GB/s. `cpu`: seconds of processor time for a GB, of this process and those it has waited for; no server's."""
+
+    rate: float
+    cpu: float
+
+
+COST = ", CPU s/GB"  # behind the name of a stage
+
+
 def rates(sample: Path, memory: Path, stores: Stores) -> dict[str, float]:
-    """`sample`: a file on tmpfs, `memory`: a directory there."""
+    """`sample`: a file on tmpfs, `memory`: a directory there. Each stage twice: its rate, and with `COST` behind its name what it takes."""
     data = sample.read_bytes()
     found = {"copy into huge pages": _copy(data)}
     blocks = [data[at : at + FRAME] for at in range(0, min(len(data), PACKED), FRAME)]
@@ -38,8 +51,8 @@ def rates(sample: Path, memory: Path, stores: Stores) -> dict[str, float]:
         for count in dict.fromkeys((1, threads)):
             found[f"zstd -{level}, {_threads(count)}"] = _packing(blocks, level, count)
     packed = [zstandard.ZstdCompressor(level=1).compress(block) for block in blocks]
-    unpack = _in_threads(packed, threads, lambda: zstandard.ZstdDecompressor().decompress)
-    found[f"zstd -d, {_threads(threads)}"] = sum(map(len, blocks)) / unpack / 1e9
+    unpack = _in_threads(packed, threads, lambda: zstandard.ZstdDecompressor().decompress, sum(map(len, blocks)))
+    found[f"zstd -d, {_threads(threads)}"] = unpack
     found["copy on tmpfs"] = _timed(len(data), lambda: stores.shell(f"cat {sample} >{memory}/copy"))
     for store in STORES:
         put, get, place = _client(store, stores, sample, memory / "copy")
@@ -47,7 +60,8 @@ def rates(sample: Path, memory: Path, stores: Stores) -> dict[str, float]:
         found[f"GET, {store}"] = _timed(len(data), get)
         place.unlink()
     (memory / "copy").unlink()
-    return {name: round(rate, 3) for name, rate in found.items()}
+    told = {name: round(taken.rate, 3) for name, taken in found.items()}
+    return told | {f"{name}{COST}": round(taken.cpu, 3) for name, taken in found.items()}
 
 
 def slowest(found: dict[str, float], store: str, stored: float) -> float:
@@ -76,7 +90,7 @@ def _client(store: str, stores: Stores, sample: Path, into: Path) -> tuple[Calla
     )
 
 
-def _copy(data: bytes) -> float:
+def _copy(data: bytes) -> Taken:
     arena = mmap.mmap(-1, len(data), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     arena.madvise(mmap.MADV_HUGEPAGE)
     arena.madvise(_MADV_POPULATE_WRITE)
@@ -84,13 +98,13 @@ def _copy(data: bytes) -> float:
     return max(_timed(len(data), lambda: np.copyto(into, given)) for _ in range(3))
 
 
-def _packing(blocks: list[bytes], level: int, threads: int) -> float:
-    taken = min(_in_threads(blocks, threads, lambda: zstandard.ZstdCompressor(level=level).compress) for _ in range(2))
-    return sum(map(len, blocks)) / taken / 1e9
+def _packing(blocks: list[bytes], level: int, threads: int) -> Taken:
+    size = sum(map(len, blocks))
+    return max(_in_threads(blocks, threads, lambda: zstandard.ZstdCompressor(level=level).compress, size) for _ in range(2))
 
 
-def _in_threads(blocks: list[bytes], threads: int, make: Callable[[], Callable[[bytes], object]]) -> float:
-    """Seconds for all blocks; each thread has what `make` makes to itself."""
+def _in_threads(blocks: list[bytes], threads: int, make: Callable[[], Callable[[bytes], object]], size: int) -> Taken:
+    """All blocks, which are `size` bytes; each thread has what `make` makes to itself."""
 
     def work(first: int) -> None:
         each = make()
@@ -98,15 +112,18 @@ def _in_threads(blocks: list[bytes], threads: int, make: Callable[[], Callable[[
             each(block)
 
     with ThreadPoolExecutor(threads) as pool:
-        began = time.perf_counter()
-        list(pool.map(work, range(threads)))
-        return time.perf_counter() - began
+        return _timed(size, lambda: list(pool.map(work, range(threads))))
 
 
-def _timed(size: int, work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def _timed(size: int, work: Callable[[], object]) -> Taken:
+    began, cpu = time.perf_counter(), _cpu()
     work()
-    return size / (time.perf_counter() - began) / 1e9
+    return Taken(size / (time.perf_counter() - began) / 1e9, (_cpu() - cpu) / size * 1e9)
+
+
+def _cpu() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _threads(count: int) -> str:

@@ -27,3 +27,9 @@ def wrapper(directory: Path, name: str = "wrapper") -> str:
     with open(fd, "w") as file:
         file.write(os.urandom(32).hex() + "\n")
     return str(path)
+
+
+def closed(directory: Path) -> dict[str, dict[str, object]]:
+    """Settings of a node that encrypts, signs, and believes only itself."""
+    private, public = pair(directory)
+    return {"encryption": {"key": wrapper(directory)}, "signing": {"key": private, "trusted": [public]}}

@@ -21,6 +21,7 @@ from hibernode.errors import HibernodeError, Refused
 EXIT_CONFIG = 78  # EX_CONFIG; the unit does not start again after it, because that would not help
 EXIT_RUNNING = 75  # EX_TEMPFAIL; another one is at work: it may have ended when the unit tries again
 _RUNNING = ("daemon_running", "watchdog_running")
+_NOT_FOR_NODE = ("rich", "greenlet")  # structlog takes them along wherever they are, 4 MiB for tracebacks in colour
 
 _WATCHDOG = """\
 Watch over the daemon of this machine, and give back every workload that it had frozen, if it or CRIU dies or hangs. Runs until SIGTERM,
@@ -66,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _node(words: Sequence[str]) -> int:
     """Run the node daemon until SIGTERM or SIGINT."""
     arguments = _parser("node", "Run the node daemon: commands from JetStream and gRPC, until SIGTERM.").parse_args(words)
+    for name in _NOT_FOR_NODE:
+        sys.modules[name] = None  # type: ignore[assignment] # as if it were not installed
     from hibernode import service  # noqa: PLC0415 - see above
 
     try:

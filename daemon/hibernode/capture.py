@@ -33,7 +33,7 @@ from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import Seal
 from hibernode.transfer.send import LayerSender, Packing, Sender
 
-_LACKING = ("restoring", "probing", "filling")  # phases in which a tree may run and lack pages
+_LACKING = ("restoring", "holding", "probing", "filling")  # phases in which a tree may run and lack pages
 _NOTHING_KNOWN: Mapping[str, Known] = {}
 
 

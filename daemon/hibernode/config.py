@@ -94,7 +94,8 @@ class Criu(Section):
     log_level: int = Field(default=2, ge=0, le=4)
     tcp: Literal["refuse", "close", "established"] = "refuse"
     ghost_limit: ByteSize = Field(default=ByteSize(64 * MIB), ge=0, le=1 << 30)
-    lazy: bool = False  # restores may be lazy: docs/operations.md says what a tree risks then
+    lazy: bool = True  # restores may be lazy, when a command says so
+    filler: bool = True  # where it can, it brings the pages of restores that are not lazy, too; else CRIU reads them from files
 
 
 class Limits(Section):

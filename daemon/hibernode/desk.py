@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 from hibernode import catalog, doctor, gc
 from hibernode.courier import Courier
 from hibernode.dispatch import Dispatcher
+from hibernode.errors import Corrupt
 from hibernode.loop import in_thread
 from hibernode.model import (
     ActionCommand,
@@ -91,7 +92,12 @@ class Desk:
         def work(tell: Callable[[Verdict], None], cancel: Cancel) -> None:
             claim = node.claims.claim(f"checkpoint {checkpoint_id}", f"verify {uuid.uuid4()}")
             with claim, gc.using(store, checkpoint_id, str(uuid.uuid4())):  # what is removed meanwhile would look damaged
-                tell(catalog.verify(store, checkpoint_id, node.notary, node.keyring, node.host.load().cpus, cancel, tell))
+                try:
+                    tell(catalog.verify(store, checkpoint_id, node.notary, node.keyring, node.host.load().cpus, cancel, tell))
+                except Corrupt:
+                    node.damaged.add(checkpoint_id)
+                    raise
+                node.damaged.discard(checkpoint_id)
 
         return _told_by(work)
 

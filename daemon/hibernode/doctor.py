@@ -23,6 +23,7 @@ def checks(node: Node, *, bus_connected: bool | None) -> list[Check]:
         *_capabilities(),
         _tried("criu", lambda: f"{node.criu.facts().path}, version {node.criu.facts()}"),
         _criu_check(node),
+        _filler(node),
         _work_dir(node),
         _tried("store", lambda: _store(node)),
         _room(node),
@@ -63,6 +64,15 @@ def _criu_check(node: Node) -> Check:
     said = node.criu.check()
     hint = "a kernel with CONFIG_CHECKPOINT_RESTORE, and root, are needed; `criu check` says what is missing"
     return Check(name="criu check", ok=not said, found=said or "looks good", hint=hint if said else "")
+
+
+def _filler(node: Node) -> Check:
+    why = node.criu.unfit()
+    hint = "restores are done by files, which takes longer, and none is lazy; Linux 5.18, userfaultfd and ptrace are needed"
+    found = "can bring pages to processes" + (
+        "" if node.config.criu.filler else ", and does only for lazy restores: `criu.filler`"
+    )
+    return Check(name="filler", ok=not why, found=why or found, hint=hint if why else "", required=False)
 
 
 def _store(node: Node) -> str:

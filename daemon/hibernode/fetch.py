@@ -1,5 +1,6 @@
-"""The images of one checkpoint on their way out of the store, into directories that CRIU reads. Twin: `capture.py`. Of a lazy restore most
-pages stay in the store: a `Supply` brings them when the tree runs."""
+"""The images of one checkpoint on their way out of the store, into directories that CRIU reads. Twin: `capture.py`. Where the filler can
+bring them, most pages stay in the store: a `Supply` brings them when CRIU has made the tree, before it runs, or, lazily, while it does.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +12,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from hibernode import preflight
 from hibernode.errors import Corrupt, RestoreFailed
 from hibernode.flow import Stopped, Threads
-from hibernode.model import FRAME_PAGES, PAGE, ImageRef, LayerRef, Manifest, TaskFacts
+from hibernode.model import PAGE, ImageRef, LayerRef, Manifest, TaskFacts
 from hibernode.node import Attempt, Node
-from hibernode.ports import Fetched, Keeper, Store, Workload
+from hibernode.ports import CriuOptions, Fetched, Keeper, Store, Workload
 from hibernode.transfer.apply import apply
 from hibernode.transfer.collect import shut
-from hibernode.transfer.pageproto import Wire
+from hibernode.transfer.format import SegmentTable
 from hibernode.transfer.receive import LayerReceiver, Receiver
 from hibernode.transfer.seal import Seal
-from hibernode.transfer.serve import Server, Shelf, question_sockets
+from hibernode.transfer.serve import Plan, Server, Shelf, inherited, turn_sockets
 
 _READERS = 4  # threads of a supply at least: a store is asked for so many frames at a time
-_SILENCE = 30.0  # seconds without a question while all are answered: `criu lazy-pages` asks hundreds of times a second
+# Bytes for each stream, of two at least, and each of its reads in flight, where nobody's wishes have to be met: some frames. Twice as much
+# made no difference here (a directory, and an S3 server beside it), but is resident.
+_HELD_ROOM = 10 << 20
+_SHARED = 16  # one page of so many may be its own process's where it was shared before, and take memory that it did not take
+_SILENCE = 30.0  # seconds in which nothing is given out of what is here: a frame takes 3 ms
 
 
 def fetch(
@@ -41,7 +47,23 @@ def fetch(
         images[image.name] = work / image.name
         _compare(image, node.criu.tasks(images[image.name]))
     layers = {layer.name: functools.partial(_apply, store, seal, layer, attempt) for layer in manifest.layers}
-    return Fetched(images, layers, supply.begin if supply is not None else None)
+    if supply is None or not supply.fills:
+        return Fetched(images, layers)
+    return Fetched(images, layers, supply.begin, None if supply.lazy else supply)
+
+
+def by_filler(node: Node, manifest: Manifest, options: CriuOptions) -> bool:
+    """Whether most pages go from the store straight to their processes: lazily, or before they run, which is half the work of files that
+    CRIU reads (docs/performance.md). Refused for a lazy restore of what cannot be restored so; any other is done by files then. So is
+    what CRIU takes away as it makes the tree, so that it would not be there for another try if the pages do not come: connections that
+    are to go on, and the names of deleted files (`link_remap`). Whatever is said here, `Supply.fetch` may find that files are better."""
+    if options.lazy:
+        preflight.lazy(manifest, allowed=node.config.criu.lazy)
+        return True
+    once = options.tcp == "established" or options.link_remap
+    if once or not node.config.criu.filler or len(manifest.images) > 1 or manifest.layers or manifest.gpu is not None:
+        return False
+    return not node.criu.unfit() and node.workloads.fills(manifest.workload)
 
 
 def _fetch(store: Store, seal: Seal, image: ImageRef, work: Path, attempt: Attempt) -> None:
@@ -54,24 +76,29 @@ def _fetch(store: Store, seal: Seal, image: ImageRef, work: Path, attempt: Attem
 
 
 class Supply(AbstractContextManager["Supply"]):
-    """The pages of a lazy restore that come when the tree runs: threads that bring them, and the keeper, which starts when this is entered.
-    Left before all is in, it has seen to it that nobody of the tree is left."""
+    """The pages that come when CRIU has made the tree: threads that bring them, and the keeper, which starts when this is entered. `lazy`:
+    the tree runs meanwhile. Left before all is in, it has seen to it that nobody of the tree is left."""
 
-    def __init__(self, node: Node, store: Store, seal: Seal, attempt: Attempt, streams: int) -> None:
-        self._node, self._store, self._seal, self._attempt = node, store, seal, attempt
+    def __init__(self, node: Node, store: Store, seal: Seal, attempt: Attempt, streams: int, *, lazy: bool) -> None:
+        self._node, self._store, self._seal, self._attempt, self.lazy = node, store, seal, attempt, lazy
         self._threads = Threads(attempt.cancel)
-        self._room, self._readers = node.config.transfer.lazy_room // (FRAME_PAGES * PAGE), max(_READERS, streams)
+        reads = max(2, streams) * store.reads_in_flight
+        self._readers = max(_READERS, streams if lazy else reads + 1)
+        self._unpackers = self._readers if lazy else max(2, streams)  # as by files, where nobody waits for one page
+        most = node.config.transfer.lazy_room
+        self._room = most if lazy else min(most, reads * _HELD_ROOM)
+        self.fills = True
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._shelf = Shelf(self._room, self._readers, self._threads)
+            self._shelf = Shelf(self._room, self._readers, self._threads, runs=self.lazy)
             stack.callback(self._shelf.free)
-            self._ours, theirs = question_sockets()
+            self._ours, theirs = turn_sockets()
             stack.callback(self._ours.close)
             stack.enter_context(self._threads)
             stack.callback(shut, self._ours)
-            self._keeper: Keeper = self._node.criu.keeper(theirs)
+            self._keeper: Keeper = self._node.criu.keeper(theirs, self._shelf.file)
             stack.callback(self._keeper.close)  # first of all when it ends: what it still holds up ends with it
             self._threads.on_stop(self._keeper.wake)
             self._threads.on_stop(functools.partial(shut, self._ours))
@@ -82,37 +109,72 @@ class Supply(AbstractContextManager["Supply"]):
         return self._stack.__exit__(kind, error, tb)
 
     def fetch(self, image: ImageRef, directory: Path) -> None:
-        """All but the pages that may come later, into `directory`; from then on those can be asked for."""
+        """All but the pages that may come later, into `directory`; from then on those can be asked for. Not lazily, and where the filler
+        would take longer, or the tree more memory than it had: all of them, and it has nothing to do (`fills`)."""
         self._image, self._directory = image, directory
         meter = self._attempt.meter
-        receiver = Receiver(self._store, self._seal, image, self._readers, meter)
+        receiver = Receiver(self._store, self._seal, image, self._unpackers, meter)
         directory.mkdir()
         receiver.fetch_files(directory.with_suffix(".tar.zst"), directory)
-        index, wire = receiver.fetch_index(), Wire(self._node.criu.facts().version)
-        self._server = Server(
-            self._ours, wire, self._store, self._seal, image, index, self._shelf, meter, outage=self._node.config.limits.outage
-        )
+        index = receiver.fetch_index()
+        plan = Plan(receiver.sources)
+        if not self.lazy and (plan.scattered or self._shares(index.segments)):
+            self.fills = False
+            self._insist_room(directory, (image.pages - image.zero_pages) * PAGE)
+            with Threads(self._attempt.cancel) as threads:
+                receiver.fetch_pages(index, directory, threads)
+            return
+        self._insist_room(directory, (image.pages - image.zero_pages) * PAGE - plan.late)
+        self._shelf.begin(plan)
+        self._table = directory.with_suffix(".table")
+        self._table.write_bytes(plan.table.tobytes())
+        limits = self._node.config.limits  # held, nobody runs who would be lost: no longer than the attempts that files have
+        outage = limits.outage if self.lazy else limits.retry_delay * (limits.attempts - 1)
+        self._server = Server(self._ours, self._store, plan, self._shelf, meter, outage=outage, unpackers=self._unpackers)
         with Threads(self._attempt.cancel) as threads:
-            receiver.fetch_fixed(index, directory, threads, self._server.keep)
+            receiver.fetch_fixed(index, directory, threads, self._server.keep, tables=not self.lazy)
         work = {"serve": self._server.run} | {f"fill {number}": self._server.read for number in range(self._readers)}
         self._working = [self._threads.start(f"{image.name} {what}", run) for what, run in work.items()]
+
+    def _shares(self, segments: SegmentTable) -> bool:
+        """What a process shares with its parent since it was forked CRIU lets them share again (criu/mem.c); by the filler each would get
+        its own. Nobody knows which pages that are: so all count that it could be."""
+        shared, of = inherited(segments, {task.pid: task.ppid for task in self._image.tasks})
+        return shared * _SHARED > of
+
+    def _insist_room(self, directory: Path, fixed: int) -> None:
+        """For what CRIU itself reads, which is staged."""
+        preflight.insist_room(preflight.WORK_ROOM, self._node.host.room(directory), fixed)
 
     def begin(self, procs: Sequence[str], own: Sequence[str]) -> None:
         """As `Keeper.begin`."""
         with self._reasoned():
-            self._keeper.begin(self._directory, procs, own)
+            self._keeper.begin(self._directory, self._table, procs, own)
 
-    def fill(self, workload: Workload) -> None:
-        """Wait until all is in. Whatever is raised, the tree may still be there. When this returns the threads have said what they have to
-        say: nothing of them ends the action afterwards."""
+    def hold(self, criu: int) -> None:
+        """ports.Held"""
+        self._keeper.hold(criu)
+
+    def fill(self) -> None:
+        """ports.Held"""
+        with self._attempt.within("holding", self._node.config.limits.transfer_of(self._image.pages * PAGE)):
+            self._wait()
+            self._attempt.cancel.check()
+
+    def fill_running(self, workload: Workload) -> None:
+        """Wait until all is in, with a tree that runs. Whatever is raised, it may still be there."""
         self._keeper.told([(process.pid, process.start_time) for process in workload.processes()])
+        self._wait()
+
+    def _wait(self) -> None:
+        """When this returns the threads have said what they have to say: nothing of them ends the action afterwards."""
         self._server.heard = time.monotonic()
         with self._reasoned():
             while not self._keeper.wait(1.0):
-                if not self._server.waiting and time.monotonic() > self._server.heard + _SILENCE:
+                if self._shelf.given and time.monotonic() > self._server.heard + _SILENCE:
                     raise RestoreFailed(
-                        f"criu lazy-pages has not asked for a page for {_SILENCE:.0f} s, and not all are in", reason="lazy_stuck",
-                        hint="the tree has changed its memory in a way that CRIU does not follow: restore it without `lazy`",
+                        f"for {_SILENCE:.0f} s nothing was given out of what is here for the tree", reason="lazy_stuck",
+                        hint="has somebody stopped the filler, or the machine? It is a child of the keeper",
                     )  # fmt: skip
             self._threads.join(self._working)
         self._attempt.meter.fill(self._image.pages * PAGE, self._image.zero_pages * PAGE)

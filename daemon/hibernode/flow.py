@@ -22,7 +22,8 @@ from typing import Generic, ParamSpec, Self, TypeVar
 from hibernode.errors import Stuck
 from hibernode.model import Cancel
 
-_M_ARENA_MAX = -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_LARGE = 5 << 20  # bytes: more than a packed frame, which is made and let go again and again, and no more than a part's
 _libc = ctypes.CDLL(None)
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -84,9 +85,12 @@ class Channel(Generic[T]):
 
 
 def share_memory() -> None:
-    """All threads to come share two arenas of the C library's allocator, in place of 8 per processor: each keeps what it once had, and
-    an idle daemon held 40 MiB for nothing after 200 checkpoints and restores. Called once, before there are threads."""
-    _libc.mallopt(_M_ARENA_MAX, 2)
+    """All threads to come share one arena of the C library's allocator, in place of 8 per processor: each keeps what it once had, and
+    an idle daemon held 40 MiB for nothing after 200 checkpoints and restores. And what is large is given back when it is let go: by itself
+    the C library moves that limit up to 32 MiB, and then the arena is full of holes. Called once, before there are threads."""
+    _libc.mallopt(_M_ARENA_MAX, 1)
+    _libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    _libc.mallopt(_M_TRIM_THRESHOLD, _LARGE)
 
 
 def trim() -> None:

@@ -6,8 +6,9 @@ Under a checkpoint's id there may be, beside what its manifest names,
   one id has one writer, on whatever node, and whatever lies beside the mark is that action's: `sweep` needs no clock to know it.
 - `uses/<action>`: put by a restore before it reads.
 - `refs/<checkpoint>`: put by the action that writes that checkpoint, before it freezes anybody, because it may refer to pages of this one.
-  It stays for as long as that checkpoint, and counts for as long as that has an `attempt` or a manifest. What has neither is stale: a mark
-  is put after `attempt`, and `attempt` goes after the manifest has come.
+  It stays for as long as that checkpoint, and counts for as long as that has an `attempt` and no manifest, or a manifest that names this
+  one, or cannot be read. All others are stale: a mark is put after `attempt`, and `attempt` goes after the manifest has come, which never
+  changes; of those who might have been referred to and are not, a crash or a store that is away may leave the mark.
 - `removing`: put by whoever removes a checkpoint, before he looks for uses and references. Who restores it, or refers to it, puts his
   mark before he looks for this one: of two that meet, at least one sees the other.
 - `unwanted`: somebody has deleted it while others referred to it. It goes with the last of them.
@@ -111,6 +112,10 @@ class Place:
         """To whom it refers."""
         return {base.checkpoint_id for base in self.manifest.bases} if self.manifest else set()
 
+    def may_refer(self, base: str) -> bool:
+        """It does, or may come to, or nobody can read whether it does."""
+        return self.alive and (self.manifest is None or base in self.bases)
+
     @property
     def unwanted(self) -> bool:
         return any(facts.key == _unwanted(self.checkpoint_id) for facts in self.objects)
@@ -171,7 +176,7 @@ def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collecti
     what another refers to that stays. What either rule of the retention keeps stays; a checkpoint that is not believed does not count for
     one that is kept."""
     places = sorted(found, key=lambda place: place.checkpoint_id)
-    last, alive = _last(places, policy.keep_last), {place.checkpoint_id for place in places if place.alive}
+    last = _last(places, policy.keep_last)
     removals = [
         removal
         for place in places
@@ -179,27 +184,31 @@ def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collecti
         for removal in (_checkpoint(place, now, policy, last) if place.manifest else _attempt(place, now))
         if removal.age >= policy.grace
     ]
-    removals = _referrers_first(_unreferenced(removals, places, alive))
+    removals = _referrers_first(_unreferenced(removals, places))
     going = {removal.place.checkpoint_id for removal in removals if removal.whole}
-    alive -= {
-        removal.place.checkpoint_id for removal in removals if removal.what == "attempt"
-    }  # before their marks; a checkpoint takes its own
+    attempts = {removal.place.checkpoint_id for removal in removals if removal.what == "attempt"}
+    left = {
+        place.checkpoint_id: place for place in places if place.checkpoint_id not in attempts
+    }  # those go before their marks; a checkpoint takes its own
     return removals + [
         Removal("mark", place, now - facts.modified, "no_referrer", key=facts.key)
         for place in places
         if place.checkpoint_id not in going and not place.foreign
         for referrer, facts in place.marks.items()
-        if referrer not in alive and now - facts.modified >= policy.grace
+        if not (referrer in left and left[referrer].may_refer(place.checkpoint_id)) and now - facts.modified >= policy.grace
     ]
 
 
-def _unreferenced(removals: list[Removal], places: Iterable[Place], alive: Collection[str]) -> list[Removal]:
+def _unreferenced(removals: list[Removal], places: Iterable[Place]) -> list[Removal]:
     """Those to which none refers that stays. A mark says it, and the manifest of who refers, should its mark be lost."""
-    places = list(places)
+    there = {place.checkpoint_id: place for place in places}
     while True:
-        staying = set(alive) - {removal.place.checkpoint_id for removal in removals if removal.whole}
-        held = {place.checkpoint_id for place in places if place.marks.keys() & staying}
-        held |= {base for place in places if place.checkpoint_id in staying for base in place.bases}
+        going = {removal.place.checkpoint_id for removal in removals if removal.whole}
+        staying = {each: place for each, place in there.items() if each not in going}
+        held = {
+            each for each, place in there.items() if any(staying[who].may_refer(each) for who in place.marks.keys() & staying)
+        }
+        held |= {base for place in staying.values() for base in place.bases}
         left = [removal for removal in removals if not removal.whole or removal.place.checkpoint_id not in held]
         if len(left) == len(removals):
             return left
@@ -299,11 +308,11 @@ def _remove(node: Node, store: Store, removal: Removal) -> Garbage:
             if removal.upload is not None:
                 store.abort_upload(removal.upload)
             elif removal.what == "mark":
-                _remove_mark(store, removal.key)
+                _remove_mark(store, node.notary, removal.key)
             elif removal.what == "attempt":
                 _remove_attempt(store, removal.place)
             else:
-                with _removing_alone(store, checkpoint_id):
+                with _removing_alone(store, node.notary, checkpoint_id):
                     catalog.delete(store, checkpoint_id)
                 _let_go(store, node.notary, checkpoint_id, removal.place.bases)
     except Busy as e:
@@ -326,15 +335,15 @@ def _remove_attempt(store: Store, place: Place) -> None:
         store.delete(facts.key)
 
 
-def _remove_mark(store: Store, key: str) -> None:
-    """Of who refers to another, if he is not there still."""
-    if _alive(store, key.rpartition("/")[2]):
+def _remove_mark(store: Store, notary: Notary, key: str) -> None:
+    """Of who might have referred to another, if he does not."""
+    if _may_refer(store, notary, key.rpartition("/")[2], key.partition("/")[0]):
         raise Busy(f"somebody has begun to refer: {key}")
     store.delete(key)
 
 
 @contextmanager
-def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
+def _removing_alone(store: Store, notary: Notary, checkpoint_id: str) -> Iterator[None]:
     """Inside it is removed, manifest first; Busy if somebody uses it, Refused("referenced") if somebody refers to it. No mark stays on what
     stays."""
     began = time.monotonic()
@@ -343,7 +352,7 @@ def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
         there = tuple(store.list(f"{checkpoint_id}/"))
         if Place(checkpoint_id, there).used(time.time()):
             raise Busy(f"a restore uses {checkpoint_id}", hint="wait for it; what a node left that died counts for a day")
-        if referrers := _referrers(store, checkpoint_id, there):
+        if referrers := _referrers(store, notary, checkpoint_id, there):
             raise Refused(
                 "referenced", f"{len(referrers)} checkpoints have pages in {checkpoint_id}, and could not be restored without it: "
                 + ", ".join(referrers[:3]), prop="checkpoint_id", found=referrers[:100], wanted="none that refers to it",
@@ -357,8 +366,8 @@ def _removing_alone(store: Store, checkpoint_id: str) -> Iterator[None]:
         raise
 
 
-def _referrers(store: Store, checkpoint_id: str, there: tuple[ObjectFacts, ...]) -> list[str]:
-    return [each for each in Place(checkpoint_id, there).marks if _alive(store, each)]
+def _referrers(store: Store, notary: Notary, checkpoint_id: str, there: tuple[ObjectFacts, ...]) -> list[str]:
+    return [each for each in Place(checkpoint_id, there).marks if _may_refer(store, notary, each, checkpoint_id)]
 
 
 def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = False) -> None:
@@ -367,7 +376,7 @@ def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = Fa
     store.stat(catalog.manifest_key(checkpoint_id))
     bases = _bases(store, notary, checkpoint_id)
     try:
-        with _removing_alone(store, checkpoint_id):
+        with _removing_alone(store, notary, checkpoint_id):
             catalog.delete(store, checkpoint_id)
     except Refused as e:
         if e.code != _REFERENCED or not later:
@@ -376,7 +385,7 @@ def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = Fa
         with suppress(Refused):  # it is there
             store.put(_unwanted(checkpoint_id), b"")
         if not _referrers(
-            store, checkpoint_id, tuple(store.list(f"{checkpoint_id}/"))
+            store, notary, checkpoint_id, tuple(store.list(f"{checkpoint_id}/"))
         ):  # the last has gone before he could see that
             remove(store, notary, checkpoint_id, later=True)
         return
@@ -403,9 +412,15 @@ def _let_one_go(store: Store, notary: Notary, checkpoint_id: str, base: str) -> 
         remove(store, notary, base, later=True)
 
 
-def _alive(store: Store, checkpoint_id: str) -> bool:
-    """`attempt` first: while it is looked for the other may come, and the one go."""
-    return _is_there(store, _mark(checkpoint_id)) or _is_there(store, catalog.manifest_key(checkpoint_id))
+def _may_refer(store: Store, notary: Notary, checkpoint_id: str, base: str) -> bool:
+    """As `Place` says it. `attempt` first: while it is looked for the manifest may come, and it may go."""
+    attempted = _is_there(store, _mark(checkpoint_id))
+    try:
+        return base in {each.checkpoint_id for each in catalog.read(store, checkpoint_id, notary).bases}
+    except NotFound:
+        return attempted
+    except (Corrupt, Refused):
+        return True
 
 
 def _put_removing(store: Store, checkpoint_id: str) -> None:

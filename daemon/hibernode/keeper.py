@@ -1,23 +1,24 @@
 """The keeper of a lazy restore: a process of its own, which sees to it that no tree runs on when its pages will not come.
 
-Such a tree reads what it has not yet through userfaultfds, and `criu lazy-pages` holds them. When the last copy of one is closed, the
-kernel takes what is missing for zeros, and the tree calculates with them. So whoever is left when something dies has to hold them until
-nobody of the tree is there any more: not the daemon, which may die itself, and not `criu lazy-pages`, which ends when its pages end.
+Such a tree reads what it has not yet through userfaultfds, and the filler (`filler.py`), a child of the keeper, holds them. When the last
+copy of one is closed, the kernel takes what is missing for zeros, and the tree calculates with them. So whoever is left when something dies
+has to hold them until nobody of the tree is there any more: not the daemon, which may die itself, and not the filler, which may, too.
 
-The keeper starts `criu lazy-pages` and traces it, for one thing alone: a traced process stands still at the beginning of its end
+The keeper traces the filler, for one thing alone: a traced process stands still at the beginning of its end
 (PTRACE_EVENT_EXIT), whatever ends it, SIGKILL too, and has all its descriptors still. If it ends otherwise than well, or the daemon's end
 of the control socket is closed before all pages are in, the tree is killed and waited for; only then may it close them. Children that the
-tree has forked meanwhile have userfaultfds of their own, which are `criu lazy-pages`' from the moment that it reads of them: so there is
+tree has forked meanwhile have userfaultfds of their own, which are the filler's from the moment that it reads of them: so there is
 no moment in which one is held by nobody. That this kernel does stop it there is tried out with a child before anything is restored.
 
-What is left: faults of `criu lazy-pages` while it is well (docs/operations.md, "Lazy restores"); and keeper and `criu lazy-pages` SIGKILLed
-both, before the daemon has killed the tree for the first of them (milliseconds). For that reason the keeper lives in a cgroup of its own:
-who kills the daemon's does not meet it.
+What is left: keeper and filler SIGKILLed both, before the daemon has killed the tree for the first of them (milliseconds). For that reason
+the keeper lives in a cgroup of its own: who kills the daemon's does not meet it. A filler whose keeper is gone holds on to what it has
+until nobody lacks a page.
 
-Standard library only, and run by its path (`python -I -S`): it starts in 20 ms, and takes 9 MiB. One thread. Messages are JSON, one for
-each packet. In: what to start, and `{"tree": [[pid, start time], ...]}` when it runs. Out: `{"ready": true}` when CRIU may restore; then
-`{"in": true}`, or, with nobody of the tree left, `{"lost": reason, "killed": pids}`; or at once `{"unfit": reason}`, for a kernel where
-all this would not hold.
+Standard library only, and run without site-packages (`python -S`): it starts in 30 ms, and takes 10 MiB, and as much for the filler.
+One thread. Messages are JSON, one for each packet. In: where the images are, and `{"tree": [[pid, start time], ...]}` when it runs, or `{}`
+with the daemon's end of CRIU's socket, where CRIU holds the tree until all is in: it lets it run if that is closed. Out:
+`{"ready": true}` when CRIU may restore; then `{"in": true}`, or, with nobody of the tree left, `{"lost": reason, "killed": pids}`; or at
+once `{"unfit": reason}`, for a kernel where all this would not hold.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hibernode import filler
+
+CRIU_ENDED = "CRIU has ended, which held it"
 Identity = tuple[int, int]  # of a process: pid and start time
 
 _CONT, _SEIZE, _GETEVENTMSG, _LISTEN = 7, 0x4206, 0x4201, 0x4208  # include/uapi/linux/ptrace.h
@@ -47,12 +51,15 @@ _USERFAULTFD, _PIDFD_GETFD = 323, 438  # x86-64
 _API = struct.Struct("=QQQ")  # struct uffdio_api: api, features, ioctls
 _UFFDIO_API, _UFFD_API = 0xC018AA3F, 0xAA
 _EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6  # of fork, remap, remove, unmap: without them a child would read zeros
+_RECENT = 1 << 11  # UFFD_FEATURE_EXACT_ADDRESS, of Linux 5.18: it counts the changes that it holds up, and knows UFFDIO_CONTINUE
 _UFFD = "anon_inode:[userfaultfd]"
 _LOOK = 0.005  # seconds between two looks at who is left
-_START = 20.0  # seconds for `criu lazy-pages` to listen; 20 ms are usual
+_START = 20.0  # seconds for the filler to listen; 2 ms are usual
+LOG = "filler.log"  # in the images' directory
 _MOST = 1 << 20  # bytes of a message
 _SPARE = 12  # descriptors that are kept for the end: three are needed at once
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # who shuts the machine down ends the tree, and so the keeper
+_NEVER = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)  # what a kernel says that will say so again
 _GONE = (errno.ENOENT, errno.ESRCH, errno.ENODEV)  # of a process, or a cgroup; any other error says nothing of who is left
 _KIDS = 100  # pids that are told
 
@@ -62,8 +69,12 @@ _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c
 
 
 def main(words: Sequence[str]) -> int:
-    """`words`: the numbers of the control socket and of the page socket's end for `criu lazy-pages`."""
-    control, pages = socket.socket(fileno=int(words[0])), int(words[1])
+    """`words`: the numbers of the control socket, of the page socket's end for the filler, and of the memory that it shares. Or `unfit`:
+    say on stdout what `unfit` says."""
+    if words == ["unfit"]:
+        print(unfit())
+        return 0
+    control, pages, memory = socket.socket(fileno=int(words[0])), int(words[1]), int(words[2])
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -72,15 +83,18 @@ def main(words: Sequence[str]) -> int:
         _say(control, unfit=reason)
         return 1
     data = control.recv(_MOST)  # empty: nothing comes, the restore has failed before
-    return Keeper(control, pages, json.loads(data)).run() if data else 0
+    return Keeper(control, pages, memory, json.loads(data)).run() if data else 0
 
 
 def unfit() -> str:
-    """Why a lazy restore would not be safe here; empty if it is."""
-    with contextlib.suppress(OSError):
+    """Why nothing can be filled safely here; empty if it can. OSError if that cannot be found out now."""
+    try:
         os.close(_userfaultfd())
-        return "" if _stands_still() else "a traced process that is killed does not stand still at its end (PTRACE_EVENT_EXIT)"
-    return "no userfaultfd with the events fork, remap, remove and unmap"
+    except OSError as e:
+        if e.errno not in _NEVER:
+            raise
+        return "no userfaultfd with the events fork, remap, remove and unmap, of Linux 5.18"
+    return "" if _stands_still() else "a traced process that is killed does not stand still at its end (PTRACE_EVENT_EXIT)"
 
 
 def _userfaultfd() -> int:
@@ -88,7 +102,9 @@ def _userfaultfd() -> int:
     if descriptor < 0:
         raise _error()
     try:
-        fcntl.ioctl(descriptor, _UFFDIO_API, _API.pack(_UFFD_API, _EVENTS, 0))
+        _, features, _ = _API.unpack(fcntl.ioctl(descriptor, _UFFDIO_API, _API.pack(_UFFD_API, _EVENTS, 0)))
+        if not features & _RECENT:
+            raise OSError(errno.EOPNOTSUPP, "too old")
     except OSError:
         os.close(descriptor)
         raise
@@ -115,6 +131,9 @@ def _stands_still() -> bool:
         _ptrace(_CONT, pid, 0, 0)
         os.waitpid(pid, _WALL)
     except OSError:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, _WALL)
         return False
     finally:
         os.close(reading)
@@ -130,17 +149,18 @@ def _is_open(reading: int) -> bool:
 
 
 class Keeper:
-    """One lazy restore. `order`: the `argv` of `criu lazy-pages` without its descriptors, its `env`, the directory `cwd`, and `procs`, the
-    files of the cgroups in which the tree is born."""
+    """One lazy restore. `order`: the `table` of what comes late, the `images`, where CRIU looks for a socket, and `procs`, the files of the
+    cgroups in which the tree is born."""
 
-    def __init__(self, control: socket.socket, pages: int, order: dict[str, Any]) -> None:
-        self._control, self._pages, self._order = control, pages, order
+    def __init__(self, control: socket.socket, pages: int, memory: int, order: dict[str, Any]) -> None:
+        self._control, self._pages, self._memory, self._order = control, pages, memory, order
         self._procs: list[str] = order["procs"]
         self._spare = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC) for _ in range(_SPARE)]
         self._held: list[int] = []  # copies of userfaultfds
+        self._criu: list[int] = []  # the daemon's end of its socket: CRIU would let a tree run when that is closed
         self._known: dict[Identity, None] = {}  # of the tree, wherever they live
         self._killed: dict[Identity, None] = {}
-        self._pid, self._at_end = 0, False  # of `criu lazy-pages`; whether it stands still at the beginning of its end
+        self._pid, self._at_end = 0, False  # of the filler; whether it stands still at the beginning of its end
 
     def run(self) -> int:
         """Until all is in, or nobody is left."""
@@ -165,7 +185,7 @@ class Keeper:
         try:
             status = self._start()
         except OSError as e:
-            return f"criu lazy-pages cannot be started: {e}"
+            return f"the filler cannot be started: {e}"
         poller, until = select.poll(), time.monotonic() + _START
         for descriptor in (woken, self._control.fileno(), status):
             poller.register(descriptor, select.POLLIN)
@@ -176,47 +196,55 @@ class Keeper:
                 os.read(woken, 4096)
             if (code := self._ended()) is not None:
                 self._hears()  # what was said before, if anything was
-                return f"criu lazy-pages ended {_how(code)}" if code or not listening else ""
+                return f"the filler ended {_how(code)}" if code or not listening else ""
+            if ready & set(self._criu):
+                return CRIU_ENDED
             if self._control.fileno() in ready and not self._hears():
                 return "the daemon has gone"
+            for descriptor in self._criu:
+                poller.register(descriptor, 0)  # its end, and nothing else
             if status in ready:
                 poller.unregister(status)
                 if os.read(status, 1):
                     listening = True
                     _say(self._control, ready=True)
             if not listening and time.monotonic() > until:
-                return "criu lazy-pages does not listen"
+                return "the filler does not listen"
 
     def _hears(self) -> bool:
         """What the daemon says; False if it has gone."""
         try:
-            data = self._control.recv(_MOST, socket.MSG_DONTWAIT)
+            data, more, _, _ = self._control.recvmsg(_MOST, socket.CMSG_LEN(4), socket.MSG_DONTWAIT)  # recv_fds of 3.11 waits
         except OSError:
             return False
-        if data:
-            self._known.update(dict.fromkeys((pid, began) for pid, began in json.loads(data)["tree"]))
-        return bool(data)
+        self._criu += [int.from_bytes(each, sys.byteorder) for _, _, each in more]
+        said = json.loads(data or b"{}")
+        self._known.update(dict.fromkeys((pid, began) for pid, began in said.get("tree", ())))
+        return bool(more) if data and not said else bool(data)
 
     def _start(self) -> int:
-        """Where it says that it listens. It is seized before its first instruction: nobody could have given it a userfaultfd before."""
+        """Where it says that it listens. It is seized before its first step: nobody could have given it a userfaultfd before."""
         (status, says), (waits, go) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
-        argv = [*self._order["argv"], "--ps-socket", str(self._pages), "--status-fd", str(says)]
+        keeper = os.getpid()
         self._pid = os.fork()
         if not self._pid:
-            with contextlib.suppress(OSError):
+            code = 127
+            try:
                 os.close(go)
+                self._control.close()  # or nobody would see the end of the keeper
                 signal.set_wakeup_fd(-1)
                 for number in (signal.SIGCHLD, *_IGNORED):
                     signal.signal(number, signal.SIG_DFL)
                 os.setsid()
-                os.chdir(self._order["cwd"])
-                os.set_inheritable(self._control.fileno(), False)
-                for descriptor in (self._pages, says):
-                    os.set_inheritable(descriptor, True)
+                os.chdir(self._order["images"])
+                os.dup2(os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.stderr.fileno())
                 os.read(waits, 1)
-                os.execve(argv[0], argv, self._order["env"])
-            os._exit(127)
-        for descriptor in (waits, says, self._pages):  # who serves the pages is to see when they are wanted no more
+                code = _fill(says, socket.socket(fileno=self._pages), self._memory, self._order["table"], keeper)
+            except Exception as e:  # noqa: BLE001 - no way out of here but one
+                print(f"Error: the filler cannot start: {e!r}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        for descriptor in (waits, says, self._pages):  # who brings the pages is to see when they are wanted no more
             os.close(descriptor)
         try:
             _ptrace(_SEIZE, self._pid, 0, _TRACE_EXIT)
@@ -224,10 +252,10 @@ class Keeper:
             os.close(go)
         return status
 
-    # --- how criu lazy-pages is ----------------------------------------------------------------------------------------------
+    # --- how the filler is ------------------------------------------------------------------------------------------------
 
     def _ended(self) -> int | None:
-        """The wait status of `criu lazy-pages`, if it has ended, or is about to and not well: then it stands still. None: it goes on."""
+        """The wait status of the filler, if it has ended, or is about to and not well: then it stands still. None: it goes on."""
         while True:
             found, status = os.waitpid(self._pid, os.WNOHANG | _WALL)
             if not found:
@@ -286,16 +314,22 @@ class Keeper:
         nobody: who is killed forks no more, so that it comes to its end."""
         quiet = 0
         while quiet < 2:
-            try:
-                found, over = self._look()
-            finally:
-                for file in self._procs:  # first, and whatever could not be read
-                    self._kill_group(file)
+            self._kill_held()
+            for file in self._procs:  # whatever cannot be read
+                self._kill_group(file)
+            found, over = self._look()
             for who in found:
                 _kill(who)
             self._killed.update(dict.fromkeys(found))
             quiet = quiet + 1 if over else 0
             time.sleep(_LOOK)
+
+    def _kill_held(self) -> None:
+        """Before who holds them: else they would run for a moment."""
+        with contextlib.suppress(OSError):
+            for pid in self._members() - {self._pid, os.getpid()}:
+                if (stat := _stat(f"/proc/{pid}")) and stat[0] == "t":
+                    _kill((pid, int(stat[19])))
 
     def _kill_group(self, file: str) -> None:
         """By the kernel (cgroup v2), which misses nobody who is being forked; where it cannot, they are killed one by one."""
@@ -334,6 +368,14 @@ class Keeper:
                 os.kill(self._pid, signal.SIGKILL)
             self._ended()
             time.sleep(_LOOK if self._pid else 0)
+
+
+def _fill(says: int, pages: socket.socket, memory: int, table: str, keeper: int) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(filler.SOCKET)
+        listening.listen()
+        os.write(says, b".")
+        return filler.main(listening, pages, memory, table, keeper)
 
 
 def _say(control: socket.socket, **facts: object) -> None:

@@ -795,6 +795,7 @@ class Meter:
         self.pause_ns = 0
         self.gpu_ns = 0
         self._phases: dict[str, PhaseCost] = {}
+        self._inside = 0.0, 0  # seconds and bytes of phases inside the one that is open
 
     def add(self, *, raw: int = 0, zero: int = 0, stored: int = 0, io: int = 0) -> None:
         with self._lock:
@@ -810,13 +811,16 @@ class Meter:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside towards phase `name`, and the bytes moved inside with it."""
+        """Count the time inside towards phase `name`, and the bytes moved inside with it, but those of a phase within."""
         self.phase_name, start, moved = name, self._clock(), self.total_io
+        outside, self._inside = self._inside, (0.0, 0)
         try:
             yield
         finally:
-            old = self._phases.get(name, PhaseCost(seconds=0.0))
-            self._phases[name] = PhaseCost(seconds=old.seconds + self._clock() - start, bytes=old.bytes + self.total_io - moved)
+            seconds, size = self._clock() - start, self.total_io - moved
+            old, (others, of_others) = self._phases.get(name, PhaseCost(seconds=0.0)), self._inside
+            self._phases[name] = PhaseCost(seconds=old.seconds + seconds - others, bytes=old.bytes + size - of_others)
+            self._inside = outside[0] + seconds, outside[1] + size
 
     @contextmanager
     def gpu(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hibernode.config import Config
 from hibernode.errors import Busy, Cancelled, DeadlineExceeded, GpuWedged, HibernodeError, NoRoom, Stuck
@@ -83,6 +83,7 @@ class Node:
     notary: Notary
     keyring: Keyring
     claims: Claims = field(default_factory=Claims)
+    damaged: set[str] = field(default_factory=set)  # checkpoints in which `verify` has found damage: nothing new refers to them
 
 
 class Report(Protocol):
@@ -98,6 +99,7 @@ class Attempt:
     meter: Meter
     cancel: Cancel
     report: Report
+    open: list[_Open] = field(default_factory=list)  # phases that are open, the innermost last
 
     @contextmanager
     def phase(self, name: str, limit: float) -> Iterator[None]:
@@ -106,13 +108,27 @@ class Attempt:
         self.cancel.check()
         self.entry.enter(name, limit)
         late = _too_late(name, limit)
-        with self.meter.phase(name), alarm(limit, lambda: self.cancel.set(late.message, late)):
+        with self.meter.phase(name), alarm(limit, lambda: self.cancel.set(late.message, late)) as ringing:
+            self.open.append(_Open(name, limit, ringing))
             try:
                 yield
             except HibernodeError as e:
                 if self.cancel.reason and not isinstance(e, Stuck | Cancelled | DeadlineExceeded):
                     raise self.cancel.error from e
                 raise
+            finally:
+                self.open.pop()
+
+    @contextmanager
+    def within(self, name: str, limit: float) -> Iterator[None]:
+        """A phase in the middle of the one that is open, whose time stands still meanwhile, and whose limit begins anew afterwards."""
+        outer = self.open[-1]
+        outer.ringing.stop()
+        with self.phase(name, limit):
+            yield
+        self.entry.enter(outer.name, outer.limit)
+        self.meter.phase_name = outer.name
+        outer.ringing.start()
 
     @contextmanager
     def work_directory(self, parent: Path) -> Iterator[Path]:
@@ -150,6 +166,7 @@ _HINTS = {
     "committing": "does the store answer? Else raise `limits.commit`",
     "probing": "is the machine too busy? Else raise `limits.preflight`",
     "restoring": "CRIU did not come to its end; raise `limits.restore` if the tree is very large",
+    "holding": "the store is slow; raise `limits.transfer`",
 }
 
 
@@ -159,17 +176,41 @@ def _too_late(phase: str, limit: float) -> DeadlineExceeded:
     )
 
 
+class _Ringing:
+    """An alarm that rings after so many seconds, if it is not stopped before."""
+
+    def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
+        self._seconds, self._ring = seconds, ring
+        self._timer: threading.Timer | None = None
+
+    def start(self) -> None:
+        self._timer = threading.Timer(self._seconds, self._ring)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stop(self) -> None:
+        """When this returns it does not ring any more. Harmless when repeated."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+            timer.join()
+
+
 @contextmanager
-def alarm(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
+def alarm(seconds: float, ring: Callable[[], None]) -> Iterator[_Ringing]:
     """`ring` is called, from a thread of its own, if what is done inside takes longer. No thread outlives it."""
-    timer = threading.Timer(seconds, ring)
-    timer.daemon = True
-    timer.start()
+    ringing = _Ringing(seconds, ring)
+    ringing.start()
     try:
-        yield
+        yield ringing
     finally:
-        timer.cancel()
-        timer.join()
+        ringing.stop()
+
+
+class _Open(NamedTuple):
+    name: str
+    limit: float  # seconds
+    ringing: _Ringing
 
 
 def calmly(what: str, undo: Callable[[], None]) -> Callable[[], None]:

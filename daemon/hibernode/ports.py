@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +104,10 @@ class Store(Protocol):
 
     def read_into(self, key: str, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset`. An object too short for it is Corrupt. A failed attempt is retried inside."""
+
+    def reading(self, key: str, offset: int, size: int) -> AbstractContextManager[Callable[[memoryview], None]]:
+        """So many bytes from `offset`, at least one, asked for at once and read piece by piece: each call fills a view with those that
+        come next, as `read_into` would. Who leaves it early has read no more than that."""
 
     def stat(self, key: str) -> ObjectFacts: ...
 
@@ -245,15 +250,18 @@ class Demands:
 
 
 class Keeper(Protocol):
-    """What stands behind one lazy restore: a process of its own, which has `criu lazy-pages` as its child and outlives the daemon. When
+    """What stands behind one lazy restore: a process of its own, which has the filler as its child and outlives the daemon. When
     something dies before all pages are in, the tree is killed before anybody lets go of what is missing (`hibernode.keeper`). One
     thread, but for `wake`."""
 
-    def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
-        """Have `criu lazy-pages` listen in `images`, which are complete but for pages that come late; when this returns CRIU may restore
-        there. `procs`: files of the cgroups that the tree will be born in, and nobody else lives in; `own`: of those where the keeper
-        is to live. Raises Refused("lazy_kernel") where the kernel does not keep what is promised, Refused("lazy_mappings"),
+    def begin(self, images: Path, table: Path, procs: Sequence[str], own: Sequence[str]) -> None:
+        """Have the filler listen in `images`, which are complete but for the pages of `table` (`hibernode.filler`); when this returns CRIU
+        may restore there. `procs`: files of the cgroups that the tree will be born in, and nobody else lives in; `own`: of those where
+        the keeper is to live. Raises Refused("lazy_kernel") where the kernel does not keep what is promised, Refused("lazy_cgroup"),
         RestoreFailed, or Stopped."""
+
+    def hold(self, criu: int) -> None:
+        """As `Held.hold`."""
 
     def told(self, tree: Sequence[Identity]) -> None:
         """It runs, and these are it."""
@@ -267,6 +275,17 @@ class Keeper(Protocol):
 
     def close(self) -> None:
         """If not all is in, whoever is left of the tree is killed. Returns when the keeper has ended. Harmless when repeated."""
+
+
+class Held(Protocol):
+    """Where all pages are brought before anybody runs: what CRIU waits for, when it has made the tree."""
+
+    def hold(self, criu: int) -> None:
+        """Before CRIU begins; it waits at the other end of this socket, and lets the tree run when that is closed: it is not to see that
+        the daemon has died."""
+
+    def fill(self) -> None:
+        """All is made. Returns when all pages are in; whatever is raised, the tree may still be there."""
 
 
 class Criu(Protocol):
@@ -287,11 +306,23 @@ class Criu(Protocol):
         the pair is the caller's; this call closes `pages`). The tree runs on, or is left stopped if so asked. Raises
         DumpFailed with the end of CRIU's log; the tree runs on then too."""
 
-    def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
-        """Restore; the pid of the root task, running. Raises RestoreFailed; the caller ends what may be left of the tree."""
+    def restore(
+        self,
+        images: Path,
+        options: CriuOptions,
+        prepared: Prepared,
+        cancel: Cancel,
+        held: Held | None = None,
+    ) -> int:
+        """Restore; the pid of the root task, running. `options.lazy`, or `held`: most pages come from who listens in `images`. With `held`
+        nobody runs before `held.fill` has returned; what it raises is raised, and the tree has been killed. Raises RestoreFailed; the
+        caller ends what may be left of the tree."""
 
-    def keeper(self, pages: socket.socket) -> Keeper:
-        """Start one; `pages` is the end of the page socket for `criu lazy-pages`, and is closed here."""
+    def unfit(self) -> str:
+        """Why nothing can be filled here (`hibernode.keeper`); empty if it can. Tried out once."""
+
+    def keeper(self, turns: socket.socket, memory: int) -> Keeper:
+        """Start one; `turns` is the end of its socket for the filler, and is closed here; `memory` is the file that they share."""
 
     def let_go(self, work: Path) -> None:
         """Whatever is left of the workers of a daemon that died, and has something in `work` open, goes on, and so comes to its end: one
@@ -472,6 +503,9 @@ class Workloads(Protocol):
     def cluster(self) -> str:
         """What the API server says of this node, in a line; "" where there is none. Raises as `Cluster.node`."""
 
+    def fills(self, facts: WorkloadFacts) -> bool:
+        """Whether such a workload can be restored while its pages are brought by the filler: in cgroups of its own."""
+
     def insist_free(self, facts: WorkloadFacts, command: RestoreCommand) -> None:
         """Refused("name_taken" | "workload_kind" | "no_pod" | "pod_exists") where `prepare` or `restore` would refuse it: asked before a
         fetch, which takes long."""
@@ -568,8 +602,9 @@ class Fetched:
 
     images: Mapping[str, Path]
     layers: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
-    # Of a lazy restore: to be called before CRIU restores, as `Keeper.begin` without its images.
+    # Where the filler brings the pages: to be called before CRIU restores, as `Keeper.begin` without its images.
     begin: Callable[[Sequence[str], Sequence[str]], None] | None = None
+    held: Held | None = None  # where it brings them all before anybody runs
 
 
 class PreparedWorkload(Protocol):

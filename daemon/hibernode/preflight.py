@@ -36,6 +36,7 @@ from hibernode.transfer.codec import Level, parse_compression
 REMAPS = 13  # of CUDA: its driver (580) can bring state back onto another GPU
 BEST_RATIO = 50  # no memory compresses better in practice: a store with less room than this leaves cannot hold the image
 
+WORK_ROOM = "work_dir free bytes"  # as an error has it
 _NO_OPTS = CriuOpts()
 _ONCE = {"leave_running", "increment", "restore"}  # keys of criu_opts that are of one command alone: no checkpoint keeps them
 
@@ -281,19 +282,13 @@ def lazy(manifest: Manifest, *, allowed: bool) -> None:
     """Can this checkpoint be restored before its pages are there, and may it be on this node?"""
     if not allowed:
         raise Refused(
-            "lazy_off", "this node does not restore lazily: `criu lazy-pages` has faults by which a tree can read zeros",
-            prop="criu.lazy", found=False, wanted=True,
-            hint="leave it out; or read \"Lazy restores\" in docs/operations.md, and say `lazy = true` in [criu]",
+            "lazy_off", "this node does not restore lazily", prop="criu.lazy", found=False, wanted=True,
+            hint="leave it out; or `lazy = true` in [criu], which is the default",
         )  # fmt: skip
     if manifest.workload.contained or manifest.layers:
         raise Refused(
             "lazy_kind", f"a {manifest.workload.kind} cannot be restored lazily", prop="criu_opts.restore", found="lazy", wanted="eager",
             hint="processes and jobs can; leave it out",
-        )  # fmt: skip
-    if any(image.bases for image in manifest.images):
-        raise Refused(
-            "lazy_increment", "a checkpoint that refers to pages of others cannot be restored lazily yet", prop="criu_opts.restore",
-            found="lazy", wanted="eager", hint="leave it out, or restore one that is whole: `hibernode inspect` shows bases",
         )  # fmt: skip
     if manifest.gpu is not None:
         raise Refused(
@@ -302,20 +297,24 @@ def lazy(manifest: Manifest, *, allowed: bool) -> None:
         )  # fmt: skip
 
 
-def restore_room(manifest: Manifest, work_free: int, load: Load, *, lazy: bool = False) -> None:
-    """An eager restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images,
-    as they are stored and as they are. The index is in memory only, as large as its image can have made it. Of a lazy one most pages are
-    never on tmpfs; which, only the index knows."""
+def restore_room(manifest: Manifest, work_free: int, load: Load, *, filled: bool = False) -> None:
+    """A restore holds the image's pages once, first on tmpfs and then, page by page, in the tree; and beside them the small images, as
+    they are stored and as they are. The index is in memory only, as large as its image can have made it. Of one that is `filled` most
+    pages are never on tmpfs; which, only the index knows."""
     memory = sum((image.pages - image.zero_pages) * PAGE + image.files.size + image.files_bytes for image in manifest.images)
-    room = sum(image.files.size + image.files_bytes for image in manifest.images) if lazy else memory
+    room = sum(image.files.size + image.files_bytes for image in manifest.images) if filled else memory  # and see `fetch.Supply`
     parts = (*manifest.parts, *manifest.bases)
     memory += max(format.index_limit(part) for part in parts)  # a claim of ours too: the index is read for it
-    for prop, found, need in (("work_dir free bytes", work_free, room), ("memory available", load.memory_available, memory)):
-        if found < need:
-            raise NoRoom(
-                f"the restore needs {need} bytes, {prop} is {found}", hint="free memory, or make the tmpfs of work_dir larger",
-                property=prop, found=found, wanted=need,
-            )  # fmt: skip
+    for prop, found, need in ((WORK_ROOM, work_free, room), ("memory available", load.memory_available, memory)):
+        insist_room(prop, found, need)
+
+
+def insist_room(prop: str, found: int, need: int) -> None:
+    if found < need:
+        raise NoRoom(
+            f"the restore needs {need} bytes, {prop} is {found}", hint="free memory, or make the tmpfs of work_dir larger",
+            property=prop, found=found, wanted=need,
+        )  # fmt: skip
 
 
 def gpu_memory(image: GpuImage, here: GpuInventory, room: int) -> int:

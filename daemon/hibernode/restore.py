@@ -1,17 +1,18 @@
 """A restore, on one page. Twin: `checkpoint.py`.
 
-Everything before `restoring` only reads and prepares; the image is verified frame by frame before CRIU sees any of it. If CRIU, the
-probe or anything later fails, no process of the tree is left. The local machine decides what a restored tree may do; the image does not.
+Everything before `restoring` only reads and prepares; each frame of the image is verified before CRIU, or a process, sees any of it. If
+CRIU, the probe or anything later fails, no process of the tree is left. The local machine decides what a restored tree may do; the image
+does not.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 from hibernode import catalog, gc, gpus, preflight
 from hibernode.config import Limits
 from hibernode.errors import RestoreFailed
-from hibernode.fetch import Supply, fetch
+from hibernode.fetch import Supply, by_filler, fetch
 from hibernode.journal import Tree, mark_of
 from hibernode.model import ImageRef, Manifest, RestoreCommand, Status
 from hibernode.node import Attempt, Node, insist
@@ -28,10 +29,9 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         options = preflight.options(command.overrides, node.config, node.host.load().cpus, manifest.criu_opts)
         tasks = [task for image in manifest.images for task in image.tasks]
         preflight.restore(manifest, node.host.facts(), node.criu.facts())
-        if lazy := options.criu.lazy:
-            preflight.lazy(manifest, allowed=node.config.criu.lazy)
+        lazy, filled = options.criu.lazy, by_filler(node, manifest, options.criu)
         places = gpus.places(node, manifest.gpu)
-        preflight.restore_room(manifest, node.host.room(node.config.work_dir), node.host.load(), lazy=lazy)
+        preflight.restore_room(manifest, node.host.room(node.config.work_dir), node.host.load(), filled=filled)
         catalog.check_sizes(store, manifest)
         attempt.meter.bytes_total = manifest.raw_bytes
         attempt.meter.streams = sum(len(part.streams) for part in manifest.parts)
@@ -46,18 +46,19 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
         claim, old, new, attempt.work_directory(node.config.work_dir) as work,
         ExitStack() as supplying, ExitStack() as undo, ExitStack() as reading,
     ):  # fmt: skip
-        for task in taken[1:] if lazy else ():  # it runs while pages are missing: nothing of it is anybody's to checkpoint
+        for task in taken[1:] if filled else ():  # it is there while pages are missing: nothing of it is anybody's to checkpoint
             supplying.enter_context(node.claims.claim(f"pid {task.pid}", command.action_id))
         with attempt.phase("preflight", limits.preflight):
             node.workloads.insist_free(manifest.workload, command)
             preflight.pids(node.workloads.blockers(taken))
         with attempt.phase("fetching", limits.transfer_of(manifest.raw_bytes)):
             reading.enter_context(gc.using(store, command.checkpoint_id, command.action_id))
-            supply = supplying.enter_context(Supply(node, store, seal, attempt, attempt.meter.streams)) if lazy else None
+            supply = Supply(node, store, seal, attempt, attempt.meter.streams, lazy=lazy) if filled else None
+            supplying.enter_context(supply or nullcontext())
             fetched = fetch(node, store, seal, manifest, work, attempt, supply)
             prepared = node.workloads.prepare(manifest.workload, command)
             undo.callback(prepared.discard)
-            if not manifest.layers and not lazy:  # which are read when there is a place for them
+            if not manifest.layers and not filled:  # which are read when there is a place for them
                 reading.close()
             preflight.pids(node.workloads.blockers(taken))  # again: the fetch took its time
         attempt.entry.update(place=prepared.place, trees=tuple(Tree(pid=task.pid, start_time=0) for task in taken))
@@ -68,10 +69,10 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             workload = prepared.restore(fetched, options.criu, attempt.cancel, note)
             attempt.entry.update(trees=tuple(Tree(pid=p.pid, start_time=p.start_time) for p in workload.processes()))
         gpus.resume(node, manifest.gpu, places, workload, attempt, undo)
-        if supply is not None:  # it runs, and hangs on the store until all of it is there
+        if supply is not None and lazy:  # it runs, and hangs on the store until all of it is there
             _fill(supply, workload, manifest, attempt, limits)
         with attempt.phase("probing", limits.preflight):
-            if supply is None:
+            if not lazy:
                 _probe(workload, manifest.images)
             attempt.cancel.close()
             mark_of(node.config.work_dir, command.action_id).touch()  # from here on it stays, whatever dies
@@ -83,7 +84,7 @@ def _fill(supply: Supply, workload: Workload, manifest: Manifest, attempt: Attem
     with attempt.phase("probing", limits.preflight):
         _probe(workload, manifest.images)  # first: who ends by himself while it is filled was restored well
     with attempt.phase("filling", limits.transfer_of(manifest.raw_bytes)):
-        supply.fill(workload)
+        supply.fill_running(workload)
 
 
 def _probe(workload: Workload, images: list[ImageRef]) -> None:

@@ -129,7 +129,6 @@ class Worker:
     action_id: str
     orphan: bool  # no daemon is above it: nobody waits for its answer any more
     holds: tuple[Identity, ...]  # whom it traces
-    serves: bool = False  # pages of a tree that runs: `criu lazy-pages`
 
     @property
     def stopped(self) -> bool:
@@ -142,8 +141,8 @@ def workers(work_dir: Path, daemon: Daemon | None) -> list[Worker]:
     found = []
     for each in proc.everybody():
         if each.comm == "criu" and (action := _action_of(each.pid, work_dir)):
-            process, serves = (each.pid, each.start_time), "lazy-pages" in proc.command_line(each.pid)
-            found.append(Worker(process, action, process not in below, tuple(proc.traced_by(each.pid)), serves))
+            process = each.pid, each.start_time
+            found.append(Worker(process, action, process not in below, tuple(proc.traced_by(each.pid))))
     return found
 
 
@@ -392,12 +391,9 @@ class Watchdog:
         if 0 in members or (record.place and 0 in cgroup.members(record.place)):  # they have no pid here
             _say(logging.ERROR, "not in the pid namespace of the daemon: nothing is done", action=record.action_id)
             return []
-        of_criu = [worker for worker in found if worker.action_id == record.action_id]
+        of_criu = [worker.process for worker in found if worker.action_id == record.action_id]
         inside = [(pid, proc.start_time(pid)) for pid in members]
-        first = [worker.process for worker in of_criu if not worker.serves]
-        killed = trees.kill_now([*_trees(record), *first, *inside], record.place)
-        if not killed:  # nobody is left who would read zeros for what it holds up
-            killed = trees.kill_now([worker.process for worker in of_criu if worker.serves])
+        killed = trees.kill_now([*_trees(record), *of_criu, *inside], record.place)
         freezer.thaw(record.freezers)  # a container that waited for its start: who is frozen does not die
         return _told("half restored: killed", record.action_id, killed)
 

@@ -7,8 +7,11 @@ whose digests are right: only the checks that remain stand between them and the 
 
 from __future__ import annotations
 
+import io
 import json
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +52,16 @@ class _Shelf:
         if len(piece) != len(into):
             raise Corrupt(f"{key} is too short")
         into[:] = piece
+
+    @contextmanager
+    def reading(self, key: str, offset: int, size: int) -> Iterator[Callable[[memoryview], None]]:
+        pieces = io.BytesIO(self.objects.get(key, b"")[offset : offset + size])
+
+        def fill(into: memoryview) -> None:
+            if pieces.readinto(into) != len(into):
+                raise Corrupt(f"{key} is too short")
+
+        yield fill
 
 
 def one(data: bytes) -> None:

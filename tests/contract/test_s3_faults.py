@@ -446,6 +446,19 @@ def test_a_body_that_breaks_is_resumed_where_it_broke(proxy: FaultProxy, bucket:
     assert asked == [f"bytes={start}-{1000 + (2 << 20) - 1}" for start in (1000, 1000 + fault.size)]
 
 
+def test_a_body_that_breaks_between_two_pieces_is_resumed_there(proxy: FaultProxy, bucket: str) -> None:
+    store = client(proxy, bucket)
+    data = pattern(3 << 20)
+    written(store, "a", data)
+    proxy.play("GetObject", Truncate(1 << 20), times=1)
+    pieces = [bytearray(1 << 20), bytearray(1 << 20)]
+    with store.reading("a", 0, 2 << 20) as fill:
+        for piece in pieces:
+            fill(memoryview(piece))
+    assert b"".join(pieces) == data[: 2 << 20]
+    assert [r.headers["range"] for r in proxy.seen("GetObject")] == ["bytes=0-2097151", "bytes=1048576-2097151"]
+
+
 def test_a_body_that_always_breaks_is_given_up(proxy: FaultProxy, store: S3) -> None:
     written(store, "a", pattern(1000))
     proxy.play("GetObject", Truncate(100))

@@ -288,6 +288,34 @@ def test_a_slice_of_a_larger_buffer_is_filled_and_nothing_else(store: Store) -> 
     assert buffer == b"...2345..."
 
 
+def test_a_range_is_read_piece_by_piece(store: Store) -> None:
+    data = pattern(3 * MIB)
+    written(store, "a", data)
+    pieces = [bytearray(size) for size in (1, 4096, MIB + 17, 7)]
+    with store.reading("a", 99, sum(map(len, pieces))) as fill:
+        for piece in pieces:
+            fill(memoryview(piece))
+    assert b"".join(pieces) == data[99 : 99 + sum(map(len, pieces))]
+
+
+def test_who_reads_may_leave_early(store: Store) -> None:
+    data = pattern(3 * MIB)
+    written(store, "a", data)
+    for offset in (0, MIB):
+        piece = bytearray(10)
+        with store.reading("a", offset, 2 * MIB) as fill:
+            fill(memoryview(piece))
+        assert piece == data[offset : offset + 10]
+
+
+def test_a_range_of_what_is_not_there_or_too_short(store: Store) -> None:
+    store.put("a", b"0123456789")
+    with pytest.raises(Corrupt), store.reading("a", 5, 6) as fill:
+        fill(memoryview(bytearray(6)))
+    with pytest.raises(NotFound), store.reading("b", 5, 6) as fill:
+        fill(memoryview(bytearray(6)))
+
+
 @pytest.mark.parametrize(("offset", "size"), [(0, 11), (5, 6), (10, 1), (1000, 4)])
 def test_reading_past_the_end_is_corrupt(store: Store, offset: int, size: int) -> None:
     store.put("a", b"0123456789")

@@ -1,4 +1,5 @@
-"""What is done to a checkpoint: one change in one of its objects, drawn from a seed and a number, with an id to do it again."""
+"""What is done to a checkpoint: one change in one of its objects, or in those of another that it refers to, drawn from a seed and a number,
+with an id to do it again. An object whose name ends with `/` is a checkpoint that it refers to, as a whole."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from tests.damage.stored import Objects, Stored
 
 FLIP, CUT = "flip", "cut"
-OTHERS = ("overwrite", "append", "swap", "replace", "remove")
+OTHERS = ("overwrite", "append", "swap", "replace", "remove", "add")
 DEEDS = (FLIP, CUT, *OTHERS)
 TURN = (FLIP, FLIP, FLIP, CUT, "")  # of five numbers that follow each other, four are flips and truncations, one is of the others
 EDGE = 64  # bytes at both ends of an object, where its headers and tables are: half of all places lie there
@@ -19,7 +20,12 @@ _OTHERS = {
     "swap": 4,
     "replace": 5,
     "remove": 1,
+    "add": 1,
 }  # how often each: there are few ways to remove an object
+_WHOLE = {"swap": 1, "replace": 1, "remove": 1}  # of what can be done to a checkpoint as a whole
+_WHOLES = 0.2  # how often, where it refers to others, one of these is what is damaged, and not an object
+_EMPTY = ("append", "swap", "replace", "remove")  # what can be done to an object of no bytes
+MARKS = ("removing", "unwanted", "attempt", "refs/00000000-0000-4000-8000-000000000000")  # of others, put into what it refers to
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,12 @@ def parse(text: str) -> Harm:
 
 def draw(everything: Mapping[str, Stored], seed: int, number: int) -> tuple[Harm, Objects]:
     """The `number`-th change that a seed stands for, and the objects after it: never the same as before. Each checkpoint and each of its
-    objects comes as often as any other, however small."""
-    chance = random.Random(f"{seed}/{number}")
+    objects comes as often as any other, however small; but of a chain, which takes longer, half as often."""
+    chance, names = random.Random(f"{seed}/{number}"), sorted(everything)
     while True:
-        stored = everything[chance.choice(sorted(everything))]
-        deed = TURN[number % len(TURN)] or chance.choices(OTHERS, [_OTHERS[deed] for deed in OTHERS])[0]
+        (name,) = chance.choices(names, [1 if everything[name].bases else 2 for name in names])
+        stored = everything[name]
+        deed = TURN[number % len(TURN)] or _other(chance, stored)
         harm = _draw(chance, everything, stored, deed)
         if (
             after := done(harm, everything)
@@ -58,8 +65,17 @@ def draw(everything: Mapping[str, Stored], seed: int, number: int) -> tuple[Harm
             return harm, after
 
 
+def _other(chance: random.Random, stored: Stored) -> str:
+    possible = [deed for deed in OTHERS if deed != "add" or stored.bases]
+    return chance.choices(possible, [_OTHERS[deed] for deed in possible])[0]
+
+
 def _draw(chance: random.Random, everything: Mapping[str, Stored], stored: Stored, deed: str) -> Harm:
-    name = chance.choice(sorted(stored.objects))
+    if deed == "add":
+        return Harm(stored.name, f"{chance.choice(sorted(stored.bases))}/{chance.choice(MARKS)}", deed)
+    if deed in _WHOLE and stored.bases and chance.random() < _WHOLES:
+        return _draw_whole(chance, everything, stored, chance.choice(sorted(_WHOLE)))
+    name = chance.choice(sorted(name for name, data in stored.objects.items() if data or deed in _EMPTY))
     size, at, what = len(stored.objects[name]), 0, ""
     match deed:
         case "flip":
@@ -81,6 +97,18 @@ def _draw(chance: random.Random, everything: Mapping[str, Stored], stored: Store
     return Harm(stored.name, name, deed, at, what)
 
 
+def _draw_whole(chance: random.Random, everything: Mapping[str, Stored], stored: Stored, deed: str) -> Harm:
+    """All of a checkpoint that it refers to is gone, changes places with the next, or is another one's, which is whole."""
+    base, what = chance.choice(sorted(stored.bases)), ""
+    match deed:
+        case "swap":
+            what = f"{chance.choice(sorted(stored.bases.keys() - {base}))}/"
+        case "replace":
+            chains = sorted(each.name for each in everything.values() if each.bases and each != stored) or [stored.name]
+            what = f"{chance.choice(chains)}:{base}/"
+    return Harm(stored.name, f"{base}/", deed, 0, what)
+
+
 def _place(chance: random.Random, size: int) -> int:
     edge = min(EDGE, size)
     return chance.choice(
@@ -91,6 +119,10 @@ def _place(chance: random.Random, size: int) -> int:
 def done(harm: Harm, everything: Mapping[str, Stored]) -> Objects:
     """The objects of that checkpoint after the deed."""
     objects = dict(everything[harm.stored].objects)
+    if harm.object.endswith("/"):
+        return _done_to_all(harm, objects, everything)
+    if harm.deed == "add":
+        return {**objects, harm.object: b""}
     data = objects.pop(harm.object)
     match harm.deed:
         case "flip":
@@ -108,3 +140,22 @@ def done(harm: Harm, everything: Mapping[str, Stored]) -> Objects:
             other, _, name = harm.what.partition(":")
             objects[harm.object] = everything[other].objects[name]
     return objects
+
+
+def _done_to_all(harm: Harm, objects: Objects, everything: Mapping[str, Stored]) -> Objects:
+    """Of one that it refers to."""
+    base = harm.object.removesuffix("/")
+    rest = {name: data for name, data in objects.items() if not name.startswith(harm.object)}
+    match harm.deed:
+        case "remove":
+            return rest
+        case "replace":
+            other, _, folder = harm.what.partition(":")
+            return rest | {f"{base}/{name}": data for name, data in everything[other].folder(folder.removesuffix("/")).items()}
+    exchanged = {harm.object: harm.what, harm.what: harm.object}
+    return {_moved(name, exchanged): data for name, data in objects.items()}
+
+
+def _moved(name: str, exchanged: Mapping[str, str]) -> str:
+    folder, slash, rest = name.partition("/")
+    return exchanged.get(folder + slash, folder + slash) + rest

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import socket
 import struct
 import threading
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pycriu.images import pagemap_pb2
 
+from hibernode import filler
 from hibernode.errors import Corrupt, DumpFailed, RestoreFailed
 from hibernode.flow import Stopped
-from hibernode.model import FRAME_PAGES, PAGE, Cancel, TaskFacts
-from hibernode.ports import CriuFacts, CriuOptions, Demands, DumpStats, Identity, Prepared
+from hibernode.missing import Extent
+from hibernode.model import PAGE, Cancel, TaskFacts
+from hibernode.ports import CriuFacts, CriuOptions, Demands, DumpStats, Held, Identity, Prepared
 from hibernode.transfer import pageproto
 from hibernode.transfer.pageproto import Header, Wire
 from tests.fakes.machine import ROOT, Machine, Run
@@ -41,6 +45,7 @@ class FakeCriu:
     def __init__(self, machine: Machine, script: Script, fault: Fault = "") -> None:
         self._machine, self._script, self._wire = machine, script, Wire(VERSION)
         self.fault: Fault = fault
+        self.unable = "no filler here"  # of restores that are not lazy; "": it brings the pages of all
         self.dumps = self.restores = 0
         self.dumping = threading.Event()  # a dump is half way
         self.gate = threading.Event()  # a dump goes on from there
@@ -144,13 +149,13 @@ class FakeCriu:
     def why(self, what: str, error: Exception, log: Path) -> DumpFailed:
         raise NotImplementedError
 
-    def keeper(self, pages: socket.socket) -> FakeKeeper:
+    def keeper(self, turns: socket.socket, memory: int) -> FakeKeeper:
         try:
             self._script.step("criu.keeper")
         except BaseException:
-            pages.close()
+            turns.close()
             raise
-        return FakeKeeper(self._machine, self._script, pages, self._wire)
+        return FakeKeeper(self._machine, self._script, turns, memory)
 
     def let_go(self, work: Path) -> None:
         self._script.note("criu.let_go")
@@ -162,86 +167,120 @@ class FakeCriu:
         except (OSError, ValueError) as e:
             raise Corrupt(f"pstree.img: {e}") from e
 
-    def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
+    def unfit(self) -> str:
+        return self.unable
+
+    def restore(
+        self,
+        images: Path,
+        options: CriuOptions,
+        prepared: Prepared,
+        cancel: Cancel,
+        held: Held | None = None,
+    ) -> int:
         cancel.check()
         self._script.step("criu.restore")
         self.restores += 1
         assert self.tasks(images) == self._machine.tasks
         assert (images / "memory.img").read_bytes() == b"\0" * 100_000
-        found, wanted = read_memory(images), expected(self._machine.runs, lazy=options.lazy)
+        found, wanted = read_memory(images), expected(self._machine.runs, lazy=options.lazy or held is not None)
         assert found == wanted, "the memory that came back is another one"
         assert not self._machine.processes(), "the pids are taken"
         self._machine.restored = True  # half made, if it fails now: CRIU that is killed leaves what it has made
+        if held is not None:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                held.hold(ours.fileno())
+                self._fill(held)
         self._script.step("criu.restore end")
         return ROOT
 
+    def _fill(self, held: Held) -> None:
+        try:
+            held.fill()
+        except BaseException:
+            if self._machine.restored:  # the keeper may have done it
+                self._machine.kill_restored()
+            raise
+
 
 class FakeKeeper:
-    """ports.Keeper: it asks for every page that may come late, as `criu lazy-pages` does, and compares them. Steps: `keeper.begin`,
-    `.wait`, `.half`: when half of them are in."""
+    """ports.Keeper, and its filler: it takes every row that may come late, the last of them first, and compares their pages. What is in
+    none holds zeros. Steps: `keeper.begin`, `.wait`, `.half`: when half of them are in."""
 
-    def __init__(self, machine: Machine, script: Script, pages: socket.socket, wire: Wire) -> None:
-        self._machine, self._script, self._pages, self._wire = machine, script, pages, wire
-        self._pages.settimeout(PATIENCE)
+    def __init__(self, machine: Machine, script: Script, turns: socket.socket, memory: int) -> None:
+        self._machine, self._script, self._turns = machine, script, turns
+        self._turns.settimeout(PATIENCE)
+        self._memory = mmap.mmap(memory, 0)
+        self._rows: dict[int, list[tuple[int, Extent]]] = {}  # row -> process and pages
         self._woken = self.all_in = False
 
-    def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
+    def begin(self, images: Path, table: Path, procs: Sequence[str], own: Sequence[str]) -> None:
         self._script.step("keeper.begin")
         assert (images / "pstree.img").exists()
         assert procs
         assert own
+        columns = array("Q", table.read_bytes())
+        for at in range(0, len(columns), filler.COLUMNS):
+            pid, *extent = columns[at : at + filler.COLUMNS]
+            found = Extent(*extent)
+            self._rows.setdefault(found.row, []).append((pid, found))
+
+    def hold(self, criu: int) -> None:
+        self._script.note("keeper.hold")
+        assert criu > 2
 
     def told(self, tree: Sequence[Identity]) -> None:
         assert tree
 
     def wait(self, seconds: float) -> bool:
         self._script.step("keeper.wait")
-        lazy = [run for run in self._machine.runs if run.lazy]
+        memory = {
+            (run.dst_id >> 8, run.vaddr // PAGE + n): (run.content or b"")[n * PAGE : (n + 1) * PAGE]
+            for run in self._machine.runs
+            for n in range(run.count if run.lazy else 0)
+        }
+        half = len(self._rows) - len(self._rows) // 2
         try:
-            for n, run in enumerate(lazy):
-                if n == len(lazy) // 2:
+            if self._rows:
+                self._turns.send(filler.TURN.pack(max(self._rows), filler.WANTED))
+            while self._rows:
+                if len(self._rows) == half:
                     self._script.step("keeper.half")
-                assert self._fill(run) == run.content, "the memory that came is another one"
-            self._pages.sendall(self._wire.encode(Header(pageproto.FORCE_CLOSE, 0, 0, 0, 0)))
-            assert self._receive(4) == pageproto.CLOSED
-        except ConnectionError as e:
+                self._take(memory)
+        except OSError as e:
             if self._woken:
                 raise Stopped from e
             self._lose()
-            raise RestoreFailed(f"the page socket: {e}", reason="lazy_pages") from e
+            raise RestoreFailed(f"the socket of turns: {e}", reason="lazy_pages") from e
+        assert not any(content.strip(b"\0") for content in memory.values()), "pages that are in no row, and hold something"
         self.all_in = True
+        self._turns.close()
         return True
 
-    def _fill(self, run: Run) -> bytes:
-        """In pieces, which may come shorter than they are asked for."""
-        content = b""
-        while len(content) < run.count * PAGE:
-            at = len(content) // PAGE
-            wanted = min(run.count - at, 300)
-            self._pages.sendall(self._wire.encode(Header(pageproto.GET, 0, wanted, run.vaddr + at * PAGE, run.dst_id >> 8)))
-            header = self._wire.decode(self._receive(self._wire.size))
-            assert (header.command, header.flags) == (pageproto.ADD_F, pageproto.PRESENT)
-            assert (header.vaddr, header.dst_id) == (run.vaddr + at * PAGE, run.dst_id >> 8)
-            assert 0 < header.pages <= wanted
-            content += self._receive(header.pages * PAGE)
-        return content
-
-    def _receive(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            if not (more := self._pages.recv(size - len(data))):
-                raise ConnectionError("closed")
-            data += more
-        return data
+    def _take(self, memory: dict[tuple[int, int], bytes]) -> None:
+        if not (data := self._turns.recv(filler.TURN.size)):
+            raise ConnectionError("closed")
+        row, slot = filler.TURN.unpack(data)
+        slots = len(self._memory) // (filler.SLOT + filler.KEPT)
+        at = slots * filler.SLOT + slot * filler.KEPT
+        bits = int.from_bytes(self._memory[at : at + filler.KEPT], "little")
+        for pid, extent in self._rows.pop(row):
+            for n in range(extent.pages):
+                place = slot * filler.SLOT + (extent.at + n) * PAGE
+                found = self._memory[place : place + PAGE] if bits >> extent.at + n & 1 else bytes(PAGE)
+                assert found == memory.pop((pid, extent.page + n)), "the memory that came is another one"
+        self._turns.send(filler.TURN.pack(row, slot))
 
     def wake(self) -> None:
         self._woken = True
         with contextlib.suppress(OSError):
-            self._pages.shutdown(socket.SHUT_RDWR)
+            self._turns.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._script.note("keeper.close")
-        self._pages.close()
+        self._turns.close()
+        self._memory.close()
         if not self.all_in:
             self._lose()
 
@@ -255,20 +294,12 @@ Memory = dict[str, list[tuple[int, int, int, bytes]]]
 
 def expected(runs: list[Run], *, lazy: bool = False) -> Memory:
     """What `read_memory` finds in an image of `runs`: per pagemap file (address, pages, flags, content). `lazy`: nothing, where it may come
-    late, and entries no longer than a frame."""
+    late."""
     found: Memory = {}
     for run in runs:
         kind = "" if run.dst_id & 0xFF == pageproto.TASK else "shmem-"
-        step = FRAME_PAGES if lazy else run.count
-        for at in range(0, run.count, step):
-            content = (run.content or b"")[at * PAGE : (at + step) * PAGE]
-            entry = (
-                run.vaddr + at * PAGE,
-                min(step, run.count - at),
-                run.flags,
-                bytes(len(content)) if lazy and run.lazy else content,
-            )
-            found.setdefault(f"pagemap-{kind}{run.dst_id >> 8}.img", []).append(entry)
+        content = bytes(run.count * PAGE) if lazy and run.lazy else run.content or b""
+        found.setdefault(f"pagemap-{kind}{run.dst_id >> 8}.img", []).append((run.vaddr, run.count, run.flags, content))
     return found
 
 

@@ -217,7 +217,7 @@ class FakePrepared:
     ) -> FakeWorkload:
         if fetched.begin is not None:
             fetched.begin(("tree/cgroup.procs",), ("keeper/cgroup.procs",))
-        pid = self._criu.restore(fetched.images[MAIN], options, Prepared(), cancel)
+        pid = self._criu.restore(fetched.images[MAIN], options, Prepared(), cancel, fetched.held)
         self._script.step("prepared.adopt")
         assert pid == ROOT
         self._close()
@@ -251,6 +251,9 @@ class FakeWorkloads:
         if not known or not (self._machine.alive or self._machine.restored):
             raise NotFound(f"no {target} on this node")
         return FakeWorkload(self._machine, self._criu, self._script)
+
+    def fills(self, facts: WorkloadFacts) -> bool:
+        return not facts.contained
 
     def insist_free(self, facts: WorkloadFacts, command: RestoreCommand) -> None:
         self._script.step("workloads.insist_free")

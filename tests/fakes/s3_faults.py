@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import select
 import socket
 import ssl
@@ -120,9 +121,10 @@ class FaultProxy:
     def seen(self, operation: str) -> list[Request]:
         return [r for r in self.requests if r.operation == operation]
 
-    def play(self, operation: str, fault: Fault, *, times: int = FOREVER, after: int = 0, key: str = "") -> None:
-        """The next `times` requests of `operation`, after letting `after` pass, meet `fault`; only those whose path holds `key`."""
-        self._server.faults.append(_Planned(operation, fault, after, times, key))
+    def play(self, operation: str, fault: Fault, *, times: int = FOREVER, after: int = 0, key: str = "", over: int = 0) -> None:
+        """The next `times` requests of `operation`, after letting `after` pass, meet `fault`; only those whose path holds `key`, and that
+        ask for a range of more than `over` bytes."""
+        self._server.faults.append(_Planned(operation, fault, after, times, key, over))
 
     def heal(self) -> None:
         """No more faults."""
@@ -145,6 +147,7 @@ class _Planned:
     skip: int
     times: int
     key: str = ""
+    over: int = 0
 
 
 class _Server(ThreadingHTTPServer):
@@ -156,10 +159,12 @@ class _Server(ThreadingHTTPServer):
         self.faults: list[_Planned] = []
         self.requests: list[Request] = []
 
-    def next_fault(self, operation: str, path: str) -> Fault | None:
+    def next_fault(self, operation: str, path: str, size: int) -> Fault | None:
         with self.lock:
             for planned in self.faults:
                 if planned.operation != operation or not planned.times or planned.key not in path:
+                    continue
+                if planned.over and size <= planned.over:
                     continue
                 if planned.skip:
                     planned.skip -= 1
@@ -181,6 +186,12 @@ def operation_of(method: str, path: str) -> str:
         if key in query and method in names:
             return names[method]
     return _BY_METHOD[is_object].get(method, method)
+
+
+def _range_of(header: str) -> int:
+    """Bytes that `bytes=<first>-<last>` asks for; 0 for anything else."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", header)
+    return int(found[2]) - int(found[1]) + 1 if found else 0
 
 
 def _without_last_part(body: bytes) -> bytes:
@@ -217,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
         operation = operation_of(self.command, self.path)
         with self.server.lock:
             self.server.requests.append(Request(operation, self.path, {k.lower(): v for k, v in self.headers.items()}))
-        fault = self.server.next_fault(operation, self.path)
+        fault = self.server.next_fault(operation, self.path, _range_of(self.headers.get("Range", "")))
         if isinstance(fault, Stall):
             return self._stall()
         if isinstance(fault, Answer):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from hibernode.errors import Corrupt, Internal, NotFound, Refused, StoreUnavailable
 from hibernode.model import checked_key, checked_prefix
@@ -67,6 +68,17 @@ class MemoryStore:
         if len(data) < len(view):
             raise Corrupt(f"{key} ends {len(view) - len(data)} bytes too early")
         view[:] = data
+
+    @contextmanager
+    def reading(self, key: str, offset: int, size: int) -> Iterator[Callable[[memoryview], None]]:
+        at = offset
+
+        def fill(into: memoryview) -> None:
+            nonlocal at
+            self.read_into(key, at, into)
+            at += into.nbytes
+
+        yield fill
 
     def stat(self, key: str) -> ObjectFacts:
         checked_key(key)

@@ -1,5 +1,6 @@
 """10,000 random byte flips and truncations over stored checkpoints, and 2,500 changes of other kinds: every one is refused before CRIU is
-called. `scripts/damage` does as many as anybody likes, and those of a real checkpoint too."""
+called, but for those of what another checkpoint has and this one does not need. `scripts/damage` does as many as anybody likes, and
+those of real checkpoints too."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ from hibernode.transfer.pageproto import TASK
 from tests import keys
 from tests.damage import harm, stored, table
 from tests.damage.harm import Harm
-from tests.damage.stored import KINDS, Objects, Stored
-from tests.damage.trial import Bench, Trial
+from tests.damage.needed import Needed
+from tests.damage.stored import FULL, KINDS, MIDDLE, Objects, Stored
+from tests.damage.trial import DAMAGED, Bench, Trial
 from tests.envelope import opened
 from tests.fakes.machine import ROOT, Run
 from tests.flow.rig import Rig, nothing_outlives
@@ -61,12 +63,58 @@ def test_what_is_whole_is_restored(bench: Bench, everything: dict[str, Stored], 
     bench.insist_restores(everything[name])
 
 
-@pytest.mark.parametrize("name", KINDS)
+CHAINS = ("chain", "raw chain", "its like", "closed chain")
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in CHAINS])
 def test_a_restore_of_damage_would_be_seen(bench: Bench, everything: dict[str, Stored], name: str) -> None:
     found = bench.play(untouched(name), everything[name].objects).wrong
     assert "CRIU was called" in found
     assert "restore finds nothing wrong" in found
     assert "verify finds nothing wrong" in found
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_so_it_would_be_of_a_chain_and_what_the_next_refers_to(tmpfs: Path, everything: dict[str, Stored], name: str) -> None:
+    """What is whole is said to be damaged, and the other way round."""
+    bench = Bench(tmpfs / "seen", everything, followed=1)
+    bench.insist_restores(everything[name])
+    assert bench.play(untouched(name), everything[name].objects).wrong == []
+    looks = bench.looks[name]
+    now = {"manifest.json": lambda _: object()}
+    bench.looks[name] = Needed(now, now, now)
+    assert {
+        "CRIU was called",
+        "restore finds nothing wrong",
+        "verify finds nothing wrong",
+        "an increment of it finds nothing wrong",
+    } < {*bench.play(untouched(name), everything[name].objects).wrong}
+    one = Harm(name, f"{MIDDLE}/main/index.zst", "flip", 40, "01")
+    bench.looks[name] = Needed({}, {}, {})
+    found = "\n".join(bench.play(one, harm.done(one, everything)).wrong)
+    for what in ("restore ends with corrupt", "verify ends with corrupt", "the next does not refer to it"):
+        assert what in found
+    bench.looks[name] = looks
+    assert bench.play(one, harm.done(one, everything)).wrong == []
+
+
+def test_what_the_next_cannot_see_is_the_bytes_of_streams_and_no_more(tmpfs: Path, everything: dict[str, Stored]) -> None:
+    """It refers to frames of which nobody reads a byte before it is made; `verify` says so, by name."""
+    bench, name = Bench(tmpfs / "bytes", everything, followed=1), "raw chain"
+    for deed, following in (("flip", DAMAGED), ("cut", "nothing"), ("remove", "nothing")):
+        one = Harm(name, f"{FULL}/main/pages-0.zst", deed, 100, "01")
+        trial = bench.play(one, harm.done(one, everything))
+        assert (trial.wrong, trial.code, trial.following) == ([], "corrupt", following)
+    for what in ("main/digests.zst", "main/index.zst", "manifest.json"):
+        one = Harm(name, what, "flip", 100, "01")
+        trial = bench.play(one, harm.done(one, everything))
+        assert (trial.wrong, trial.following) == ([], MIDDLE)
+
+
+def test_two_of_the_chains_have_streams_of_the_same_lengths(everything: dict[str, Stored]) -> None:
+    """So that to put one in the place of the other is no damage that its size gives away."""
+    one, other = ({key: len(data) for key, data in everything[name].objects.items() if "/pages-" in key} for name in CHAINS[1:3])
+    assert one == other
 
 
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
@@ -81,12 +129,14 @@ def test_every_damage_is_refused_before_criu(bench: Bench, everything: dict[str,
 
 
 def test_four_of_five_are_flips_and_truncations_and_every_object_comes(everything: dict[str, Stored]) -> None:
-    drawn = [harm.draw(everything, SEED, number)[0] for number in range(1000)]
+    drawn = [harm.draw(everything, SEED, number)[0] for number in range(4000)]
     deeds = Counter(each.deed for each in drawn)
     assert deeds.keys() == set(harm.DEEDS)
-    assert deeds[harm.FLIP] + deeds[harm.CUT] == 800
-    objects = {(each.stored, each.object) for each in drawn}
-    assert objects == {(name, each) for name in everything for each in everything[name].objects}
+    assert deeds[harm.FLIP] + deeds[harm.CUT] == 3200
+    objects = {(each.stored, each.object) for each in drawn if each.deed != "add"}
+    single = {(name, each) for name in everything for each in everything[name].objects}
+    assert objects >= {(name, each) for name, each in single if everything[name].objects[each]}
+    assert objects - single == {(name, f"{base}/") for name in CHAINS for base in (FULL, MIDDLE)}
 
 
 def test_the_seed_and_the_number_or_the_id_alone_are_enough_to_do_it_again(everything: dict[str, Stored]) -> None:

@@ -11,17 +11,18 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import grpc
 
 from hibernode._pb import hibernode_pb2 as pb
-from hibernode.errors import Internal
+from hibernode.errors import Internal, NotFound
 from hibernode.model import CancelCommand, CheckpointCommand, Event, Overrides, RestoreCommand, Status, Target
 from tests import keeper as processes
 from tests.fakes.cuda import Call
@@ -32,6 +33,7 @@ from tests.matrix.checks import Census, Finding, Findings
 from tests.matrix.script import Plan
 
 SETTLE = 45.0  # seconds until an action must have ended, daemons restarted and redeliveries waited for
+ANSWERED = 0.5  # seconds for an answer of the daemon, if its loop is free to give one
 LATE = 0.4  # seconds for a point that is only reached after the end
 STALL = 0.7  # seconds
 COLLISIONS = 10  # tries of a restore whose pids somebody else has
@@ -43,6 +45,7 @@ KILLS_CRIU = (
     "watch_criu_stopped_daemon_dies",
     "watch_criu_stopped",
 )
+_UNTIDY = ("raise", "stall_long")  # a mark that a store did not take back then is left to a collection
 _IN_DRIVER = re.compile(r"driver\.(?P<call>\w+)")
 LEFT_ALONE = 3.0  # seconds more than promised, on a loaded machine
 LIVES = 6  # of the daemon in one case
@@ -65,6 +68,7 @@ class Row:
     restarts: int = 0
     restored: bool = False  # its checkpoint was restored afterwards
     killed_by_criu: bool = False  # a process of the workload died with CRIU; see docs/crashes.md
+    increment: bool = False  # the checkpoint that is made, or restored, refers to others
     action: str = ""
     findings: Findings = field(default_factory=list)
     log: str = ""  # of the daemon, where there are findings
@@ -147,13 +151,20 @@ class Player:
             subject.base = ""
         elif not subject.born or len(subject.living()) < len(subject.born):
             subject.start()
+        if subject.kind == "chain" and not subject.last:  # what the next is to refer to
+            self._retire(self._made(subject, kill=False))
 
     def _end_with_base(self, subject: Subject) -> None:
-        command = self._checkpoint(subject, random.Random(), kill=True)
+        self._note_base(subject, self._made(subject, kill=True))
+
+    def _made(self, subject: Subject, *, kill: bool) -> str:
+        """A checkpoint of it without any fault; its id."""
+        command = self._checkpoint(subject, random.Random(), kill=kill)
         event = self._without_fault(command)
         if event.status != Status.READY:
             raise RuntimeError(f"a checkpoint without any fault: {event.code} {event.message}")
-        self._note_base(subject, command.checkpoint_id)
+        subject.last = command.checkpoint_id
+        return command.checkpoint_id
 
     def _note_base(self, subject: Subject, checkpoint_id: str) -> None:
         """It has just been killed: how far it had counted is what a restore begins with."""
@@ -193,20 +204,30 @@ class Player:
         return self._bench.bus.events(command.action_id)[-1]
 
     def _checkpoint(self, subject: Subject, rng: random.Random, *, kill: bool) -> CheckpointCommand:
-        options = Overrides(asynchronous=rng.random() < 0.5, criu_opts=json.dumps({"leave_running": not kill}))
+        asynchronous = rng.random() < 0.5
         ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in range(2)]
-        return CheckpointCommand(action_id=ids[0], checkpoint_id=ids[1], target=Target(**subject.target), overrides=options)
+        said = subject.kind == "chain" and rng.random() < 0.5  # or it is a heartbeat, which is one unasked
+        opts = {"leave_running": not kill} | ({"increment": "auto"} if said else {})
+        return CheckpointCommand(
+            action_id=ids[0], checkpoint_id=ids[1], target=Target(**subject.target),
+            reason="heartbeat" if subject.kind == "chain" and not said else "manual",
+            overrides=Overrides(asynchronous=asynchronous, criu_opts=json.dumps(opts)),
+        )  # fmt: skip
 
     def _retire(self, checkpoint_id: str) -> None:
-        """It stays for a while, for whoever reads the store; the oldest such one is deleted."""
+        """It stays for a while, for whoever reads the store; the oldest such one is deleted, if none refers to it."""
         self._retired.append(checkpoint_id)
-        if len(self._retired) > RETIRED:
-            self._delete(self._retired.popleft())
+        if len(self._retired) > RETIRED and not self._delete(oldest := self._retired.popleft()):
+            self._retired.append(oldest)
 
-    def _delete(self, checkpoint_id: str) -> None:
+    def _delete(self, checkpoint_id: str) -> bool:
+        """False: others refer to it."""
         self._bench.insist_running()
-        with contextlib.suppress(grpc.RpcError):  # what is left of it is found where the store is looked at
+        try:
             self._bench.stub.DeleteCheckpoint(pb.CheckpointId(checkpoint_id=checkpoint_id), timeout=ASK)
+        except grpc.RpcError as e:  # what is left of it is found where the store is looked at
+            return "referenced" not in dict(e.trailing_metadata() or ()).get("hibernode-code", "")
+        return True
 
     def _start_over(self, subject: Subject) -> None:
         """After a case that nobody can go on from: another daemon, another workload."""
@@ -230,7 +251,7 @@ class Player:
         else:
             command = self._checkpoint(subject, rng, kill=case.direction == "kill")
             subject.born = subject.beats.wait()
-        row.action = command.action_id
+        row.action, self._stale = command.action_id, checks.stale(self._bench)
         fault = _Fault(case, self._bench, subject, command, rng)
         action = _Action(self._bench, command, row, SETTLE)
         with self._bench.watched() if case.fault.startswith("watch_") else contextlib.nullcontext():
@@ -268,10 +289,16 @@ class Player:
         row.status, row.code, row.message = (last.status.value, last.code, last.message) if last else ("", "", "")
         if row.code == Internal.code and case.argument != "eio":  # that one is what no code of ours stands for
             row.findings.append(Finding("defects", row.message))
+        with contextlib.suppress(NotFound):
+            row.increment = bool(self._bench.bases(command.checkpoint_id))
         if isinstance(command, RestoreCommand):
             self._judge_restore(subject, row)
         else:
             self._judge_checkpoint(case, subject, command, row)
+        if subject.kind == "chain":
+            row.findings += checks.guarded(self._bench)
+            if case.fault not in _UNTIDY and not row.restarts:
+                row.findings += checks.no_more_stale(self._bench, self._stale)
         row.findings += checks.nothing_left(self._bench, self.baseline)
         if any(
             found.counter in ("left_frozen", "left_suspended", "lost_workloads", "half_restores", "not_killed", "no_terminal")
@@ -313,6 +340,7 @@ class Player:
             subject.end()
             subject.born = ()
         if ready:
+            subject.last = command.checkpoint_id
             self._retire(command.checkpoint_id)
         else:
             self._sweep(command.checkpoint_id)
@@ -636,6 +664,28 @@ class _Fault:
         self._bench.stub.Cancel.future(pb.ActionId(action_id=self._command.action_id), timeout=ASK)
         time.sleep(0.02)
 
+    def _base_deleted(self) -> None:
+        """Somebody wants to delete what it refers to, or may refer to; the loop may be what waits at the point."""
+        if isinstance(self._command, RestoreCommand):
+            ids = self._bench.bases(self._command.checkpoint_id)
+        else:
+            ids = [self._subject.last]
+        for each in ids[:1]:
+            self._wait_a_little(self._bench.stub.DeleteCheckpoint.future(pb.CheckpointId(checkpoint_id=each), timeout=ASK))
+
+    def _collected(self) -> None:
+        """Whatever is older than the last of each workload, and what is not needed at all, goes now."""
+        asked = pb.GarbageRequest(apply=True, grace=0, keep_last=1)
+        running = self._bench.stub.CollectGarbage(asked, timeout=ASK)
+        thread = threading.Thread(target=_drained, args=(running,), daemon=True)
+        thread.start()
+        thread.join(ANSWERED)
+
+    @staticmethod
+    def _wait_a_little(call: grpc.Future) -> None:
+        with contextlib.suppress(grpc.FutureTimeoutError, grpc.RpcError):
+            call.result(timeout=ANSWERED)
+
     def _cancel_at_random(self) -> None:
         time.sleep(self._rng.uniform(0, 0.15))
         self._cancel_by_call() if self._rng.random() < 0.5 else self._cancel()
@@ -795,6 +845,11 @@ class _Fault:
         for pidfd in self._found:
             os.close(pidfd)
         self._found = []
+
+
+def _drained(running: Iterable[object]) -> None:
+    with contextlib.suppress(grpc.RpcError):
+        list(running)
 
 
 def _open(pids: list[int]) -> list[int]:

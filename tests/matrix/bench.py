@@ -25,21 +25,23 @@ from hibernode._pb import hibernode_pb2 as pb
 from hibernode._pb import hibernode_pb2_grpc as pb_grpc
 from hibernode.drivers.localdir import LocalDir
 from tests import keeper as processes
+from tests.envelope import opened
 from tests.fakes.cuda import FakeGpus
 from tests.keeper import wait_until
 from tests.matrix import programs
 from tests.matrix.bus import CLUSTER, Bus
 from tests.matrix.keeper import Keeper
-from tests.matrix.programs import BeatFile, Beats
+from tests.matrix.programs import Beats
 from tests.matrix.script import MESSAGE, Plan, encode_plan
 
-SUBJECTS = ("process", "job", "gpu")
+SUBJECTS = ("process", "job", "gpu", "chain", "alone")
 LIMIT = 6.0  # seconds a phase may take
 DRIVER = 2.0  # seconds a call of the GPU driver may take, beside 1 s for each 128 MiB
 STATE = 1.0  # seconds the driver may take to say how a process is
 GRACE = 1.0  # seconds the watchdog waits for a daemon that may come back, or come to its end
 ROOT = Path(__file__).resolve().parents[2]
 START = 20.0  # seconds until a daemon takes calls
+MANIFEST = 1 << 20  # bytes, more than any has
 ASK = 20.0  # seconds for an answer of the script, or of gRPC
 SETTINGS = """
 node = "{node}"
@@ -56,6 +58,7 @@ gpu = {{ libcuda = "{libcuda}", nvml = "{libnvml}", lock_timeout = 1.0, design =
 metrics = {{ listen = "" }}
 log = {{ format = "json" }}
 watchdog = {{ interval = 0.1, grace = {grace} }}
+increments = {{ bases = 4 }}
 
 {keys}
 [limits]
@@ -90,13 +93,15 @@ exec {real} "$@"
 
 
 class Subject:
-    """One workload: a process, a managed job, or a process with state on a GPU, and a child of each. `beats` is what it says."""
+    """One workload: a process, a managed job, or a process with state on a GPU, and a child of each. `beats` is what it says. A `chain` is
+    a process of which each checkpoint is an increment of the last, if it can be. One that is `alone` has no child."""
 
     def __init__(self, bench: Bench, kind: str) -> None:
         self.kind, self._bench = kind, bench
-        self.beats = BeatFile(bench.home / f"{kind}.beats")
+        self.beats = programs.beat_file(bench.home / f"{kind}.beats", kind)
         self.born: Beats = ()  # who it is
         self.base = ""  # a checkpoint of it that is ready, while it is dead
+        self.last = ""  # the last that was ready, of one that may have come back since
 
     @property
     def target(self) -> dict[str, Any]:
@@ -115,7 +120,7 @@ class Subject:
             env = self._bench.gpu_env() if self.kind == "gpu" else {}
             self._bench.keeper.start_program(self.argv, self._bench.home, env=env)
         self.born = self.beats.wait()
-        self.base = ""
+        self.base = self.last = ""
         if not self.born:
             raise RuntimeError(f"the {self.kind} does not start")
 
@@ -356,6 +361,11 @@ class Bench:
         except FileNotFoundError:
             return None
         return found
+
+    def bases(self, checkpoint_id: str) -> list[str]:
+        """To whom a checkpoint in the store refers; NotFound if it is not there."""
+        manifest = opened(self.store.get(f"{checkpoint_id}/manifest.json", limit=MANIFEST))
+        return sorted({base["checkpoint_id"] for image in manifest["images"] for base in image.get("bases", ())})
 
     def at_work(self) -> list[str]:
         """What is in the work directory, beside the lock."""

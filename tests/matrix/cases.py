@@ -5,8 +5,11 @@
 `keep` and `kill` are checkpoints after which the workload runs on or is killed, `restore` brings it back. The points are not listed here:
 one run of each direction without a fault says which there are (`Survey`), so that a new step of the product is in the matrix by itself.
 
-The workload `gpu` is not played through everything that has nothing to do with it. It has points of its own beside the daemon's: at
-`driver.<call>` the GPU driver is in the middle of that call, on both processes (#1), on the root (#2), or on the child (#3).
+The workload `alone` is a process without a child, and is played through restores only. Of it, and of `process` and `job`, which share
+hardly any memory with their children, the filler brings the pages while CRIU holds them, which is a phase of its own. The workload `chain`
+is a process whose checkpoints are increments: it is played through what they do, and through what others do to the checkpoints that they
+refer to. The workload `gpu` is not played through everything that has nothing to do with it. It has points of its own beside the daemon's:
+at `driver.<call>` the GPU driver is in the middle of that call, on both processes (#1), on the root (#2), or on the child (#3).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +32,7 @@ _MOMENTS = {
     "kill": ("begin", "preflight", "dumping", "shipping", "committing", "killing", "done"),
     "restore": ("begin", "preflight", "fetching", "restoring", "probing", "done"),
 }
+_FILLED = ("alone", "process", "job")
 _HELD = {  # where somebody would stand still, or be half there, if the daemon did
     "keep": ("journal.dumping.after", "criu.dump.after"),
     "kill": (
@@ -88,6 +92,7 @@ _ANSWERS = {  # CUresult: not ready, not supported, out of memory, operating sys
 _FATAL = (1, 2, 3, 5, 6)  # of these, the ones that nothing survives
 _TRIES = 12  # of what comes at random
 _Fault = tuple[Any, ...]  # (fault, point[, argument[, times[, nth]]])
+_WHOSE = "store.get.attempt"  # a store that never says whose an attempt is keeps the mark of it, for a collection
 _FOREVER = 1000  # times: until the plan is over
 
 _ID = re.compile(
@@ -155,16 +160,24 @@ def _freshest(group: list[Case], chosen: list[Case]) -> Case:
 
 def _of(direction: str, subject: str, points: Mapping[str, int]) -> Iterator[Case]:
     """Of one direction and workload."""
-    if subject == "gpu":
-        for fault, point, *more in (*_in_driver(direction), *_near_gpu(direction, points), *_around_gpu(direction)):
+    if subject == "alone" and direction != "restore":  # as of any process
+        return
+    moments, held = _MOMENTS[direction], _HELD[direction]
+    if direction == "restore" and subject in _FILLED:
+        moments, held = (*moments[:-2], "holding", *moments[-2:]), ("journal.holding.after", *held)
+    if subject in ("gpu", "chain"):
+        parts = (_in_driver(direction), _near_gpu(direction, points), _around_gpu(direction))
+        for fault, point, *more in itertools.chain(
+            *(parts if subject == "gpu" else (_inside(points), _around_bases(direction, points)))
+        ):
             yield Case(direction, subject, fault, point, *more)
         return
     for fault, point, *more in (
         *_inside(points),
-        *_outside(direction),
+        *_outside(direction, moments),
         *_at_random(direction),
         *_with_criu(direction),
-        *_left_alone(direction, points),
+        *_left_alone(direction, points, moments, held),
     ):
         yield Case(direction, subject, fault, point, *more)
 
@@ -177,13 +190,13 @@ def _inside(points: Mapping[str, int]) -> Iterator[_Fault]:
         yield from _raised(point)
 
 
-def _outside(direction: str) -> Iterator[_Fault]:
+def _outside(direction: str, moments: Sequence[str]) -> Iterator[_Fault]:
     """What others do while a phase is written down."""
     faults = ["sigterm", "sigterm_twice", "pause_daemon", "cancel", "cancel_by_call", "redeliver", "die_redelivered"]
     faults += ["bus_stopped", "bus_silent"]
     if direction != "restore":
         faults += ["workload_dies", "child_dies"]
-    for moment in _MOMENTS[direction]:
+    for moment in moments:
         for side, fault in itertools.product(("before", "after"), faults):
             yield fault, f"journal.{moment}.{side}"
         for second in _recovery_points(direction):
@@ -210,12 +223,12 @@ def _with_criu(direction: str) -> Iterator[_Fault]:
             yield "criu_fault_and_die", undo, str(number)
 
 
-def _left_alone(direction: str, points: Mapping[str, int]) -> Iterator[_Fault]:
+def _left_alone(direction: str, points: Mapping[str, int], moments: Sequence[str], held: Sequence[str]) -> Iterator[_Fault]:
     """Nobody starts the daemon again, it stands still for ever, CRIU does, a store does for longer than a phase may take: the workload
     runs on all the same, by the watchdog or by the deadline, and that is seen before anybody comes to help."""
-    for moment, side in itertools.product(_MOMENTS[direction][1:], ("before", "after")):
+    for moment, side in itertools.product(moments[1:], ("before", "after")):
         yield "watch_die", f"journal.{moment}.{side}"
-    for point in _HELD[direction]:
+    for point in held:
         yield "watch_stop", point
     for nth in range(1, _TRIES // 2 + 1):
         for fault in (
@@ -284,6 +297,23 @@ def _around_gpu(direction: str) -> Iterator[_Fault]:
     yield "watch_stop", _HELD[direction][0]
 
 
+def _around_bases(direction: str, points: Mapping[str, int]) -> Iterator[_Fault]:
+    """Others delete and collect while a checkpoint begins to refer to what they want gone, or is restored from it; and what else may come
+    while marks are put and taken back."""
+    moments = [f"journal.{moment}.{side}" for moment in _MOMENTS[direction] for side in ("before", "after")]
+    marks = [point for point in points if point.startswith("store.") and ".reference." in point]
+    reads = [point for point in points if point.startswith(("store.read_into.", "store.put.manifest"))]
+    yield from itertools.product(("base_deleted", "collected"), (*moments, *marks, *reads))
+    yield from itertools.product(("cancel", "sigterm_twice", "die_redelivered"), (*moments[::2], *marks))
+    for second in _recovery_points(direction):
+        yield "die_twice", _HELD[direction][0], second
+    point = f"{_CRIU[direction]}.before"
+    for nth in range(1, _TRIES // 2 + 1):
+        yield "die_at_random", "", "", 1, nth
+        yield from ((fault, point, "", 1, nth) for fault in ("criu_killed", "criu_and_daemon_killed", "cancel_at_random"))
+    yield from (("watch_die", point) for point in _HELD[direction])
+
+
 def _raised(point: str) -> Iterator[tuple[str, str, str, int]]:
     """What can come out of this point: (fault, point, error, times)."""
     port, method, *_ = point.split(".")
@@ -293,7 +323,8 @@ def _raised(point: str) -> Iterator[tuple[str, str, str, int]]:
         errors = ["store_unavailable", "no_room" if writes else "corrupt"]
         for error in errors:
             yield "raise", point, error, 1
-        yield "raise", point, errors[0], _FOREVER
+        if not point.startswith(_WHOSE):
+            yield "raise", point, errors[0], _FOREVER
         if before:
             yield "stall", point, "", 1
     elif port in ("journal", "event") and before:

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from hibernode._pb import hibernode_pb2 as pb
+from hibernode.errors import NotFound
 from hibernode.model import Event
 from tests import keeper as processes
 from tests.matrix.bench import Bench, Subject
@@ -30,10 +31,13 @@ MORE = (
     "not_killed",
     "ran_twice",
     "daemon_failed",
+    "bases",
     "defects",
     "harness",
 )
 _UNNAMED = re.compile(r"^Thread-\d+ \(")  # numbered as they come
+_UNDER_USES = re.compile("/uses/")
+DELETED = 20.0  # seconds until nobody reads any more what is to be deleted
 PATIENCE = 3.0  # seconds something may take to go away by itself
 GIVEN_BACK = (
     15.0  # seconds until GPU state is back that no daemon gives back: its helper waits 5 s for one, and may have to be started
@@ -113,6 +117,70 @@ def no_checkpoint(bench: Bench, checkpoint_id: str, *, unknown: bool) -> Finding
     if any(key.endswith("/manifest.json") for key in keys):
         return [Finding("half_checkpoints", f"not ready, and there is a manifest: {keys}")]
     return [Finding("leaks", f"objects without a manifest: {keys}")]
+
+
+def stale(bench: Bench) -> set[str]:
+    """Marks of those that are not there."""
+    keys = {facts.key for facts in bench.store.list()}
+    return {key for key in keys if "/refs/" in key and f"{key.rpartition('/')[2]}/manifest.json" not in keys}
+
+
+def no_more_stale(bench: Bench, before: set[str]) -> Findings:
+    """Where nobody died; who is being collected loses his manifest before his marks."""
+    return _gone(lambda: sorted(stale(bench) - before), "bases", "marks of nobody")
+
+
+def guarded(bench: Bench) -> Findings:
+    """Who refers to others has a mark in each, and they are there."""
+    keys = {facts.key for facts in bench.store.list()}
+    found: Findings = []
+    for each in sorted(key.partition("/")[0] for key in keys if key.endswith("/manifest.json")):
+        for base in _bases(bench, each):
+            lost = [name for name in (f"{base}/manifest.json", f"{base}/refs/{each}") if name not in keys]
+            found += [Finding("bases", f"{each} refers to {base}, and there is no {name}") for name in lost]
+    return found
+
+
+def _bases(bench: Bench, checkpoint_id: str) -> list[str]:
+    try:
+        return bench.bases(checkpoint_id)
+    except NotFound:
+        return []  # since it was listed
+
+
+def can_be_deleted(bench: Bench) -> Findings:
+    """Garbage is collected, then each checkpoint is deleted, who refers to others before them: nothing is left in the store."""
+    _collect(bench)
+    deadline, later = time.monotonic() + DELETED, False
+    while ids := [facts.key.partition("/")[0] for facts in bench.store.list() if facts.key.endswith("/manifest.json")]:
+        said = {each: _deleted(bench, each) for each in ids}
+        if all(said.values()) and time.monotonic() > deadline:
+            if later:
+                return [Finding("bases", f"cannot be deleted: {said}")]
+            for key in _uses(bench):  # that could not be taken back, from a store that was away: they count for a day
+                bench.store.delete(key)
+            later = True
+    _collect(bench)
+    uses = _uses(bench)
+    left = [facts.key for facts in bench.store.list() if facts.key not in uses]
+    return [Finding("leaks", f"in the store, when all was deleted: {left[:8]}")] if left else []
+
+
+def _uses(bench: Bench) -> list[str]:
+    return [facts.key for facts in bench.store.list() if _UNDER_USES.search(facts.key)]
+
+
+def _collect(bench: Bench) -> None:
+    list(bench.stub.CollectGarbage(pb.GarbageRequest(apply=True, grace=0), timeout=30))
+
+
+def _deleted(bench: Bench, checkpoint_id: str) -> str:
+    """Why not, if it is not."""
+    try:
+        bench.stub.DeleteCheckpoint(pb.CheckpointId(checkpoint_id=checkpoint_id), timeout=30)
+    except grpc.RpcError as e:
+        return str(e.details())
+    return ""
 
 
 def verifies(bench: Bench, checkpoint_id: str) -> Findings:

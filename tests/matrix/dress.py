@@ -87,8 +87,12 @@ class _Upload(_Port):
 
 def _kind(key: object) -> str:
     """Which of a checkpoint's objects it is; "" where it is none."""
-    name = str(key).rpartition("/")[2]
-    known = {"manifest.json": "manifest", "index.zst": "index", "images.tar.zst": "files"}
+    folder, _, name = str(key).rpartition("/")
+    known = {"manifest.json": "manifest", "index.zst": "index", "images.tar.zst": "files", "digests.zst": "digests"}
+    if folder.endswith("/refs"):
+        return "reference"
+    if name == "attempt":
+        return "attempt"
     return known.get(name, "stream" if name.startswith("pages-") else "")
 
 

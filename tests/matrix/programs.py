@@ -32,14 +32,15 @@ class Beat:
     pid: int
 
 
-Beats = tuple[Beat, ...]  # root and child
+Beats = tuple[Beat, ...]  # root and child, if it has one
 
 
 class BeatFile:
     """Where a program says it. The length never changes, because CRIU compares it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, count: int) -> None:
+        """`count`: processes of it."""
+        self.path, self._count = path, count
         self.blank()
 
     def blank(self) -> None:
@@ -51,9 +52,9 @@ class BeatFile:
             self.path.write_bytes(b" " * SLOT * 2)
 
     def read(self) -> Beats:
-        """Both, or nothing while one has not said anything yet."""
+        """All of them, or nothing while one has not said anything yet."""
         said = self._said()
-        return said if len(said) == 2 else ()
+        return said if len(said) == self._count else ()
 
     def slot(self, pid: int, later_than: Beat | None = None) -> Beat | None:
         """What the process `pid` of it said last, or says after `later_than`; None if it says nothing."""
@@ -87,6 +88,10 @@ class BeatFile:
         )
 
 
+def beat_file(path: Path, kind: str) -> BeatFile:
+    return BeatFile(path, 1 if kind == "alone" else 2)
+
+
 def build(directory: Path) -> Path:
     """Compile it. Static: nothing of this machine's libraries is in its images."""
     compiler = shutil.which("gcc") or shutil.which("cc")
@@ -101,7 +106,7 @@ def build(directory: Path) -> Path:
 def command_line(kind: str, binary: Path, beats: BeatFile) -> list[str]:
     if kind == "gpu":
         return [sys.executable, "-m", "tests.matrix.cuda_workload", str(beats.path)]
-    return [str(binary), str(beats.path), str(MEMORY), str(INTERVAL)]
+    return [str(binary), str(beats.path), str(MEMORY), str(INTERVAL), *([kind] if kind == "alone" else [])]
 
 
 def living(argv: Sequence[str]) -> list[int]:

@@ -22,7 +22,7 @@ from hibernode.drivers.localdir import LocalDir
 from tests import keeper as processes
 from tests.matrix import programs, room
 from tests.matrix.bench import SUBJECTS, Bench, is_pid_collision
-from tests.matrix.programs import BeatFile
+from tests.matrix.programs import BeatFile, beat_file
 
 RESTORE = 60.0  # seconds one may take: nobody stands in its way, but the machine is busy with the matrix, and whatever else
 # Whoever lives in its room, threads of its daemon too, has pids above those of the workloads that it restores there: these come from
@@ -108,9 +108,9 @@ class _Reader:
             room.bind(self._bench.gpus.root, place / "gpus")
         for kind in SUBJECTS:
             if (place, kind) not in self._beats:
-                own = BeatFile(self._bench.home / f"{place.name}-{kind}.beats")
+                own = beat_file(self._bench.home / f"{place.name}-{kind}.beats", kind)
                 room.bind(own.path, place / f"{kind}.beats")
-                self._beats[place, kind] = BeatFile(place / f"{kind}.beats")
+                self._beats[place, kind] = beat_file(place / f"{kind}.beats", kind)
             self._beats[place, kind].blank()
 
     def _restore(self, place: Path, checkpoint_id: str) -> str:

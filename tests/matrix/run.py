@@ -244,6 +244,8 @@ def afterwards(bench: Bench) -> Findings:
             found.append(Finding("no_terminal", f"{events[0].action_id}"))
     for subject in bench.subjects.values():
         subject.end()
+    found += checks.guarded(bench)
+    found += checks.can_be_deleted(bench)
     bench.stop()
     said = bench.log_tail().count("connected to the broker")
     bench.start()  # a start sweeps the cgroups of what ended while no daemon was its parent

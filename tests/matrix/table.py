@@ -27,6 +27,7 @@ def summary(rows: Rows, afterwards: Sequence[Mapping[str, str]], **facts: Any) -
         "killed_by_criu": sum(row["killed_by_criu"] for row in rows),
         "not_fired": sum(not row["fired"] for row in rows),
         "restored": sum(row["restored"] for row in rows),
+        "increments": sum(row["increment"] for row in rows),
         "daemon_restarts": sum(row["restarts"] for row in rows),
         **facts,
         "machine": machine(),
@@ -61,7 +62,17 @@ def render(result: Mapping[str, Any]) -> str:
         outcomes = ", ".join(f"{code} {n}" for code, n in count.most_common() if code not in ("cases", "bad"))
         lines.append(f"| {name:34} | {count['cases']:5} | {count['bad']:3} | {outcomes} |")
     lines.append("")
-    told = ("outcome_unknown", "killed_by_criu", "not_fired", "restored", "daemon_restarts", "seconds", "seed", "reader")
+    told = (
+        "outcome_unknown",
+        "killed_by_criu",
+        "not_fired",
+        "restored",
+        "increments",
+        "daemon_restarts",
+        "seconds",
+        "seed",
+        "reader",
+    )
     lines += [f"{name:20} {result[name]}" for name in ("cases", *COUNTERS, *MORE, *told) if name in result]
     for row in result["rows"]:
         for finding in row["findings"]:

@@ -3,7 +3,8 @@
  *
  *     <token> <counter> <wrong words> <turns of the thread> <pid>\n      in 96 bytes, padded with spaces
  *
- * Eight beats compare all of the memory. Arguments: the file, MiB of the root, microseconds between beats.
+ * Eight beats compare all of the memory. Arguments: the file, MiB of the root, microseconds between beats; and `alone`, if there is to be
+ * no child.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -70,10 +71,10 @@ int main(int argc, char **argv)
 	static useconds_t interval;
 	int file;
 
-	if (argc != 4 || (file = open(argv[1], O_WRONLY)) < 0 || getrandom(tokens, sizeof tokens, 0) != sizeof tokens)
+	if (argc < 4 || (file = open(argv[1], O_WRONLY)) < 0 || getrandom(tokens, sizeof tokens, 0) != sizeof tokens)
 		return 2;
 	interval = atoi(argv[3]);
-	if (fork() == 0)
+	if (argc == 4 && fork() == 0)
 		count(file, 1, tokens[1], 1 << 20, interval);
 	if (pthread_create(&thread, NULL, second, &interval))
 		return 5;

@@ -366,13 +366,17 @@ def stored(shared_daemon: Daemon, places: Path, tmp_path_factory: pytest.TempPat
 def test_an_image_that_is_damaged_or_does_not_fit(
     daemon: Daemon, stored: Stored, places: Path, damage: Callable[[Path], None], code: str, said: str
 ) -> None:
+    """CRIU sees nothing of it; where pages are damaged it may hold the process by then (the filler brings them), and nobody has run."""
     place = places / "damaged" / stored.checkpoint_id
     shutil.copytree(stored.place, place)
+    written = stored.program.log.stat().st_size
     try:
         damage(place)
         refused = failed(daemon.restore(stored.checkpoint_id, directory=f"file://{places}/damaged"), code)
         assert said in refused.message.lower()
-        assert "restoring" not in refused.profile.phases, "CRIU must not see any of it"
+        if not said.startswith("pages"):
+            assert "restoring" not in refused.profile.phases, "CRIU must not see any of it"
+        assert stored.program.log.stat().st_size == written, "a process ran, and wrote a beat"
         insist_nothing_restored(daemon, stored.program.pid)
     finally:
         shutil.rmtree(place)

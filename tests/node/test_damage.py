@@ -1,5 +1,5 @@
-"""A checkpoint of a real process, damaged in the store of a real daemon: every change is refused before CRIU is called, no process appears,
-and what was damaged is restored once it is whole again."""
+"""A checkpoint of a real process, damaged in the store of a real daemon: every change is refused before anybody runs, no process appears,
+and what was damaged is restored once it is whole again. And the third of a chain, encrypted and signed, with damage in all three."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import keys
 from tests.daemon import Daemon
 from tests.damage import harm, real
 from tests.damage.real import Real
@@ -18,6 +19,7 @@ pytestmark = [pytest.mark.node, pytest.mark.timeout(100)]
 
 SEED = 1
 CASES = 200
+OF_A_CHAIN, FOLLOWED = 40, 10
 
 
 @pytest.fixture
@@ -45,3 +47,22 @@ def test_so_does_the_page_on_fakes(stored: Real) -> None:
             one, after = harm.draw(everything, SEED, number)
             trial = bench.play(one, after)
             assert not trial.wrong, f"seed {SEED}, number {number}: {one.id}: {trial.wrong}"
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[Real]:
+    settings = keys.closed(tmp_path)
+    (tmp_path / "fakes").mkdir()
+    with Daemon(settings=settings) as daemon, real.changing(tmp_path) as running:
+        yield real.chain(daemon, running, tmp_path / "fakes", **settings)
+
+
+@pytest.mark.timeout(200)  # each that is restored is looked at while it goes on
+def test_of_a_chain_all_that_is_needed_is_looked_at_and_nothing_else(chain: Real) -> None:
+    everything = {real.CHAIN: chain.stored}
+    for play, numbers in ((chain.play, range(OF_A_CHAIN)), (chain.follow, range(FOLLOWED))):
+        for number in numbers:
+            one, after = harm.draw(everything, SEED, number)
+            trial = play(one, after)
+            assert not trial.wrong, f"seed {SEED}, number {number}: {one.id}: {trial.wrong}"
+    chain.still_restores()

@@ -16,22 +16,13 @@ from tests.daemon import Daemon, Refusal, events, failed, ready, refusals
 from tests.keeper import wait_until
 from tests.node.test_bound import status
 from tests.node.test_stores import s3_settings
-from tests.node.workload import LIMIT, Program, Untouched, checkpointed, goes_on, python
+from tests.node.workload import LIMIT, Program, Untouched, change, checkpointed, goes_on, python
 from tests.servers import S3Server
 
 pytestmark = pytest.mark.node
 
 AUTO = {"increment": "auto"}
 MIB, PAGE = 1 << 20, 4096
-
-
-def change(program: Program) -> None:
-    """Five percent of its pages, at random; a beat of what it holds then has come."""
-    times = len([line for line in program.lines() if line.startswith("changed ")])
-    os.kill(program.pid, signal.SIGUSR1)
-    wait_until(lambda: len([line for line in program.lines() if line.startswith("changed ")]) > times, LIMIT, "its change")
-    checksum = program.said("changed")[1]
-    wait_until(lambda: program.beat().content == (checksum,), LIMIT, "a beat after its change")
 
 
 def delete(daemon: Daemon, checkpoint_id: str) -> None:
@@ -168,6 +159,37 @@ def test_damage_of_a_base_is_said_before_anything_is_restored(daemon: Daemon, tm
         path.write_bytes(whole)
         ready(daemon.restore(done.checkpoint_id))
         goes_on(program, before)
+
+
+def test_what_verify_has_found_damaged_is_not_referred_to_any_more(daemon: Daemon, tmp_path: Path) -> None:
+    """A byte of a stream is not read before an increment is made; once it is known, what would need it is refused, or a full one."""
+    with Program(tmp_path, python("changing.py", 4, "noise", 5)) as program:
+        ids = []
+        for _ in range(2):
+            program.beat()
+            ids.append(ready(daemon.checkpoint(program.target, reason="heartbeat")).checkpoint_id)
+            change(program)
+        path = next((daemon.store_dir / ids[0]).rglob("pages-0.zst"))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:100_000] + bytes([whole[100_000] ^ 1]) + whole[100_001:])
+        ids.append(ready(daemon.checkpoint(program.target, reason="heartbeat")).checkpoint_id)
+        assert bases(daemon, ids[2]) == ids[:2]
+        with pytest.raises(Refusal, match=ids[0]), refusals():
+            verified(daemon, ids[2])
+        with Untouched(program):
+            failed(daemon.checkpoint(program.target, criu_opts={"increment": ids[2]}), "corrupt")
+        full = ready(daemon.checkpoint(program.target, reason="heartbeat")).checkpoint_id
+        assert bases(daemon, full) == []
+        change(program)
+        before = program.beat()
+        done = checkpointed(daemon, program, reason="heartbeat").checkpoint_id
+        assert bases(daemon, done) == [full]
+        assert verified(daemon, done).ok
+        ready(daemon.restore(done))
+        goes_on(program, before)
+        path.write_bytes(whole)
+        assert verified(daemon, ids[2]).ok
+        ready(daemon.checkpoint(program.target, criu_opts={"increment": ids[2]}))
 
 
 def test_what_cannot_be_referred_to_is_refused_by_name_and_nobody_was_frozen(daemon: Daemon, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Lazy restores with real CRIU: the old process goes on before its memory is there, and never sees a byte that is not its own, whatever
-dies meanwhile.
+"""Restores whose pages the filler brings, with real CRIU. Lazy ones: the old process goes on before its memory is there, and never sees a
+byte that is not its own, whatever dies meanwhile. Others: it does not run before all of it is there, whatever dies meanwhile.
 
 The store is a real S3 server behind a proxy that holds its answers back: so some of the memory is missing for as long as a test wants,
 and the tree runs, or waits for it. Its program looks at all of its memory all the time, and says if a piece is ever wrong.
@@ -8,9 +8,12 @@ and the tree runs, or waits for it. Its program looks at all of its memory all t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shlex
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,9 +33,11 @@ from tests.servers import S3Server
 pytestmark = pytest.mark.node
 
 LAZY = {"restore": "lazy"}
-ON = {"lazy": True}  # of [criu]
 SIZE = 128  # MiB of private memory: 32 frames
-SOME = 20  # frames that come before the others are held back; those that CRIU itself needs are among them
+# Reads, of four frames at most, before the others are held back. Those of what CRIU itself needs are among them: 2 or 3, with shared
+# memory 4 to 6, as its frames happen to lie in the two streams.
+SOME = 8
+LONG = 8 << 20  # bytes: reads of several frames. Not those of one, which CRIU, or who is being restored, may wait for
 PAGES = "pages-"
 
 
@@ -41,31 +46,41 @@ class Yard:
 
     def __init__(self, daemon: Daemon, proxy: FaultProxy) -> None:
         self.daemon, self.proxy = daemon, proxy
+        self._begun: list[Restore] = []
 
     @contextmanager
-    def held(self, after: int = SOME) -> Iterator[Hold]:
-        """So many frames come; the others wait until it is released, or this is left."""
+    def held(self, after: int = SOME, over: int = 0) -> Iterator[Hold]:
+        """So many reads come, and all of so many bytes at most; the others wait until it is released, or this is left."""
         hold = Hold()
-        self.proxy.play("GetObject", hold, times=FOREVER, after=after, key=PAGES)
+        self.proxy.play("GetObject", hold, times=FOREVER, after=after, key=PAGES, over=over)
         try:
             yield hold
         finally:
             hold.release()
             self.proxy.heal()
 
-    def begin(self, checkpoint_id: str) -> Restore:
-        return Restore(self.daemon, checkpoint_id)
+    def begin(self, checkpoint_id: str, how: str = "lazy") -> Restore:
+        self._begun.append(Restore(self.daemon, checkpoint_id, how))
+        return self._begun[-1]
+
+    def empty(self) -> None:
+        """For the next test: a restore that a failed one has left is none of its business."""
+        self.proxy.heal()
+        begun, self._begun = self._begun, []
+        for restore in begun:
+            restore.end()
+        self.daemon.empty()
 
 
 class Restore:
-    """A lazy restore that goes on beside the test."""
+    """A restore that goes on beside the test."""
 
-    def __init__(self, daemon: Daemon, checkpoint_id: str) -> None:
+    def __init__(self, daemon: Daemon, checkpoint_id: str, how: str) -> None:
         self.action_id = str(uuid.uuid4())
         self.phases: list[str] = []
         self.seen: list[pb.Event] = []
         command = pb.RestoreCommand(
-            checkpoint_id=checkpoint_id, action_id=self.action_id, overrides=pb.Overrides(criu_opts='{"restore": "lazy"}')
+            checkpoint_id=checkpoint_id, action_id=self.action_id, overrides=pb.Overrides(criu_opts=json.dumps({"restore": how}))
         )
         self._updates = daemon.stub.Restore(command, timeout=60)
         self._thread = threading.Thread(target=self._follow)
@@ -101,7 +116,7 @@ def shared_yard() -> Iterator[Yard]:
             **server.settings().model_dump(exclude_defaults=True), "secret_access_key": server.secret_access_key,
             "endpoint_url": proxy.url, "attempts": 2, "read_timeout": 50.0,
         }  # fmt: skip
-        settings = {"store": {"s3": s3}, "limits": {"outage": 20.0, "second": "refuse"}, "criu": ON}
+        settings = {"store": {"s3": s3}, "limits": {"outage": 20.0, "second": "refuse"}}
         with Daemon(store=f"s3://{server.bucket}/lazy", arena="256MiB", settings=settings) as daemon:
             yield Yard(daemon, proxy)
 
@@ -109,8 +124,7 @@ def shared_yard() -> Iterator[Yard]:
 @pytest.fixture
 def yard(shared_yard: Yard) -> Iterator[Yard]:
     yield shared_yard
-    shared_yard.proxy.heal()
-    shared_yard.daemon.empty()
+    shared_yard.empty()
 
 
 @pytest.fixture
@@ -120,13 +134,13 @@ def program(tmp_path: Path) -> Iterator[Program]:
         yield running
 
 
-def lazy_pages(daemon: Daemon) -> int:
-    (found,) = [pid for pid in keeper.descendants(daemon.pid) if "criu lazy-pages" in keeper.describe(pid)]
+def keeper_of(daemon: Daemon) -> int:
+    found, *_ = [pid for pid in keeper.descendants(daemon.pid) if "hibernode.keeper" in keeper.describe(pid)]
     return found
 
 
-def keeper_of(daemon: Daemon) -> int:
-    (found,) = [pid for pid in keeper.descendants(daemon.pid) if "hibernode/keeper.py" in keeper.describe(pid)]
+def filler_of(daemon: Daemon) -> int:
+    (found,) = keeper.descendants(keeper_of(daemon))
     return found
 
 
@@ -155,7 +169,7 @@ def insist_gone(daemon: Daemon, program: Program) -> None:
 def test_the_old_process_goes_on_before_its_memory_is_there(yard: Yard, program: Program) -> None:
     before = program.beat()
     done = checkpointed(yard.daemon, program, streams=3)
-    with yard.held() as hold:
+    with yard.held(after=9) as hold:
         restore = yard.begin(done.checkpoint_id)
         restore.filling()
         program.beat()  # it looks at what has come
@@ -195,7 +209,7 @@ def test_what_is_staged_for_criu_is_held_once(yard: Yard, tmp_path: Path) -> Non
     with Program(tmp_path, python("watcher.py", SIZE, "shared", "memfd")) as program:
         wait_until(lambda: len({beat.token for beat in beats(program.lines())}) == 2, LIMIT, "two processes")
         done = checkpointed(yard.daemon, program, compression="none")
-        with yard.held() as hold:
+        with yard.held(after=9) as hold:
             restore = yard.begin(done.checkpoint_id)
             restore.filling()
             staged = [path.stat() for path in yard.daemon.work_dir.rglob("pages-*.img")]
@@ -207,7 +221,7 @@ def test_what_is_staged_for_criu_is_held_once(yard: Yard, tmp_path: Path) -> Non
 
 
 def test_an_encrypted_checkpoint(tmp_path: Path) -> None:
-    settings = {"encryption": {"key": keys.wrapper(tmp_path, "key")}, "criu": ON}
+    settings = {"encryption": {"key": keys.wrapper(tmp_path, "key")}}
     with Program(tmp_path, python("watcher.py", 16)) as program, Daemon(settings=settings) as daemon:
         before = program.beat()
         done = checkpointed(daemon, program)
@@ -288,19 +302,19 @@ def test_a_tree_that_empties_moves_and_unmaps_memory_meanwhile(yard: Yard, tmp_p
 # --- something dies --------------------------------------------------------------------------------------------------------------
 
 
-def kill_lazy_pages(daemon: Daemon) -> None:
-    os.kill(lazy_pages(daemon), signal.SIGKILL)
+def kill_the_filler(daemon: Daemon) -> None:
+    os.kill(filler_of(daemon), signal.SIGKILL)
 
 
-def kill_lazy_pages_twice(daemon: Daemon) -> None:
-    pid = lazy_pages(daemon)
+def kill_the_filler_twice(daemon: Daemon) -> None:
+    pid = filler_of(daemon)
     os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
-def end_lazy_pages(daemon: Daemon) -> None:
-    os.kill(lazy_pages(daemon), signal.SIGTERM)
+def end_the_filler(daemon: Daemon) -> None:
+    os.kill(filler_of(daemon), signal.SIGTERM)
 
 
 def kill_the_keeper(daemon: Daemon) -> None:
@@ -310,9 +324,9 @@ def kill_the_keeper(daemon: Daemon) -> None:
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        (kill_lazy_pages, "lazy_pages"),
-        (kill_lazy_pages_twice, "lazy_pages"),
-        (end_lazy_pages, "lazy_pages"),
+        (kill_the_filler, "lazy_pages"),
+        (kill_the_filler_twice, "lazy_pages"),
+        (end_the_filler, "lazy_pages"),
         (kill_the_keeper, "lazy_keeper"),
     ],
 )
@@ -335,17 +349,17 @@ def test_whoever_dies_the_tree_is_killed(yard: Yard, program: Program, end: Call
     insist_never_wrong(program)
 
 
-@pytest.mark.parametrize("with_lazy_pages", [False, True])
-def test_the_daemon_dies_and_the_tree_is_killed(yard: Yard, program: Program, *, with_lazy_pages: bool) -> None:
+@pytest.mark.parametrize("with_filler", [False, True])
+def test_the_daemon_dies_and_the_tree_is_killed(yard: Yard, program: Program, *, with_filler: bool) -> None:
     before = program.beat()
     done = checkpointed(yard.daemon, program)
     with yard.held() as hold:
         restore = yard.begin(done.checkpoint_id)
         restore.filling()
         wait_until(hold.held.is_set, LIMIT, "a read that is held back")
-        keeping, serving = keeper_of(yard.daemon), lazy_pages(yard.daemon)
+        keeping, serving = keeper_of(yard.daemon), filler_of(yard.daemon)
         yard.daemon.kill()
-        if with_lazy_pages:
+        if with_filler:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(serving, signal.SIGKILL)
         wait_until(lambda: not any(map(keeper.alive, (program.pid, keeping, serving))), LIMIT, "the end of them")
@@ -367,7 +381,7 @@ def test_one_that_hangs_is_found_out(yard: Yard, program: Program) -> None:
     with yard.held() as hold:
         restore = yard.begin(done.checkpoint_id)
         restore.filling()
-        os.kill(lazy_pages(yard.daemon), signal.SIGSTOP)
+        os.kill(filler_of(yard.daemon), signal.SIGSTOP)
         hold.release()
         last = failed(restore.end(), "restore_failed")
         assert details(last)["reason"] == "lazy_stuck"
@@ -375,7 +389,7 @@ def test_one_that_hangs_is_found_out(yard: Yard, program: Program) -> None:
 
 
 def test_a_forked_child_dies_with_it(yard: Yard, tmp_path: Path) -> None:
-    """Its userfaultfd is one that nobody but `criu lazy-pages` was ever given."""
+    """Its userfaultfd is one that nobody but the filler was ever given."""
     go = tmp_path / "go"
     with Program(tmp_path, python("watcher.py", SIZE, "fork", go)) as program:
         program.said("waits")
@@ -386,7 +400,7 @@ def test_a_forked_child_dies_with_it(yard: Yard, tmp_path: Path) -> None:
             restore.filling()
             wait_until(lambda: [pid for pid in keeper.descendants(program.pid) if keeper.alive(pid)], LIMIT, "the child")
             (child,) = keeper.descendants(program.pid)
-            kill_lazy_pages(yard.daemon)
+            kill_the_filler(yard.daemon)
             wait_until(lambda: not keeper.alive(child) and not keeper.alive(program.pid), LIMIT, "the end of both")
             hold.release()
             failed(restore.end(), "restore_failed")
@@ -422,7 +436,7 @@ def test_a_store_that_stays_away_ends_it(yard: Yard, program: Program) -> None:
     done = checkpointed(yard.daemon, program)
     with Daemon(
         store=yard.daemon.store,
-        settings={"store": yard.daemon._settings["store"], "limits": {"outage": 0.3, "attempts": 1}, "criu": ON},
+        settings={"store": yard.daemon._settings["store"], "limits": {"outage": 0.3, "attempts": 1}},
     ) as daemon:
         yard.proxy.play("GetObject", Answer(503, "SlowDown"), times=FOREVER, after=SOME, key=PAGES)
         failed(daemon.restore(done.checkpoint_id, criu_opts=LAZY), "store_unavailable")
@@ -433,7 +447,7 @@ def test_a_damaged_frame_is_not_handed_out(yard: Yard, program: Program) -> None
     done = checkpointed(yard.daemon, program)
     yard.proxy.play("GetObject", FlipAnswer(), times=FOREVER, after=SOME, key=PAGES)
     last = failed(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY), "corrupt")
-    assert "filling" in last.profile.phases
+    assert "restoring" in last.profile.phases
     insist_gone(yard.daemon, program)
 
 
@@ -465,15 +479,30 @@ def test_a_tree_that_is_filled_is_nobodys_to_checkpoint(yard: Yard, tmp_path: Pa
         insist_never_wrong(program)
 
 
-def test_a_process_with_very_many_mappings_is_refused(yard: Yard, tmp_path: Path) -> None:
+def test_a_process_with_very_many_mappings(yard: Yard, tmp_path: Path) -> None:
+    """More than half of what it may have: CRIU's own `criu lazy-pages` splits them, and meets the limit."""
     most = int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
     with Program(tmp_path, python("memory.py", "mappings", most + 100)) as program:
         before = program.beat()
         done = checkpointed(yard.daemon, program)
-        failed(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY), "lazy_mappings")
-        insist_gone(yard.daemon, program)
-        ready(yard.daemon.restore(done.checkpoint_id))
+        ready(yard.daemon.restore(done.checkpoint_id, criu_opts=LAZY))
         goes_on(program, before)
+
+
+def test_an_increment(yard: Yard, program: Program) -> None:
+    """Its pages lie in two checkpoints, and the tree runs before those of either are there."""
+    first = ready(yard.daemon.checkpoint(program.target, criu_opts={"increment": "auto"}))
+    before = program.beat()
+    done = checkpointed(yard.daemon, program, criu_opts={"increment": "auto"})
+    assert yard.daemon.manifest(done.checkpoint_id)["images"][0]["bases"][0]["checkpoint_id"] == first.checkpoint_id
+    with yard.held(after=9) as hold:
+        restore = yard.begin(done.checkpoint_id)
+        restore.filling()
+        wait_until(hold.held.is_set, LIMIT, "a read that is held back")
+        hold.release()
+        ready(restore.end())
+    goes_on(program, before)
+    looks_at_all(program)
 
 
 def test_a_checkpoint_does_not_make_its_restores_lazy(yard: Yard, program: Program) -> None:
@@ -481,3 +510,250 @@ def test_a_checkpoint_does_not_make_its_restores_lazy(yard: Yard, program: Progr
     assert "restore" in refused.message
     done = ready(yard.daemon.checkpoint(program.target, criu_opts={"restore": "eager"}))
     assert "restore" not in yard.daemon.manifest(done.checkpoint_id)["criu_opts"]
+
+
+# --- not lazy: CRIU holds the tree until all is in --------------------------------------------------------------------------------
+
+
+def tracer_of(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("TracerPid:"))
+
+
+@contextmanager
+def held_by_criu(yard: Yard, program: Program) -> Iterator[tuple[Restore, Hold, pb.Event]]:
+    """A restore that is not lazy: all is made but for pages that the store holds back, and nobody runs. `Program.lines` has nothing yet of
+    what it says from now on. When this is left they are gone."""
+    pids = [program.pid, *keeper.descendants(program.pid)]
+    done = checkpointed(yard.daemon, program)
+    with yard.held(after=0, over=LONG) as hold:
+        restore = yard.begin(done.checkpoint_id, "eager")
+        until_held(restore, hold, program)
+        wait_until(lambda: {keeper.state(pid) for pid in pids} == {"t"}, LIMIT, "all of them, held")
+        yield restore, hold, done
+        assert not program.lines(), "it has run"
+        wait_until(lambda: not any(map(keeper.alive, pids)), LIMIT, "the end of all")
+
+
+def until_held(restore: Restore, hold: Hold, program: Program) -> None:
+    """CRIU waits for an answer; it traces the tree some milliseconds before."""
+    wait_until(hold.held.is_set, LIMIT, "a read that is held back")
+    wait_until(lambda: "holding" in restore.phases or restore.ended, LIMIT, "a restore that is held")
+    wait_until(lambda: keeper.alive(program.pid) and keeper.state(program.pid) == "t", LIMIT, "a tree that is made, and held")
+
+
+def test_without_lazy_nobody_runs_before_all_is_in(yard: Yard, program: Program) -> None:
+    before = program.beat()
+    done = checkpointed(yard.daemon, program)
+    with yard.held(after=0, over=LONG) as hold:
+        restore = yard.begin(done.checkpoint_id, "eager")
+        until_held(restore, hold, program)
+        failed(yard.daemon.checkpoint(program.target), "busy")
+        assert not program.lines()
+        assert not restore.ended
+        hold.release()
+        last = ready(restore.end())
+    assert "filling" not in last.profile.phases
+    assert last.profile.raw_bytes == yard.daemon.manifest(done.checkpoint_id)["raw_bytes"]
+    goes_on(program, before)
+    looks_at_all(program)
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (kill_the_filler, "lazy_pages"),
+        (end_the_filler, "lazy_pages"),
+        (kill_the_keeper, "lazy_keeper"),
+    ],
+)
+def test_whoever_dies_nobody_has_run(yard: Yard, program: Program, end: Callable[[Daemon], None], reason: str) -> None:
+    before = program.beat()
+    with held_by_criu(yard, program) as (restore, hold, done):
+        end(yard.daemon)
+        wait_until(lambda: not keeper.alive(program.pid), LIMIT, "the end of the tree, though the store still does not answer")
+        hold.release()
+        assert details(failed(restore.end(), "restore_failed"))["reason"] == reason
+        insist_gone(yard.daemon, program)
+    program.kill()
+    ready(yard.daemon.restore(done.checkpoint_id))
+    goes_on(program, before)
+    insist_never_wrong(program)
+
+
+def test_criu_dies_and_the_tree_is_killed(yard: Yard, program: Program) -> None:
+    """That held it: it runs for a moment, as one that is restored lazily does."""
+    done = checkpointed(yard.daemon, program)
+    with yard.held(after=0, over=LONG) as hold:
+        restore = yard.begin(done.checkpoint_id, "eager")
+        until_held(restore, hold, program)
+        os.kill(tracer_of(program.pid), signal.SIGKILL)
+        wait_until(lambda: not keeper.alive(program.pid), LIMIT, "the end of the tree, though the store still does not answer")
+        hold.release()
+        assert details(failed(restore.end(), "restore_failed"))["reason"] == "criu_ended"
+        insist_gone(yard.daemon, program)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.01, 0.03])
+def test_the_daemon_dies_while_criu_makes_it(yard: Yard, program: Program, after: float) -> None:
+    """As soon as the process is there, or some milliseconds later: before CRIU holds it, or after."""
+    done = checkpointed(yard.daemon, program)
+    with yard.held(after=0, over=LONG):
+        restore = yard.begin(done.checkpoint_id, "eager")
+        wait_until(lambda: keeper.alive(program.pid), LIMIT, "a process that is being made")
+        others = keeper_of(yard.daemon), filler_of(yard.daemon)
+        time.sleep(after)
+        yard.daemon.kill()
+        wait_until(lambda: not any(map(keeper.alive, (program.pid, *others))), LIMIT, "the end of them")
+        restore.end()
+    assert not program.lines(), "it has run"
+    yard.daemon.start()
+    insist_gone(yard.daemon, program)
+
+
+def test_the_daemon_dies_and_nobody_has_run(yard: Yard, program: Program) -> None:
+    """CRIU would let the tree run as soon as its socket is closed: the keeper has it, too."""
+    before = program.beat()
+    with held_by_criu(yard, program) as (restore, _, done):
+        others = keeper_of(yard.daemon), filler_of(yard.daemon), tracer_of(program.pid)
+        yard.daemon.kill()
+        wait_until(lambda: not any(map(keeper.alive, (program.pid, *others))), LIMIT, "the end of them")
+        restore.end()
+    yard.daemon.start()
+    insist_gone(yard.daemon, program)
+    program.kill()
+    ready(yard.daemon.restore(done.checkpoint_id))
+    goes_on(program, before)
+
+
+@pytest.mark.parametrize("who", ["program", "pair"])
+def test_a_cancel_while_it_is_held_leaves_nothing(yard: Yard, request: pytest.FixtureRequest, who: str) -> None:
+    program: Program = request.getfixturevalue(who)
+    with held_by_criu(yard, program) as (restore, hold, _):
+        assert yard.daemon.stub.Cancel(pb.ActionId(action_id=restore.action_id), timeout=10).found
+        wait_until(lambda: not keeper.alive(program.pid), LIMIT, "the end of the tree, though the store still does not answer")
+        hold.release()
+        failed(restore.end(), "cancelled")
+        insist_gone(yard.daemon, program)
+
+
+@pytest.mark.parametrize("fault", [FlipAnswer(), Answer(503, "SlowDown")], ids=["damaged", "away"])
+def test_what_does_not_come_is_told_at_once(yard: Yard, program: Program, fault: FlipAnswer | Answer) -> None:
+    done = checkpointed(yard.daemon, program)
+    yard.proxy.play("GetObject", fault, times=FOREVER, after=SOME, key=PAGES)
+    last = failed(yard.daemon.restore(done.checkpoint_id), "corrupt" if fault == FlipAnswer() else "store_unavailable")
+    assert "restoring" in last.profile.phases
+    assert last.profile.total_duration < 20e9, "no longer than the attempts of a restore by files"
+    insist_gone(yard.daemon, program)
+    assert not program.lines()
+
+
+# --- likewise, several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Program]:
+    """A shell, and two programs that it has started: nothing of what they have was shared."""
+    each = shlex.join(python("watcher.py", SIZE // 2))
+    with Program(tmp_path, ["/bin/sh", "-c", f"{each} & {each} & wait"]) as running:
+        wait_until(lambda: len(tokens(running)) == 2, LIMIT, "a beat of each")
+        assert len(keeper.descendants(running.pid)) == 2
+        yield running
+
+
+def tokens(program: Program) -> set[str]:
+    return {beat.token for beat in beats(program.lines())}
+
+
+def test_without_lazy_nobody_of_a_tree_runs_before_all_is_in(yard: Yard, pair: Program) -> None:
+    before, pids = tokens(pair), [pair.pid, *keeper.descendants(pair.pid)]
+    done = checkpointed(yard.daemon, pair)
+    with yard.held(after=0, over=LONG) as hold:
+        restore = yard.begin(done.checkpoint_id, "eager")
+        until_held(restore, hold, pair)
+        for pid in pids:
+            wait_until(lambda: keeper.state(pid) == "t", LIMIT, "a process that is held")  # noqa: B023 - waited for here
+            failed(yard.daemon.checkpoint(pid_target(pid)), "busy")
+        assert not pair.lines()
+        assert not restore.ended
+        hold.release()
+        last = ready(restore.end())
+    assert "holding" in last.profile.phases
+    assert last.profile.raw_bytes == yard.daemon.manifest(done.checkpoint_id)["raw_bytes"]
+    wait_until(lambda: len(pair.lines()) > 2 * SIZE, LIMIT, "looks at all of it")
+    assert tokens(pair) == before
+    insist_never_wrong(pair)
+
+
+@pytest.mark.parametrize("end", [kill_the_filler, end_the_filler, kill_the_keeper])
+def test_whoever_dies_nobody_of_a_tree_has_run(yard: Yard, pair: Program, end: Callable[[Daemon], None]) -> None:
+    before = tokens(pair)
+    with held_by_criu(yard, pair) as (restore, hold, done):
+        end(yard.daemon)
+        wait_until(lambda: not keeper.alive(pair.pid), LIMIT, "the end of the tree, though the store still does not answer")
+        hold.release()
+        failed(restore.end(), "restore_failed")
+        insist_gone(yard.daemon, pair)
+    pair.kill()
+    ready(yard.daemon.restore(done.checkpoint_id))
+    wait_until(lambda: tokens(pair) == before, LIMIT, "a beat of each")
+    insist_never_wrong(pair)
+
+
+def test_the_daemon_dies_and_nobody_of_a_tree_has_run(yard: Yard, pair: Program) -> None:
+    with held_by_criu(yard, pair) as (restore, _, _):
+        others = keeper_of(yard.daemon), filler_of(yard.daemon), tracer_of(pair.pid)
+        yard.daemon.kill()
+        wait_until(lambda: not any(map(keeper.alive, (pair.pid, *others))), LIMIT, "the end of them")
+        restore.end()
+    yard.daemon.start()
+    insist_gone(yard.daemon, pair)
+
+
+def test_one_of_a_tree_dies_and_the_others_do_not_run(yard: Yard, pair: Program) -> None:
+    """For CRIU would let go of the root, before it sees that it cannot let go of the dead."""
+    before = tokens(pair)
+    child = keeper.descendants(pair.pid)[0]
+    with held_by_criu(yard, pair) as (restore, hold, done):
+        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: not keeper.alive(child), LIMIT, "its end")
+        hold.release()
+        refused = details(failed(restore.end(), "restore_failed"))
+        assert (refused["reason"], refused["pids"]) == ("ended_held", [child])
+        insist_gone(yard.daemon, pair)
+    pair.kill()
+    ready(yard.daemon.restore(done.checkpoint_id))
+    wait_until(lambda: tokens(pair) == before, LIMIT, "a beat of each")
+    insist_never_wrong(pair)
+
+
+@pytest.mark.parametrize("fault", [FlipAnswer(), Answer(503, "SlowDown")], ids=["damaged", "away"])
+def test_what_does_not_come_leaves_nothing_of_a_tree(yard: Yard, pair: Program, fault: FlipAnswer | Answer) -> None:
+    pids = [pair.pid, *keeper.descendants(pair.pid)]
+    done = checkpointed(yard.daemon, pair)
+    yard.proxy.play("GetObject", fault, times=FOREVER, after=SOME, key=PAGES)
+    last = failed(yard.daemon.restore(done.checkpoint_id), "corrupt" if fault == FlipAnswer() else "store_unavailable")
+    assert "restoring" in last.profile.phases
+    insist_gone(yard.daemon, pair)
+    assert not any(map(keeper.alive, pids))
+    assert not pair.lines()
+
+
+def test_what_a_fork_has_left_shared_is_shared_again(yard: Yard, tmp_path: Path) -> None:
+    """By the filler each would have its own: it is done by files."""
+    with Program(tmp_path, python("watcher.py", SIZE, "shared")) as program:
+        wait_until(lambda: len(tokens(program)) == 2, LIMIT, "two processes")
+        before, (child,) = tokens(program), keeper.descendants(program.pid)
+        took = own(program.pid) + own(child)
+        done = checkpointed(yard.daemon, program)
+        last = ready(yard.daemon.restore(done.checkpoint_id))
+        assert "holding" not in last.profile.phases
+        wait_until(lambda: tokens(program) == before, LIMIT, "a beat of each")
+        assert own(program.pid) + own(child) < took + (8 << 20)
+        insist_never_wrong(program)
+
+
+def own(pid: int) -> int:
+    """Bytes of memory, of what several have a share each."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) << 10

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.node
 
 NAMED = (("frozen", "slow:80"), ("ships", "slow:12"), ("lost", "12"))  # the first has no room in the arena
 SLOW = {"compression": "zstd:12", "streams": 1}
+SLOWER = {"compression": "zstd:19", "streams": 1}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_whatever_fails_gives_back_what_it_had(daemon: Daemon, tmp_path: Path) -
         checkpoint_id = str(uuid.uuid4())
         (daemon.store_dir / checkpoint_id / "manifest.json").mkdir(parents=True)
         committed = daemon.begin_checkpoint(lost.target, checkpoint_id=checkpoint_id)
-        shipping = iter(daemon.begin_checkpoint(ships.target, **SLOW))
+        shipping = iter(daemon.begin_checkpoint(ships.target, **SLOWER))  # until it is cancelled
         created = next(event for event in events(shipping) if event.status == "checkpoint_created")
         dumping = iter(daemon.begin_checkpoint(frozen.target, **SLOW))
         action = next(u.progress.action_id for u in dumping if u.HasField("progress") and u.progress.phase == "dumping")

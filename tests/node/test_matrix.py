@@ -41,7 +41,7 @@ ON_A_GPU = {
 SURVEY = {
     (direction, subject): {"journal.dumping.before": 1, "store.write.stream.before": 9, "criu.dump.after": 1}
     for direction in cases.DIRECTIONS
-    for subject in ("process", "job", "gpu")
+    for subject in ("process", "job", "gpu", "chain")
 }
 
 
@@ -135,7 +135,7 @@ def test_what_a_daemon_has_more_than_before_is_found() -> None:
 
 def test_a_result_is_good_only_if_every_counter_is_0() -> None:
     row = {"case": "keep/job/die@x#1", "fired": True, "status": "error", "code": "interrupted", "findings": []}
-    rest = {"killed_by_criu": False, "restored": False, "restarts": 1}
+    rest = {"killed_by_criu": False, "restored": False, "restarts": 1, "increment": False}
     assert table.good(table.summary([{**row, **rest}], []))
     for counter in (*checks.COUNTERS, *checks.MORE):
         finding = {"counter": counter, "text": "seen"}

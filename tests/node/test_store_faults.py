@@ -2,7 +2,7 @@
 
 While a checkpoint is made (of a workload that is to be killed when it is `ready`): what comes once is overcome, and the checkpoint
 restores; what stays ends the action with one `error` of a stable code, the workload runs on with its data, and nothing is left: no object,
-no open upload, no file at work. While a checkpoint is restored: refused before CRIU is called. Afterwards all works again.
+no open upload, no file at work. While a checkpoint is restored: refused before anybody runs. Afterwards all works again.
 """
 
 from __future__ import annotations
@@ -132,14 +132,14 @@ class Bench:
     def refuses(
         self, checkpoint_id: str, code: str, operation: str = "", fault: Fault | None = None, **where: object
     ) -> pb.Event:
-        """A restore ends with this code, and CRIU was not called."""
+        """A restore ends with this code, and nobody has run: that is from the phase `probing` on."""
         if fault is None:
             last = the_end(self.daemon.restore(checkpoint_id))
         else:
             with self.playing(operation, fault, **where):  # type: ignore[arg-type]
                 last = the_end(self.daemon.restore(checkpoint_id))
         failed([last], code)
-        assert "restoring" not in last.profile.phases
+        assert "probing" not in last.profile.phases
         assert not keeper.descendants(self.daemon.pid)
         assert not self.daemon.at_work()
         return last

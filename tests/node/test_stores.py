@@ -50,10 +50,10 @@ def test_a_job_restored_by_a_daemon_that_never_saw_the_first(tmp_path: Path) -> 
         assert not old_log.exists()
 
 
-def s3_settings(server: S3Server) -> Mapping[str, Any]:
+def s3_settings(server: S3Server, *, part_size: int = 8 << 20) -> Mapping[str, Any]:
     """The daemon's configuration for it."""
     settings = server.settings().model_dump(exclude_defaults=True)
-    return {**settings, "secret_access_key": server.secret_access_key, "part_size": 8 << 20}
+    return {**settings, "secret_access_key": server.secret_access_key, "part_size": part_size}
 
 
 def test_through_s3(tmp_path: Path) -> None:

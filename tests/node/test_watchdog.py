@@ -87,8 +87,10 @@ def watching(daemon: Daemon) -> Iterator[Watch]:
 
 @contextmanager
 def node(*, grace: float = GRACE, pause: float = PAUSE, **limits: float) -> Iterator[tuple[Daemon, Watch]]:
-    """A daemon whose deadlines are short, and its watchdog."""
-    settings = {"watchdog": {"interval": INTERVAL, "grace": grace}, "limits": {"pause": pause, **limits}}
+    """A daemon whose deadlines are short, and its watchdog. Restores are done by files: a keeper would come before the watchdog."""
+    settings = {
+        "watchdog": {"interval": INTERVAL, "grace": grace}, "limits": {"pause": pause, **limits}, "criu": {"filler": False}
+    }  # fmt: skip
     with Daemon(arena="16MiB", settings=settings) as daemon, watching(daemon) as watch:
         yield daemon, watch
 

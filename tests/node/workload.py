@@ -7,6 +7,8 @@ process that was dumped.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -115,6 +117,15 @@ def goes_on(program: Program, before: Beat) -> Beat:
     assert counters == list(range(counters[0], counters[0] + len(said)))
     assert counters[0] > before.counter
     return now
+
+
+def change(program: Program) -> None:
+    """Of `changing.py`: so many of its pages as it was told, at random; a beat of what it holds then has come."""
+    times = len([line for line in program.lines() if line.startswith("changed ")])
+    os.kill(program.pid, signal.SIGUSR1)
+    wait_until(lambda: len([line for line in program.lines() if line.startswith("changed ")]) > times, LIMIT, "its change")
+    checksum = program.said("changed")[1]
+    wait_until(lambda: program.beat().content == (checksum,), LIMIT, "a beat after its change")
 
 
 def checkpointed(daemon: Daemon, program: Program, **overrides: object) -> pb.Event:

@@ -15,7 +15,7 @@ from hibernode.flow import Channel, Stopped, Threads
 from hibernode.model import FRAME_PAGES, PAGE, Cancel
 from hibernode.transfer import pageproto
 from hibernode.transfer.arena import Arena, Chunk, Share
-from hibernode.transfer.collect import Collector, page_sockets
+from hibernode.transfer.collect import SOCKET_BUFFER, Collector, page_sockets
 from hibernode.transfer.filling import Held
 from hibernode.transfer.pageproto import PRESENT, Header, Wire
 from tests.fakes.criu import FakeCriu
@@ -86,6 +86,20 @@ def with_dump(work: Callable[[Dump], None]) -> Dump:
             for chunk in dump.chunks.drain():
                 share.give_back(chunk)
     return dump
+
+
+def test_the_page_socket_holds_as_much_whatever_the_machine_allows() -> None:
+    """Both ends: what it holds is CRIU's lead over the collector, and as machines come they allow 416 KiB."""
+    probe, other = socket.socketpair()
+    with probe, other:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, 32, SOCKET_BUFFER // 2)
+        except PermissionError:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER // 2)
+        wanted = probe.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    for end in page_sockets():
+        with end:
+            assert end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == wanted
 
 
 def test_segments_of_several_address_spaces_in_the_order_they_came() -> None:

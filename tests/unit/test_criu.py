@@ -10,6 +10,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -266,11 +267,11 @@ def test_a_keeper_that_has_no_cgroup_of_its_own_begins_nothing(tmp_path: Path, m
     (tmp_path / "file").touch()
     own = [str(tmp_path / "file" / "cgroup.procs")] if made else []
     ours, theirs = socket.socketpair()
-    with ours:
-        kept = Criu("/nowhere/criu", Children(), tmp_path / "plugins").keeper(theirs)
+    with ours, tempfile.TemporaryFile() as memory:
+        kept = Criu("/nowhere/criu", Children(), tmp_path / "plugins").keeper(theirs, memory.fileno())
         try:
             with pytest.raises(Refused) as refused:
-                kept.begin(tmp_path, [str(tmp_path / "cgroup.procs")], own)
+                kept.begin(tmp_path, tmp_path / "table", [str(tmp_path / "cgroup.procs")], own)
         finally:
             kept.close()
     assert refused.value.code == "lazy_cgroup"

@@ -105,3 +105,11 @@ def test_a_node_without_containers_does_its_work(rig: Rig) -> None:
     assert "`containers.runc`" in runc.hint
     assert not any(check.required for check in (runtime, runc, freezer))
     assert bool(freezer.hint) != freezer.ok
+
+
+@pytest.mark.parametrize("why", ["", "no userfaultfd"])
+def test_whether_the_filler_works_here(rig: Rig, why: str) -> None:
+    rig.criu.unable = why
+    (found,) = [check for check in doctor.checks(rig.node, bus_connected=None) if check.name == "filler"]
+    assert (found.ok, found.required) == (not why, False)
+    assert ("by files" in found.hint, why in found.found) == (bool(why), True)

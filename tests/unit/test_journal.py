@@ -205,6 +205,7 @@ RULE = [
     ("restore", "preflight", P, "nothing"),
     ("restore", "fetching", P, "nothing"),
     ("restore", "restoring", P, "kill_restored"),
+    ("restore", "holding", P, "kill_restored"),
     ("restore", "restoring", E, "kill_restored"),
     ("restore", "filling", P, "kill_restored"),
     ("restore", "filling", E, "kill_restored"),

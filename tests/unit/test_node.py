@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from hibernode.errors import Busy, Cancelled, DumpFailed, NoRoom, Stuck
+from hibernode.errors import Busy, Cancelled, DeadlineExceeded, DumpFailed, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
 from hibernode.model import Cancel, Meter, RestoreCommand
 from hibernode.node import Attempt, Claims, Taken, insist, on_error
@@ -157,3 +158,40 @@ def test_a_phase_is_written_down_and_counted_and_none_begins_after_a_cancel(atte
         pytest.fail("it began")
     assert attempt.entry.record.phase == "dumping"
     assert attempt.meter.profile().phases.keys() == {"dumping"}
+
+
+def test_a_phase_within_another_has_a_limit_and_a_time_of_its_own(attempt: Attempt) -> None:
+    """The outer one's limit stands still meanwhile, and begins anew: here it would have ended the action otherwise."""
+    with attempt.phase("restoring", 0.4):
+        with attempt.within("holding", 60):
+            assert attempt.entry.record.phase == attempt.meter.phase_name == "holding"
+            time.sleep(0.5)
+        assert attempt.entry.record.phase == attempt.meter.phase_name == "restoring"
+        attempt.cancel.check()
+    found = attempt.meter.profile().phases
+    assert found["holding"].seconds >= 0.5
+    assert found["restoring"].seconds < 0.4, "the time within is not counted twice"
+
+
+def test_the_limit_of_a_phase_holds_again_after_one_within(attempt: Attempt) -> None:
+    def held() -> None:
+        with attempt.within("holding", 60):
+            pass
+        until_it_is_late(attempt)
+
+    with pytest.raises(DeadlineExceeded) as late, attempt.phase("restoring", 0.2):
+        held()
+    assert late.value.details["phase"] == "restoring"
+
+
+def test_a_phase_within_may_be_too_late_itself(attempt: Attempt) -> None:
+    with pytest.raises(DeadlineExceeded) as late, attempt.phase("restoring", 60), attempt.within("holding", 0.1):
+        until_it_is_late(attempt)
+    assert late.value.details["phase"] == "holding"
+
+
+def until_it_is_late(attempt: Attempt) -> None:
+    woken = threading.Event()
+    with attempt.cancel.waking(woken.set):
+        assert woken.wait(20)
+    attempt.cancel.check()

@@ -21,7 +21,7 @@ from hibernode.drivers.workloads import cgroup, proc, trees
 from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
 from hibernode.errors import Refused
 from hibernode.model import Cancel, JobSpec, Target, TaskFacts, WorkloadFacts
-from hibernode.ports import CriuOptions, Fetched, Prepared
+from hibernode.ports import CriuOptions, Fetched, Held, Prepared
 from tests import keeper
 from tests.fakes.criu import FakeCriu
 from tests.fakes.machine import Machine
@@ -45,7 +45,14 @@ class Restored(FakeCriu):
         super().__init__(Machine(), Script())
         self.pid = 0
 
-    def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
+    def restore(
+        self,
+        images: Path,
+        options: CriuOptions,
+        prepared: Prepared,
+        cancel: Cancel,
+        held: Held | None = None,
+    ) -> int:
         return self.pid
 
 

@@ -167,13 +167,13 @@ def test_to_ask_is_not_to_take(tmp_path: Path) -> None:
 
 
 @contextmanager
-def fake_criu(directory: Path, work: Path, file: str, name: str = "criu", title: str = "") -> Iterator[int]:
-    """A process called so, with a file open. `title`: the first word of its command line."""
+def fake_criu(directory: Path, work: Path, file: str, name: str = "criu") -> Iterator[int]:
+    """A process called so, with a file open."""
     program = Path(tempfile.mkdtemp(dir=directory)) / name
     shutil.copy("/bin/sleep", program)
     path = work / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as log, subprocess.Popen([title or name, "60"], executable=program, stdout=log) as process:
+    with open(path, "w") as log, subprocess.Popen([name, "60"], executable=program, stdout=log) as process:
         try:
             wait_until(lambda: proc.stat(process.pid).comm == name and proc.command_line(process.pid), LIMIT, "the program")
             path.unlink()  # as a recovery does
@@ -316,19 +316,6 @@ def test_a_restored_tree_that_has_its_mark_stays(tmp_path: Path, marked: bool) -
         watch.look()
         watch.look()
         wait_until(lambda: keeper.alive(process[0]) == marked, LIMIT, "its life" if marked else "its end")
-
-
-def test_who_serves_pages_ends_when_nobody_is_left_who_lacks_them(tmp_path: Path) -> None:
-    """What he holds up is zeros for whoever outlives him."""
-    work = tmp_path / "work"
-    watch = Watchdog(tmp_path, work, 0.0, Clock())
-    with stopped_process() as process, fake_criu(tmp_path, work, f"{ACTION}/main/lazy-pages.log", title="lazy-pages") as serving:
-        page_of(tmp_path, process, type="restore", phase="filling", status=Status.PROCESSING)
-        watch.look()
-        wait_until(lambda: not keeper.alive(process[0]), LIMIT, "the end of the tree")
-        assert keeper.alive(serving)
-        watch.look()
-        wait_until(lambda: not keeper.alive(serving), LIMIT, "its own")
 
 
 def test_a_pid_that_came_again_is_nobody(tmp_path: Path) -> None:

@@ -132,8 +132,7 @@ def restore(session: Session, checkpoint_id: str, name: str, directory: str, laz
 
     With --lazy a process or a job runs in a fraction of a second, whatever its size: what it touches is fetched first, the rest in
     the background, and the restore is `ready` when all of it is there. Until then it hangs on the store: should the store, the
-    daemon or the restore end before that, it is killed. A node has to allow it (`lazy` in [criu]), because stock CRIU has faults by
-    which a tree can read zeros meanwhile: see "Lazy restores" in docs/operations.md.
+    daemon or the restore end before that, it is killed. See "Lazy restores" in docs/operations.md.
 
     A pod comes back by making one: with the runtime class `hibernode` and the annotation `hibernode.io/restore-from`.
 

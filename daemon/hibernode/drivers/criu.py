@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import stat
@@ -25,8 +24,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import pycriu
 from google.protobuf.message import DecodeError
@@ -36,7 +37,6 @@ from pycriu.images import (
     fdinfo_pb2,
     ghost_file_pb2,
     magic,
-    mm_pb2,
     mnt_pb2,
     pstree_pb2,
     remap_file_path_pb2,
@@ -54,6 +54,7 @@ from hibernode.ports import (
     Demands,
     DumpStats,
     Endpoint,
+    Held,
     Identity,
     MountFacts,
     Prepared,
@@ -65,9 +66,11 @@ OLDEST = 40200  # 4.1 cannot dump sockets on kernels from 6.16 on, and has anoth
 _LOG_LINES = 12
 _ROLLBACK = 15.0  # seconds a dump has to roll back after its page socket closed; 10 to 30 ms are usual
 _LEFT = 2.0  # seconds that what a dead daemon's CRIU has left gets to end by itself
-_START = 30.0  # seconds for a keeper to have `criu lazy-pages` listen; 50 ms are usual
+_STANDS = 0.1  # seconds for a worker to stand still that is to be killed
+_START = 30.0  # seconds for a keeper to have its filler listen; 50 ms are usual
 _TOLD = 5000  # processes of a tree that a keeper is told of: they fit into a packet, and the others live in its cgroup
 _LAST = 30.0  # seconds a SIGKILLed worker has to end: it may be in the middle of freeing much memory
+_ANSWER = 1 << 20  # bytes, far more than CRIU says
 _MAX_FILE = 16 << 20  # bytes; 100,000 tasks of ten threads are 7 MiB of pstree.img, and a core is tens of KiB
 _TASK_DEAD = 2  # criu/include/image.h
 _log = logging.getLogger("hibernode.criu")
@@ -90,6 +93,10 @@ _KNOWN = (
 )
 
 
+# -S and an environment of its own: it needs nothing but the standard library, and starts in a fraction of the time.
+_KEEPER = (sys.executable, "-P", "-s", "-S", "-m", keeper.__name__)
+
+
 class Criu:
     """ports.Criu on the binary at `path`."""
 
@@ -102,6 +109,7 @@ class Criu:
             "CRIU_LIBS_DIR": str(plugins),
         }  # an empty folder: CRIU's own CUDA plugin must stay out
         self._facts: CriuFacts | None = None
+        self._unfit: str | None = None
 
     def facts(self) -> CriuFacts:
         if self._facts is None:
@@ -160,7 +168,14 @@ class Criu:
             pages.close()
         return self.stats(images)
 
-    def restore(self, images: Path, options: CriuOptions, prepared: Prepared, cancel: Cancel) -> int:
+    def restore(
+        self,
+        images: Path,
+        options: CriuOptions,
+        prepared: Prepared,
+        cancel: Cancel,
+        held: Held | None = None,
+    ) -> int:
         cancel.check()
         try:
             with self._worker(
@@ -171,9 +186,10 @@ class Criu:
                 patience=0.0,  # what it has made is killed anyway
                 pass_fds=list(prepared.inherit.values()),
                 leave_for=prepared.cgroup_procs,
+                held=held,
             ) as request:
                 request.opts.auto_dedup = True  # frees each page of the files as it is used: no second copy at the end
-                request.opts.lazy_pages = options.lazy
+                request.opts.lazy_pages = options.lazy or held is not None
                 for key, descriptor in prepared.inherit.items():
                     request.opts.inherit_fd.add(key=key, fd=descriptor)
                 return int(request.restore().pid)
@@ -191,10 +207,11 @@ class Criu:
         *,
         pass_fds: list[int],
         leave_for: Sequence[str] | None = None,
+        held: Held | None = None,
     ) -> Iterator[pycriu.criu]:
         """A request to a worker of its own; the worker has ended when this is left. One that has not ended `patience` seconds after a
         cancel is killed. `leave_for`: it leaves the daemon's cgroups for these, and the daemon's protection, because what it restores
-        inherits both."""
+        inherits both. `held`: as `restore` has it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         directory = os.open(images, os.O_DIRECTORY)
         try:
@@ -205,15 +222,18 @@ class Criu:
             if leave_for is not None:
                 unprotect(worker.pid)
                 joined = [_join_cgroup(procs, worker.pid) for procs in leave_for]
-                if options.lazy and not any(joined):
-                    raise RestoreFailed("the tree of a lazy restore has no cgroup to be born in", reason="lazy_cgroup")
-            request = pycriu.criu()
+                if (options.lazy or held) and not any(joined):
+                    raise RestoreFailed("a tree that is filled has no cgroup to be born in", reason="lazy_cgroup")
+            stuck = _KilledIfStuck(worker, ours, cancel, patience, restores=leave_for is not None)
+            request = _Request(stuck, held)
             request.use_fd(ours.fileno())
             _apply(request.opts, options, directory, log)
             try:
-                with _killed_if_stuck(worker, ours, cancel, patience):
+                with stuck:
                     yield request
             finally:
+                with contextlib.suppress(OSError):
+                    ours.shutdown(socket.SHUT_RDWR)  # a keeper may have it, too
                 ours.close()
                 _disconnect(request)
                 self._wait(worker, restores=leave_for is not None)
@@ -252,17 +272,30 @@ class Criu:
         assert isinstance(found, DumpFailed)
         return found
 
-    def keeper(self, pages: socket.socket) -> Keeper:
+    def unfit(self) -> str:
+        if self._unfit is None:
+            code, said = self._children.run([*_KEEPER, "unfit"], timeout=_START, env=_keeper_environment())
+            if code:  # not for ever: memory, processes, descriptors may have been short
+                _log.warning(
+                    "it could not be found out whether restores can be filled: exit status %d: %s", code, said.strip()[-200:]
+                )
+                return f"exit status {code}"
+            self._unfit = said.strip()
+            if self._unfit:
+                _log.info("restores are done by files: %s", self._unfit)
+        return self._unfit
+
+    def keeper(self, turns: socket.socket, memory: int) -> Keeper:
         try:
-            return Keeper(shutil.which(self._path) or self._path, self._env, self._children, pages)
+            return Keeper(self._children, turns, memory)
         finally:
-            pages.close()
+            turns.close()
 
     def let_go(self, work: Path) -> None:
         limit = time.monotonic() + _LEFT
         while left := [pid for pid in _everybody() if _is_of(pid, work)]:
             late = time.monotonic() > limit
-            held = {_tracer(pid) for pid in _everybody()} if late else set()
+            held = {_status(pid)[1] for pid in _everybody()} if late else set()
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL if late and pid not in held else signal.SIGCONT)
@@ -297,38 +330,40 @@ class Criu:
 class Keeper:
     """ports.Keeper. Of the process there is nothing here but its pid and the control socket."""
 
-    def __init__(self, criu: str, env: Mapping[str, str], children: Children, pages: socket.socket) -> None:
-        self._criu, self._env, self._children = criu, env, children
-        self._log = Path(os.devnull)
+    def __init__(self, children: Children, turns: socket.socket, memory: int) -> None:
+        self._children, self._log = children, Path(os.devnull)
         self._woken = self._all_in = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        numbers = theirs.fileno(), pages.fileno()
-        # -I -S: it needs nothing but the standard library, and starts in a tenth of the time.
-        argv = [sys.executable, "-I", "-S", keeper.__file__, *map(str, numbers)]
+        numbers = theirs.fileno(), turns.fileno(), memory
         try:
-            self._process = children.spawn(argv, pass_fds=numbers)
+            self._process = children.spawn([*_KEEPER, *map(str, numbers)], pass_fds=numbers, env=_keeper_environment())
         except BaseException:
             self._control.close()
             raise
         finally:
             theirs.close()
 
-    def begin(self, images: Path, procs: Sequence[str], own: Sequence[str]) -> None:
-        _insist_few_mappings(images)
+    def begin(self, images: Path, table: Path, procs: Sequence[str], own: Sequence[str]) -> None:
         joined = [_join_cgroup(file, self._process.pid) for file in own]  # who kills the daemon's cgroup must not meet it
         if not any(joined):
             raise Refused(
-                "lazy_cgroup", "the keeper of a lazy restore cannot have a cgroup of its own here", prop="cgroup", found="the daemon's",
-                wanted="hibernode/<uid>.keeper", hint="restore it without `lazy`",
+                "lazy_cgroup", "the keeper of a restore cannot have a cgroup of its own here", prop="cgroup", found="the daemon's",
+                wanted="hibernode/<uid>.keeper", hint="restore it without `lazy`, and with `filler = false` in [criu]",
             )  # fmt: skip
-        self._log = images / "lazy-pages.log"
-        place = str(images)
-        argv = [self._criu, "lazy-pages", "--page-server", "-D", place, "-W", place, "-o", self._log.name, "-v2"]
-        self._say(argv=argv, env=dict(self._env), cwd=place, procs=list(procs))
+        self._log = images / keeper.LOG
+        self._say(images=str(images), table=str(table), procs=list(procs))
         if "ready" not in self._hear(_START):
             raise RestoreFailed(
-                f"criu lazy-pages does not listen after {_START:.0f} s", criu_log=log_tail(self._log), reason="lazy_pages"
+                f"the filler does not listen after {_START:.0f} s", criu_log=log_tail(self._log), reason="lazy_pages"
             )
+
+    def hold(self, criu: int) -> None:
+        try:
+            socket.send_fds(self._control, [json.dumps({}).encode()], [criu])
+        except (BrokenPipeError, ConnectionResetError):  # it has gone: `_hear` says so
+            return
+        except OSError as e:
+            raise RestoreFailed(f"the keeper cannot be given CRIU's socket: {e}", reason="lazy_keeper") from e
 
     def told(self, tree: Sequence[Identity]) -> None:
         self._say(tree=[list(who) for who in tree[:_TOLD]])
@@ -350,18 +385,19 @@ class Keeper:
             raise Stopped
         if reason := said.get("unfit"):
             raise Refused(
-                "lazy_kernel", f"a lazy restore is not safe on this kernel: {reason}", prop="kernel", found=os.uname().release,
-                wanted="userfaultfd with all its events, and ptrace", hint="restore it without `lazy`",
+                "lazy_kernel", f"on this kernel a tree cannot be filled safely: {reason}", prop="kernel", found=os.uname().release,
+                wanted="userfaultfd with all its events, and ptrace", hint="without `lazy`, and with `filler = false` in [criu]",
             )  # fmt: skip
         if reason := said.get("lost"):
             tail = log_tail(self._log)
             first = next((line for line in tail if "Error" in line), "no reason in its log")
             raise RestoreFailed(
-                f"not all pages came, and the tree was killed: {reason}: {first}", criu_log=tail, reason="lazy_pages",
+                f"not all pages came, and the tree was killed: {reason}: {first}", criu_log=tail,
+                reason="criu_ended" if reason == keeper.CRIU_ENDED else "lazy_pages",
                 pids=said.get("killed", []),
             )  # fmt: skip
         if not said:
-            raise RestoreFailed("the keeper of a lazy restore has ended", hint="somebody has killed it", reason="lazy_keeper")
+            raise RestoreFailed("the keeper of the restore has ended", hint="somebody has killed it", reason="lazy_keeper")
         return said
 
     def _received(self) -> dict[str, object]:
@@ -386,51 +422,123 @@ class Keeper:
                 _log.error("the keeper (pid %d) does not end: somebody of its tree does not", self._process.pid)
 
 
-def _insist_few_mappings(images: Path) -> None:
-    """`criu lazy-pages` (4.2.1) takes a mapping that cannot be split, because its process has as many as it may, for the end of that
-    process: it lets go of a tree that lives, which would read zeros."""
-    most = int(Path("/proc/sys/vm/max_map_count").read_text()) // 2
-    for path in images.glob("mm-*.img"):
+def _keeper_environment() -> dict[str, str]:
+    return {"PYTHONPATH": str(Path(keeper.__file__).parents[1])}
+
+
+class _NoAnswer(pycriu.CRIUException):  # type: ignore[misc]
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self._str = f"no answer: {why}"  # what pycriu's says of itself
+
+
+class _Request(pycriu.criu):  # type: ignore[misc]
+    """One that answers what CRIU asks meanwhile, if something is `held`: before anybody runs (`pre-resume`: all are stopped, and the filler
+    has been told that all is made, restore_root_task in criu/cr-restore.c) it waits for that. CRIU would go on whatever it is answered."""
+
+    def __init__(self, stuck: _KilledIfStuck, held: Held | None) -> None:
+        super().__init__()
+        self._stuck, self._held = stuck, held
+        self.opts.notify_scripts = held is not None
+
+    def _send_req_and_recv_resp(self, req: pycriu.rpc.criu_req) -> pycriu.rpc.criu_resp:
+        if self._held is None:
+            return super()._send_req_and_recv_resp(req)
+        answers = self._comm.connect(False)
+        self._held.hold(answers.fileno())
+        said = self._ask(answers, req)
+        while said.type == pycriu.rpc.NOTIFY:
+            if said.notify.script == "pre-resume":
+                with self._stuck.aside():
+                    self._held.fill()
+            said = self._ask(answers, pycriu.rpc.criu_req(type=pycriu.rpc.NOTIFY, notify_success=True))
+        return said
+
+    def _ask(self, answers: socket.socket, req: pycriu.rpc.criu_req) -> pycriu.rpc.criu_resp:
         try:
-            found = len(mm_pb2.mm_entry.FromString(next(_entries(_content(path), "MM", 1))).vmas)
-        except (OSError, struct.error, ValueError, DecodeError, StopIteration) as e:
-            raise Corrupt(f"{path.name} cannot be read: {e}") from e
-        if found > most:
-            raise Refused(
-                "lazy_mappings", "a process has too many mappings to be restored lazily", prop="mappings", found=found,
-                wanted=f"{most} at most, half of vm.max_map_count", hint="restore it without `lazy`, or raise vm.max_map_count",
-            )  # fmt: skip
+            answers.send(req.SerializeToString())
+            if data := answers.recv(_ANSWER):
+                return pycriu.rpc.criu_resp.FromString(data)
+        except (OSError, DecodeError) as e:
+            raise _NoAnswer(str(e)) from e
+        raise _NoAnswer("it has ended")
 
 
-@contextmanager
-def _killed_if_stuck(worker: subprocess.Popen[bytes], ours: socket.socket, cancel: Cancel, patience: float) -> Iterator[None]:
+class _KilledIfStuck(AbstractContextManager["_KilledIfStuck"]):
     """A cancel lets a worker that is stopped go on. `patience` seconds later it is killed, and whoever waits for its answer wakes up:
     those it was restoring hold the other end of the socket, too. Without patience it does not go on at all: a tree that is to be killed
-    must not run for a moment, and write to its files."""
-    timers: list[threading.Timer] = []
+    must not run for a moment, and write to its files. So whom a worker that `restores` holds is killed before it."""
 
-    def end() -> None:
-        _signal(worker, signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            ours.shutdown(socket.SHUT_RDWR)
+    def __init__(
+        self, worker: subprocess.Popen[bytes], ours: socket.socket, cancel: Cancel, patience: float, *, restores: bool
+    ) -> None:
+        self._worker, self._ours, self._cancel, self._patience, self._restores = worker, ours, cancel, patience, restores
+        self._timers: list[threading.Timer] = []
+        self._waking = ExitStack()
 
-    def soon() -> None:
-        if not patience:
-            return end()
-        _signal(worker, signal.SIGCONT)
-        timer = threading.Timer(patience, end)
-        timer.daemon = True
-        timers.append(timer)
-        timer.start()
-        return None
+    def __enter__(self) -> Self:
+        self._waking.enter_context(self._cancel.waking(self._soon))
+        return self
 
-    try:
-        with cancel.waking(soon):
-            yield
-    finally:
-        for timer in timers:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._waking.close()
+        for timer in self._timers:
             timer.cancel()
             timer.join()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While inside, a cancel is the affair of who is; if anything is raised there, or somebody whom it held is not held any more, the
+        worker does not go on: it would let the others run before it sees that one has gone."""
+        self._waking.close()
+        try:
+            before = self._held()
+            yield
+            if gone := sorted(set(before) - set(self._held())):
+                raise RestoreFailed(
+                    "a process has ended while CRIU held it, before all was in", pids=gone, reason="ended_held",
+                    hint="somebody has killed it: is there memory for all of the tree?",
+                )  # fmt: skip
+            self.__enter__()
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        try:
+            with contextlib.suppress(OSError):  # no descriptors, no memory: who brings the pages kills them
+                self._kill_held()
+        finally:
+            _signal(self._worker, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                self._ours.shutdown(socket.SHUT_RDWR)
+
+    def _kill_held(self) -> None:
+        """Whomever a worker that restores traces. It stands still meanwhile: it would let them go before they are killed."""
+        if not self._restores or self._worker.returncode is not None:
+            return
+        os.kill(self._worker.pid, signal.SIGSTOP)
+        until = time.monotonic() + _STANDS
+        while _status(self._worker.pid)[0] not in ("T", "t", "Z") and time.monotonic() < until:
+            time.sleep(0.001)
+        for pid in _everybody():
+            with contextlib.suppress(ProcessLookupError), _pidfd(pid) as descriptor:
+                if _status(pid)[1] == self._worker.pid:
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+
+    def _held(self) -> list[int]:
+        """Processes that it traces, and that stand still."""
+        return [pid for pid in _everybody() if _status(pid) == ("t", self._worker.pid)]
+
+    def _soon(self) -> None:
+        if not self._patience:
+            self._end()
+            return
+        _signal(self._worker, signal.SIGCONT)
+        timer = threading.Timer(self._patience, self._end)
+        timer.daemon = True
+        self._timers.append(timer)
+        timer.start()
 
 
 def _everybody() -> list[int]:
@@ -448,13 +556,23 @@ def _is_of(pid: int, work: Path) -> bool:
         return False
 
 
-def _tracer(pid: int) -> int:
-    """Who traces it, if its first thread is traced; CRIU traces all threads of a process or none."""
+def _status(pid: int) -> tuple[str, int]:
+    """State of its first thread, and who traces that; CRIU traces all threads of a process or none. Of nobody: nothing, and 0."""
     try:
-        found = re.search(r"^TracerPid:\t(\d+)$", Path(f"/proc/{pid}/status").read_text(errors="replace"), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) if found else 0
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return "", 0
+    state, tracer = (re.search(rf"^{key}:\t(\w+)", text, re.MULTILINE) for key in ("State", "TracerPid"))
+    return state[1] if state else "", int(tracer[1]) if tracer else 0
+
+
+@contextmanager
+def _pidfd(pid: int) -> Iterator[int]:
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _disconnect(request: pycriu.criu) -> None:

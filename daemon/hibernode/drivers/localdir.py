@@ -15,7 +15,7 @@ import os
 import stat
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -100,6 +100,18 @@ class LocalDir:
     def read_into(self, key: str, offset: int, into: memoryview) -> None:
         with self._reading(key) as fd:
             self._fill(fd, key, offset, into.cast("B"))
+
+    @contextmanager
+    def reading(self, key: str, offset: int, size: int) -> Iterator[Callable[[memoryview], None]]:  # noqa: ARG002 - one disk answers anyhow
+        with self._reading(key) as fd:
+            at = offset
+
+            def fill(into: memoryview) -> None:
+                nonlocal at
+                self._fill(fd, key, at, into.cast("B"))
+                at += into.nbytes
+
+            yield fill
 
     def stat(self, key: str) -> ObjectFacts:
         path = self.path(key)

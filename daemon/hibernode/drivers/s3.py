@@ -29,11 +29,13 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from urllib3.exceptions import HTTPError  # what boto3 lets through when a body breaks inside TLS
@@ -45,6 +47,7 @@ from hibernode.model import MAX_STREAMS, checked_key, checked_prefix, is_key
 from hibernode.ports import Buffer, ObjectFacts, OpenUpload
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef, HeadObjectOutputTypeDef
 
@@ -57,7 +60,7 @@ MAX_PARTS = 10_000
 MAX_PART = 5 << 30
 _EVEN_PARTS = 1_000  # parts of the configured size; most objects never need more
 _STEP_PARTS, _STEP = 100, 13 * MIB  # then each 100 parts are 13 MiB larger: 10,000 of them hold 5.3 TB from any base
-_SLICE = 1 << 20  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
+_SLICE = 256 << 10  # of a body, read at once: what is lost when it breaks. urllib3 copies each through an object of its own
 _TOKEN = "hibernode-token"  # in the metadata of every object
 
 
@@ -142,20 +145,14 @@ class S3:
         return bytes(data)
 
     def read_into(self, key: str, offset: int, into: memoryview) -> None:
-        checked_key(key)
-        view, done = into.cast("B"), 0
-        if not view:
+        if not into.nbytes:
             self.stat(key)
-        for attempt in range(self._attempts):
-            if done == len(view):
-                return
-            if attempt:
-                self._sleep(min(5.0, 0.1 * 2**attempt) * random.random())
-            done += self._fetch(key, offset + done, view[done:])
-        if done < len(view):
-            raise StoreUnavailable(
-                f"the body of {key} broke {self._attempts} times, {len(view) - done} bytes are missing", hint=_NETWORK
-            )
+            return
+        with self.reading(key, offset, into.nbytes) as fill:
+            fill(into)
+
+    def reading(self, key: str, offset: int, size: int) -> S3Reading:
+        return S3Reading(self, checked_key(key), offset, offset + size, self._attempts, self._sleep)
 
     def stat(self, key: str) -> ObjectFacts:
         checked_key(key)
@@ -208,6 +205,19 @@ class S3:
         """Abort it; one that is gone is no error."""
         with suppress(NotFound, _NoSuchUpload), self._translating(f"cannot abort the upload of {upload.key}"):
             self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._base + upload.key, UploadId=upload.id)
+
+    # --- for who reads ---
+
+    def body(self, key: str, offset: int, end: int) -> StreamingBody:
+        """One GET of the bytes from `offset` to `end`: what comes of them."""
+        with self._translating(f"cannot read {key}"):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._base + key, Range=f"bytes={offset}-{end - 1}")
+        try:
+            self._check_range(key, answer, offset, end - 1)
+        except HibernodeError:
+            answer["Body"].close()
+            raise
+        return answer["Body"]
 
     # --- for the upload ---
 
@@ -365,26 +375,6 @@ class S3:
                 return str(answer["ETag"]), crc
         raise _Mismatch(f"{self.location} acknowledged other bytes than were sent for {what}", hint=_NETWORK)
 
-    def _fetch(self, key: str, offset: int, view: memoryview) -> int:
-        """One GET into `view`; how many bytes came before it broke."""
-        end = offset + len(view) - 1
-        with self._translating(f"cannot read {key}"):
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._base + key, Range=f"bytes={offset}-{end}")
-        body, done = answer["Body"], 0
-        try:
-            self._check_range(key, answer, offset, end)
-            while done < len(view):
-                n = body.readinto(view[done : done + _SLICE])  # type: ignore[arg-type]  # the stub's mistake
-                if n == 0:
-                    break
-                done += n
-        except (BotoCoreError, HTTPError) as e:
-            _log.info("the body of %s broke after %d of %d bytes: %s", key, done, len(view), type(e).__name__)
-        finally:
-            if done < len(view):
-                body.close()  # a connection with a rest in it must not go back to the pool
-        return done
-
     def _check_range(self, key: str, answer: GetObjectOutputTypeDef, offset: int, end: int) -> None:
         found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.get("ContentRange", ""))
         if found is None:
@@ -425,6 +415,50 @@ class S3:
 
     def _no_bucket(self) -> StoreUnavailable:
         return StoreUnavailable(f"there is no bucket {self._bucket}", hint="create it, or let store.url name another", status=404)
+
+
+class S3Reading(AbstractContextManager["S3Reading"]):
+    """A range of an object on its way in: called, it fills a view. A body that breaks is asked for again from there, so often in all."""
+
+    def __init__(self, store: S3, key: str, offset: int, end: int, attempts: int, sleep: Callable[[float], None]) -> None:
+        self._store, self._key, self._at, self._end = store, key, offset, end
+        self._attempts, self._sleep = attempts, sleep
+        self._asked = 0  # times
+        self._body: StreamingBody | None = None
+
+    def __call__(self, into: memoryview) -> None:
+        view = into.cast("B")
+        while view:
+            body = self._body = self._body or self._ask()
+            try:
+                n = body.readinto(view[:_SLICE])  # type: ignore[arg-type]  # the stub's mistake
+            except (BotoCoreError, HTTPError) as e:
+                _log.info("the body of %s broke %d bytes too early: %s", self._key, self._end - self._at, type(e).__name__)
+                n = 0
+            if not n:
+                self._drop()
+            view, self._at = view[n:], self._at + n
+
+    def _ask(self) -> StreamingBody:
+        if self._asked == self._attempts:
+            missing = self._end - self._at
+            raise StoreUnavailable(
+                f"the body of {self._key} broke {self._asked} times, {missing} bytes are missing", hint=_NETWORK
+            )
+        if self._asked:
+            self._sleep(min(5.0, 0.1 * 2**self._asked) * random.random())
+        self._asked += 1
+        return self._store.body(self._key, self._at, self._end)
+
+    def _drop(self) -> None:
+        """A connection with a rest in it must not go back to the pool."""
+        if self._body is not None:
+            self._body.close()
+            self._body = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._at < self._end:
+            self._drop()
 
 
 class S3Upload:
@@ -614,6 +648,7 @@ class _NoSuchUpload(StoreUnavailable):
     """Aborted, or completed by a call whose answer was lost."""
 
 
+_SERVICES = {"s3", "sts", "sso", "oidc", "portal.sso", "signin"}  # as AWS names their endpoints
 _NETWORK = "check store.s3.endpoint_url, the network and the server"
 _CREDENTIALS = (
     "check store.s3 credentials; the daemon needs GetObject, PutObject, DeleteObject, AbortMultipartUpload, ListBucket "
@@ -640,7 +675,10 @@ def _clients(settings: config.S3) -> tuple[S3Client, S3Client]:
     )
     unsigned = options.merge(Config(s3={"addressing_style": settings.addressing, "payload_signing_enabled": False}))
     try:
+        core = botocore.session.Session()
+        _cut_endpoints(core)
         session = boto3.session.Session(
+            botocore_session=core,
             aws_access_key_id=settings.access_key_id or None,
             aws_secret_access_key=settings.secret_access_key.get_secret_value() or None,
             region_name=settings.region or None,
@@ -654,6 +692,14 @@ def _clients(settings: config.S3) -> tuple[S3Client, S3Client]:
     except (BotoCoreError, ValueError) as e:
         name = type(e).__name__
         raise Refused("config", f"no S3 client can be made: {name}", prop="store.s3", found=name, wanted="valid") from e
+
+
+def _cut_endpoints(core: botocore.session.Session) -> None:
+    """Keep what is known of every service of every region in mind only of those that we, or its credentials, call: the rest is 5 MiB. It is
+    loaded once for each session."""
+    for partition in core.get_component("data_loader").load_data("endpoints")["partitions"]:
+        services = partition["services"]
+        partition["services"] = {name: services[name] for name in _SERVICES & services.keys()}
 
 
 def _by_status(text: str, status: int) -> HibernodeError:

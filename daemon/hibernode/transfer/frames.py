@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
+import numpy.typing as npt
 
 from hibernode.errors import Corrupt
-from hibernode.model import FRAME_PAGES, PAGE, Meter, StreamRef
+from hibernode.model import PAGE, Meter, StreamRef
 from hibernode.ports import Store
 from hibernode.transfer import codec, format
-from hibernode.transfer.format import FrameTable, Index
+from hibernode.transfer.format import FrameTable, Index, KeepMap
 from hibernode.transfer.places import Loan, Numbers
-from hibernode.transfer.seal import Seal
+from hibernode.transfer.seal import ObjectSeal, Seal
 
-BATCH = 16 << 20  # bytes of one ranged read: several frames, so that a request's latency is paid rarely
+BATCH = 16 << 20  # bytes that are asked for at once: several frames, so that a request's latency is paid rarely
 
 
 @dataclass(frozen=True)
@@ -43,29 +46,54 @@ class Batch:
         return int(self.frames["stored"].sum())
 
 
-class Reader:
-    """Reads batches, verified, decrypted and inflated. Of one thread: buffers and contexts are used again."""
+class Unpackers:
+    """So many frames are decrypted and inflated at a time: threads that wait for the store most of the time share the room for it."""
 
-    def __init__(self, store: Store, meter: Meter) -> None:
-        self._store, self._meter = store, meter
-        self._unpacker = codec.Unpacker()
+    def __init__(self, count: int) -> None:
+        self._free: SimpleQueue[_Unpacker] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(_Unpacker())
+
+    @contextmanager
+    def one(self) -> Iterator[_Unpacker]:
+        """Waits for one that is free: no longer than it takes to unpack a frame and to write it."""
+        unpacker = self._free.get()
+        try:
+            yield unpacker
+        finally:
+            self._free.put(unpacker)
+
+
+class _Unpacker:
+    def __init__(self) -> None:
+        self._codec = codec.Unpacker()
         self._opened_into = memoryview(b"")  # made when it is needed
-        self._buffer = np.empty(BATCH + 3 * FRAME_PAGES * PAGE, np.uint8).data  # only what is read into costs memory
 
-    def read(self, batch: Batch) -> Iterator[tuple[np.void, list[memoryview]]]:
-        """Each frame with the pages that it kept, in pieces, which are good until the next frame is asked for."""
-        if batch.size > len(self._buffer):
-            raise Corrupt(f"{batch.name}: frames are larger than they can be")
-        data = self._buffer[: batch.size]
-        self._store.read_into(f"{batch.seal.checkpoint_id}/{batch.key}", batch.offset, data)
-        self._meter.add(io=batch.size, stored=batch.size)
-        seal = batch.seal.of(batch.key)
+    def unpack(self, seal: ObjectSeal, number: int, stored: memoryview, size: int) -> list[memoryview]:
         self._opened_into = self._opened_into or seal.scratch(format.MAX_STORED)
-        for number, frame in enumerate(batch.frames, batch.first):
-            at = int(frame["offset"]) - batch.offset
-            stored = data[at : at + int(frame["stored"])]
-            _insist_whole(frame, stored, batch.name)
-            yield frame, self._unpacker.unpack(seal.open(number, stored, self._opened_into), int(frame["kept"]) * PAGE)
+        return self._codec.unpack(seal.open(number, stored, self._opened_into), size)
+
+
+class Reader:
+    """Reads batches, verified, decrypted and inflated. Of one thread: its buffer is used again."""
+
+    def __init__(self, store: Store, meter: Meter, unpackers: Unpackers | None = None) -> None:
+        self._store, self._meter = store, meter
+        self._unpackers = unpackers or Unpackers(1)
+        self._buffer = np.empty(format.MAX_STORED, np.uint8).data  # of one frame; only what is read into costs memory
+
+    def read(self, batch: Batch) -> Generator[tuple[np.void, list[memoryview]]]:
+        """Each frame with the pages that it kept, in pieces, which are good until the next frame is asked for. What comes behind it waits
+        where the store's answer is, meanwhile. Close it: it holds one of the unpackers, and a connection."""
+        seal = batch.seal.of(batch.key)
+        with self._store.reading(f"{batch.seal.checkpoint_id}/{batch.key}", batch.offset, batch.size) as fill:
+            for number, frame in enumerate(batch.frames, batch.first):
+                stored = self._buffer[: int(frame["stored"])]
+                fill(stored)
+                self._meter.add(io=len(stored), stored=len(stored))
+                _insist_whole(frame, stored, batch.name)
+                with self._unpackers.one() as unpacker:
+                    yield frame, unpacker.unpack(seal, number, stored, int(frame["kept"]) * PAGE)
 
 
 def numbers_of(frames: FrameTable) -> Numbers:
@@ -92,18 +120,25 @@ def batches_of(
     ]
 
 
-def dense(frame: np.void, content: list[memoryview], index: Index) -> memoryview:
+def spread(content: Iterable[memoryview], keep: KeepMap | None, pages: npt.NDArray[np.uint8]) -> None:
+    """The pages that a frame kept to where they belong among those of its run. `keep`: which it did, None for all; `pages`: a row for each.
+    The others are left as they are."""
+    pieces = [np.frombuffer(piece, np.uint8) for piece in content]
+    if keep is None:
+        flat, at = pages.reshape(-1), 0
+        for piece in pieces:
+            np.copyto(flat[at : at + len(piece)], piece)  # without the interpreter's lock
+            at += len(piece)
+    elif pieces:
+        packed = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        pages[: len(keep)][keep] = packed.reshape(-1, PAGE)
+
+
+def dense(frame: np.void, content: Iterable[memoryview], index: Index) -> memoryview:
     """All pages of a frame, in memory of their own."""
-    first, count, kept = int(frame["first_page"]), int(frame["pages"]), int(frame["kept"])
-    packed = np.empty(kept * PAGE, np.uint8)
-    at = 0
-    for piece in content:
-        packed[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
-        at += len(piece)
-    if kept == count:
-        return packed.data
-    pages = np.zeros((count, PAGE), np.uint8)
-    pages[index.keeps[first]] = packed.reshape(-1, PAGE)
+    whole = frame["kept"] == frame["pages"]
+    pages = (np.empty if whole else np.zeros)((int(frame["pages"]), PAGE), np.uint8)
+    spread(content, None if whole else index.keeps[int(frame["first_page"])], pages)
     return pages.reshape(-1).data
 
 

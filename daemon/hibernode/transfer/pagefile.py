@@ -75,11 +75,11 @@ class PageFile:
         return None
 
     def _parts(self, at: int, pages: int) -> Iterator[tuple[int, int, bool]]:
-        """(first page, pages, whether they are in huge pages), as long as there are such."""
+        """(first page, pages, whether they are in a huge page): of those no more at a time, which are memory of the daemon meanwhile."""
         end, first = at + pages, at
         huge = self._is_huge(at // BLOCK_PAGES)
         for block in range(at // BLOCK_PAGES + 1, (end - 1) // BLOCK_PAGES + 1):
-            if (this := self._is_huge(block)) != huge:
+            if (this := self._is_huge(block)) or huge:
                 yield first, block * BLOCK_PAGES - first, huge
                 first, huge = block * BLOCK_PAGES, this
         yield first, end - first, huge

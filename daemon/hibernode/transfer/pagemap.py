@@ -18,10 +18,11 @@ import numpy.typing as npt
 from pycriu.images import pagemap_pb2
 
 from hibernode.errors import Corrupt, NoRoom
-from hibernode.model import FRAME_PAGES, PAGE
+from hibernode.model import PAGE
 from hibernode.transfer import pageproto
-from hibernode.transfer.format import SegmentTable, Stretches
+from hibernode.transfer.format import ReferenceTable, SegmentTable, Stretches
 from hibernode.transfer.pagefile import Feed, PageFile
+from hibernode.transfer.places import overlaps
 
 _COMMON_MAGIC, _PAGEMAP_MAGIC = 0x54564319, 0x56084025
 _WIDE = "compat_nr_pages" in pagemap_pb2.pagemap_entry.DESCRIPTOR.fields_by_name  # CRIU 4.2 and newer
@@ -36,10 +37,9 @@ _Rows = npt.NDArray[np.int64]
 class PageFiles:
     """The pages files of one image, open for writing from any thread. A context manager: leaving it closes them."""
 
-    def __init__(self, directory: Path, segments: SegmentTable, filled: Stretches = _NOWHERE, *, lazy: bool = False) -> None:
-        """`filled`: as `Index.filled` has it; whatever is written beside it costs more time, and nothing else. `lazy`: for a restore whose
-        pages come later, as far as they may: the others are `fixed`."""
-        self._directory, self._lazy = directory, lazy
+    def __init__(self, directory: Path, segments: SegmentTable, filled: Stretches = _NOWHERE) -> None:
+        """`filled`: as `Index.filled` has it; whatever is written beside it costs more time, and nothing else."""
+        self._directory = directory
         self._pieces = np.empty(0, _PIECE)
         self._files: list[PageFile] = []
         try:
@@ -90,9 +90,7 @@ class PageFiles:
             file.write(_prefixed(pagemap_pb2.pagemap_head(pages_id=pages_id)))
             for at in range(0, len(rows), _AT_ONCE):
                 some = segments[rows[at : at + _AT_ONCE]].tolist()
-                file.writelines(
-                    _entry(*part) for segment in some for part in (_short(*segment) if self._lazy else (segment,)) if part[2]
-                )
+                file.writelines(_entry(*segment) for segment in some if segment[2])
 
     def needed(self, first: _Rows, pages: _Rows) -> npt.NDArray[np.bool_]:
         """Which of these runs of page numbers hold some of `fixed`."""
@@ -103,6 +101,14 @@ class PageFiles:
         first, end = int(first), int(first) + int(pages)
         a, b = np.searchsorted(self._fixed[:, 1], first, side="right"), np.searchsorted(self._fixed[:, 0], end)
         found: _Rows = np.clip(self._fixed[a:b], first, end)
+        return found
+
+    def of_fixed(self, references: ReferenceTable) -> ReferenceTable:
+        """References to pages that may not come later, and no others."""
+        first, start = references["first_page"].astype(np.int64), references["source_page"].astype(np.int64)
+        row, _, low, high = overlaps(first, first + references["pages"].astype(np.int64), self._fixed[:, 0], self._fixed[:, 1])
+        found = references[row]
+        found["first_page"], found["source_page"], found["pages"] = low, start[row] + low - first[row], high - low
         return found
 
     def write(self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]], content: list[memoryview]) -> None:
@@ -178,12 +184,6 @@ def _fixed(segments: SegmentTable) -> _Rows:
     rows = np.column_stack((ends - present["pages"].astype(np.int64), ends))
     found: _Rows = rows[(present["flags"] & pageproto.LAZY) == 0]
     return found
-
-
-def _short(dst_id: int, vaddr: int, pages: int, flags: int) -> Iterator[tuple[int, int, int, int]]:
-    """`criu lazy-pages` (4.2.1) takes room for its longest entry, and counts it in an `int`: 2 GiB would be no room."""
-    for at in range(0, pages, FRAME_PAGES):
-        yield dst_id, vaddr + at * PAGE, min(FRAME_PAGES, pages - at), flags
 
 
 def _entry(_: int, vaddr: int, pages: int, flags: int) -> bytes:

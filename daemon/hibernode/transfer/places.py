@@ -39,6 +39,20 @@ class Origins:
         within = (rows >= 0) & (away < self._pages[rows])
         return np.where(within, self._source[rows] + 1, 0), np.where(within, self._there[rows] + away, numbers)
 
+    def stretches(self, pages: int) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+        """Of an image of so many pages, in order and without gaps: first and end of each stretch with one origin, its source, and the
+        number of its first page there."""
+        starts, ends = np.append(0, self._first + self._pages), np.append(self._first, pages)
+        own = np.flatnonzero(starts < ends)
+        starts, ends = starts[own], ends[own]
+        rows = [
+            np.concatenate(each) for each in (
+                (starts, self._first), (ends, self._first + self._pages), (np.zeros_like(starts), self._source + 1), (starts, self._there)
+            )
+        ]  # fmt: skip
+        start, end, source, there = (each[np.argsort(rows[0])] for each in rows)
+        return start, end, source, there
+
 
 @dataclass(frozen=True)
 class Source:
@@ -55,6 +69,16 @@ class Source:
     @cached_property
     def origins(self) -> Origins:
         return Origins(self.index.references)
+
+
+def overlaps(first: Numbers, end: Numbers, starts: Numbers, ends: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """Where runs (first, end) and stretches (starts, ends) overlap: (which run, which stretch, first, end). Stretches are in order, and no
+    two of them overlap; runs come as they like."""
+    low = np.searchsorted(ends, first, side="right")
+    counts = np.maximum(np.searchsorted(starts, end, side="left") - low, 0)
+    run = np.repeat(np.arange(len(first)), counts)
+    stretch = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(low, counts)
+    return run, stretch, np.maximum(first[run], starts[stretch]), np.minimum(end[run], ends[stretch])
 
 
 class Places(NamedTuple):

@@ -2,8 +2,9 @@
 
 Every frame is compared with its digest before it is inflated, so damaged or foreign bytes reach neither zstd nor CRIU. Of other
 checkpoints that store pages of this image only those frames are read that have one. There are as many threads as streams, times as many
-reads as the store needs at once. Memory beside the pages files themselves (tmpfs, the image's pages that are not zero): threads *
-(2 * batch) for reads, decrypted and inflated frames; for a layer, which is used as it comes, `_AHEAD` windows of frames more, 48 MiB.
+reads as the store needs at once. Memory beside the pages files themselves (tmpfs, the image's pages that are not zero), in frames of 4 MiB:
+one for each thread, as it is stored, and for each stream three: decrypted, inflated, put together from its planes; and 2 MiB for each of
+what it writes to. For a layer, which is used as it comes, `_AHEAD` windows of frames more, 48 MiB.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, Generic, ParamSpec, TypeVar
@@ -26,7 +28,7 @@ from hibernode.ports import Store
 from hibernode.transfer import codec, files, format, known
 from hibernode.transfer.fingerprint import Digests
 from hibernode.transfer.format import FrameTable, Index
-from hibernode.transfer.frames import Batch, Reader, batches_of, dense, numbers_of
+from hibernode.transfer.frames import Batch, Reader, Unpackers, batches_of, dense, numbers_of
 from hibernode.transfer.pagemap import PageFiles
 from hibernode.transfer.places import Loan, Source, insist
 from hibernode.transfer.seal import PIECE, ObjectSeal, Seal, opened
@@ -38,6 +40,7 @@ P = ParamSpec("P")
 _WINDOW, _AHEAD = 4, 3
 _JOBS = 1 << 20  # more than there ever are: of a layer windows are the bound
 _ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
+Keep = Callable[[int, np.void, list[memoryview]], None]  # number of the source, frame, the pages that it has
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class _Pages(Generic[R]):
         self._prefix = seal.checkpoint_id
         self._named = f"{self._prefix}/" if isinstance(ref, BaseRef) else ""  # before keys, for people
         self._threads = max(1, threads) * store.reads_in_flight
+        self._unpackers = Unpackers(max(1, threads))
 
     def fetch_index(self) -> Index:
         """The index, compared with its digest and with the manifest. Takes no more memory than `format.index_limit` and what it inflates
@@ -141,20 +145,24 @@ class _Pages(Generic[R]):
         return found
 
     def _work(self, batches: Channel[Batch | _Table], index: Index, pages: PageFiles | None) -> None:
-        reader = Reader(self._store, self._meter)
+        reader = Reader(self._store, self._meter, self._unpackers)
         for batch in batches:
             if isinstance(batch, _Table):
                 self._compare(batch)
                 continue
-            for frame, content in reader.read(batch):
-                if batch.loan is None:
-                    self._meter.add(raw=int(frame["kept"]) * PAGE)
-                if pages is not None and batch.loan is not None:
-                    self._hand_out(batch.loan, frame, content, pages)
-                elif pages is not None:
-                    first, count = int(frame["first_page"]), int(frame["pages"])
-                    numbers = np.arange(first, first + count, dtype=np.int64)
-                    pages.write(numbers if frame["kept"] == count else numbers[index.keeps[first]], content)
+            with closing(reader.read(batch)) as frames:
+                for frame, content in frames:
+                    self._use(batch.loan, frame, content, index, pages)
+
+    def _use(self, loan: Loan | None, frame: np.void, content: list[memoryview], index: Index, pages: PageFiles | None) -> None:
+        if loan is None:
+            self._meter.add(raw=int(frame["kept"]) * PAGE)
+        if pages is not None and loan is not None:
+            self._hand_out(loan, frame, content, pages)
+        elif pages is not None:
+            first, count = int(frame["first_page"]), int(frame["pages"])
+            numbers = np.arange(first, first + count, dtype=np.int64)
+            pages.write(numbers if frame["kept"] == count else numbers[index.keeps[first]], content)
 
     def _hand_out(self, loan: Loan, frame: np.void, content: list[memoryview], pages: PageFiles) -> None:
         """The pages of another checkpoint's frame that are wanted to where they belong."""
@@ -217,26 +225,47 @@ class Receiver(_Pages[ImageRef]):
         with PageFiles(directory, index.segments, index.filled()) as pages:
             self._each_frame(index, threads, pages)
 
-    def fetch_fixed(self, index: Index, directory: Path, threads: Threads, keep: Callable[[int, memoryview], None]) -> None:
-        """For a lazy restore: pages files of full length in `directory` that hold only what CRIU reads by itself, the pages that may not
-        come later. `keep` is given each frame that was read for them, by its row in the index: the others of it will be asked for."""
-        with PageFiles(directory, index.segments, lazy=True) as pages:
+    def fetch_fixed(self, index: Index, directory: Path, threads: Threads, keep: Keep, *, tables: bool) -> None:
+        """Where the filler brings the others: pages files of full length in `directory` that hold only what CRIU reads by itself, the pages
+        that may not come later. `keep` is given each frame that was read for them: the others of it will be wanted. `tables`: the seek
+        tables are compared, too; then every byte of the image is, when all frames have been read."""
+        with PageFiles(directory, index.segments) as pages:
             frames = index.frames
             rows = np.flatnonzero(pages.needed(frames["first_page"].astype(np.int64), frames["pages"].astype(np.int64)))
             wanted = batches_of(frames[rows], numbers_of(frames)[rows], self._ref.streams, self._seal)
-            self._each(wanted, threads, self._work_fixed, index, pages, keep)
+            fixed = pages.of_fixed(index.references)
+            for number, source in enumerate(self.sources[1:]):
+                loan = Loan(fixed[fixed["source"] == number], source)
+                loan.cut()
+                wanted += [batch for _, batch in _planned(source.ref, source.seal, source.index.frames, loan)]
+            self._each([*wanted, *(self._tables(index) if tables else ())], threads, self._work_fixed, index, pages, keep)
 
-    def _work_fixed(
-        self, batches: Channel[Batch | _Table], index: Index, pages: PageFiles, keep: Callable[[int, memoryview], None]
-    ) -> None:
-        reader = Reader(self._store, self._meter)
+    def _work_fixed(self, batches: Channel[Batch | _Table], index: Index, pages: PageFiles, keep: Keep) -> None:
+        reader, numbers = (
+            Reader(self._store, self._meter, self._unpackers),
+            {id(source.seal): n for n, source in enumerate(self.sources)},
+        )
         for batch in batches:
-            assert isinstance(batch, Batch)
-            for frame, content in reader.read(batch):
-                first, whole = int(frame["first_page"]), dense(frame, content, index)
-                for start, end in pages.fixed(first, int(frame["pages"])).tolist():
-                    pages.write(np.arange(start, end, dtype=np.int64), [whole[(start - first) * PAGE : (end - first) * PAGE]])
-                keep(int(np.searchsorted(index.frames["first_page"], first)), whole)
+            if isinstance(batch, _Table):
+                self._compare(batch)
+                continue
+            with closing(reader.read(batch)) as frames:
+                for frame, content in frames:
+                    if batch.loan is not None:
+                        self._hand_out(batch.loan, frame, content, pages)
+                    else:
+                        _write_fixed(frame, content, index, pages)
+                    keep(numbers[id(batch.seal)], frame, content)
+
+
+def _write_fixed(frame: np.void, content: list[memoryview], index: Index, pages: PageFiles) -> None:
+    """Of the pages that the frame has, those that may not come later."""
+    first, count = int(frame["first_page"]), int(frame["pages"])
+    kept = np.ones(count, bool) if frame["kept"] == count else index.keeps[first]
+    for start, end in (pages.fixed(first, count) - first).tolist():
+        if len(some := np.flatnonzero(kept[start:end])):
+            before = int(np.count_nonzero(kept[:start]))
+            pages.write(first + start + some, _cut(content, before * PAGE, len(some) * PAGE))
 
 
 class LayerReceiver(_Pages[LayerRef]):
@@ -289,15 +318,16 @@ class LayerReceiver(_Pages[LayerRef]):
             yield _ZEROS[: min(FRAME_PAGES, pages - at) * PAGE]
 
     def _read_ahead(self, jobs: Channel[Batch | _Table], index: Index, ready: _Ready) -> None:
-        reader = Reader(self._store, self._meter)
+        reader = Reader(self._store, self._meter, self._unpackers)
         for job in jobs:
             if isinstance(job, _Table):
                 self._compare(job)
                 continue
-            for frame, content in reader.read(job):
-                ready.put(int(frame["first_page"]), dense(frame, content, index))
-                count, kept = int(frame["pages"]), int(frame["kept"])
-                self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
+            with closing(reader.read(job)) as frames:
+                for frame, content in frames:
+                    ready.put(int(frame["first_page"]), dense(frame, content, index))
+                    count, kept = int(frame["pages"]), int(frame["kept"])
+                    self._meter.add(raw=count * PAGE, zero=(count - kept) * PAGE)
 
 
 class _Ready:

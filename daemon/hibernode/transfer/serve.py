@@ -1,146 +1,308 @@
-"""The restore side of the page server: `criu lazy-pages` asks for pages of a tree that runs already, frames of the store answer. Twin:
-`collect.py`.
+"""The pages of a lazy restore, on their way to a tree that runs already: frames out of the store into memory that the filler has mapped,
+too (`filler.py`). Twin: `collect.py`.
 
-CRIU asks over one socket, and takes the answers in the order of its questions: one page for a thread that waits for it, and, for each
-process, the next piece of what is left, when it has the one before. So what is asked for is read first, in that order, and what will be
-asked for meanwhile, by threads that read ahead: the frames that follow a piece; and those that follow a fault, once faults follow each
-other, twice as many each time. One of the threads is always there for what is asked for.
+What somebody waits for is read first. Then what may be wanted soon: the frames that follow a fault, once faults follow each other, twice
+as many each time. Then the rest, in order. One of the threads, and half of the room, are always there for what somebody waits for.
 
-A frame is compared with its digest, decrypted and inflated before a byte of it is given out. Pages that hold zeros are answered as zeros.
-Memory: (`room` + readers) frames of 4 MiB, and for each reader what one read takes, 4 times 4 MiB at most.
+A frame is compared with its digest, decrypted and inflated before a byte of it is given out. Memory: `room` frames of 4 MiB, and for each
+reader what one read takes, 2 * 16 MiB at most.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import mmap
 import os
-import select
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from hibernode.errors import Corrupt, RestoreFailed, StoreUnavailable
+from hibernode import filler
+from hibernode.errors import StoreUnavailable
 from hibernode.flow import Stopped, Threads
-from hibernode.model import FRAME_PAGES, PAGE, ImageRef, Meter
+from hibernode.model import FRAME_PAGES, PAGE, Meter
 from hibernode.ports import Store
 from hibernode.transfer import pageproto
-from hibernode.transfer.format import Index
-from hibernode.transfer.frames import Reader, batches_of, dense, numbers_of
-from hibernode.transfer.pageproto import Header, Wire
-from hibernode.transfer.places import Numbers
-from hibernode.transfer.seal import Seal
+from hibernode.transfer.format import SegmentTable
+from hibernode.transfer.frames import Reader, Unpackers, batches_of, numbers_of, spread
+from hibernode.transfer.places import Loan, Numbers, Source, overlaps
 
-_AHEAD = 16  # frames after one that was asked for, at most
-_SHORT = 16  # pages of an answer while a thread waits for a later one: 64 KiB
-_AGAIN = 1000  # times that a process asks for the same piece, before it is clear that CRIU cannot place it
-_AGAIN_ONE = 100_000  # likewise, of one page: each child that the tree forks may ask for it, too
-_GROUP = 16  # questions between two looks at the socket: half a millisecond
-_QUESTIONS = 32 << 20  # bytes, which the kernel doubles: 87,000 questions that nobody has taken yet, 768 each with what it adds
-_SNDBUFFORCE, _RCVBUFFORCE = 32, 33  # asm-generic/socket.h: as SO_SNDBUF and SO_RCVBUF, beyond the limit of net.core
+_AHEAD = 16  # frames after one that somebody waits for, at most
+_TOGETHER = 4  # frames that are read at a time where nobody waits: 16 MiB
 _BACKOFF = 0.1, 5.0  # seconds between two tries of a store that does not answer: at first, and at most
-_ZEROS = memoryview(bytes(FRAME_PAGES * PAGE))
+_MANY, _SMALL = 20_000, 8  # runs, and pages of one
+_UNHEARD = 128  # rows that are given before the filler is there to hear of them: its socket takes 278, as kernels come
+_LATE = np.dtype([(name, "<u8") for name in ("pid", "page", "pages", "row", "at")])  # as `filler.COLUMNS`
 
 
-def question_sockets() -> tuple[socket.socket, socket.socket]:
-    """(ours, that of `criu lazy-pages`). Where the daemon lacks CAP_NET_ADMIN they have what net.core.wmem_max allows: 212,992 bytes, as
-    kernels come, are 555 questions."""
-    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    for end in pair:
-        for forced, asked in ((_SNDBUFFORCE, socket.SO_SNDBUF), (_RCVBUFFORCE, socket.SO_RCVBUF)):
-            try:
-                end.setsockopt(socket.SOL_SOCKET, forced, _QUESTIONS)
-            except PermissionError:
-                end.setsockopt(socket.SOL_SOCKET, asked, _QUESTIONS)
-    return pair
+def turn_sockets() -> tuple[socket.socket, socket.socket]:
+    """(ours, the filler's): what it is told of rows, and tells."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+class Plan:
+    """Which pages of which processes may come late, and in which row. A row is a frame of one of the image's sources: those of the image
+    itself come first, then those of its bases. Pages that are in no frame hold zeros, and are not in the plan."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        """`sources`: as `places.find` takes them."""
+        self._sources = sources
+        frames = [source.index.frames for source in sources]
+        self._first = np.cumsum([0, *map(len, frames)])  # row of each source
+        self._numbers = [numbers_of(each) for each in frames]
+        references = sources[0].index.references
+        self._loans = [None, *(Loan(references[references["source"] == n], each) for n, each in enumerate(sources[1:]))]
+        self.table = self._late()
+        self.rows: Numbers = np.unique(self.table["row"]).astype(np.int64)
+        self._pages = np.bincount(self.table["row"].astype(np.int64), self.table["pages"], int(self._first[-1])).astype(np.int64)
+        self._next = self._in_streams()
+
+    def _late(self) -> npt.NDArray[np.void]:
+        index = self._sources[0].index
+        pid, page, number, pages = _may_come_late(index.segments)
+        start, end, source, there = self._sources[0].origins.stretches(index.pages)
+        late, stretch, low, high = overlaps(number, number + pages, start, end)
+        pid, page, there, source = (
+            pid[late],
+            page[late] + low - number[late],
+            there[stretch] + low - start[stretch],
+            source[stretch],
+        )
+        found = []
+        for n, each in enumerate(self._sources):
+            mine = np.flatnonzero(source == n)
+            first = each.index.frames["first_page"].astype(np.int64)
+            begin, length = there[mine], (high - low)[mine]
+            of, frame, low_, high_ = overlaps(begin, begin + length, first, first + each.index.frames["pages"].astype(np.int64))
+            table = np.empty(len(of), _LATE)
+            table["pid"], table["page"], table["pages"] = pid[mine][of], page[mine][of] + low_ - begin[of], high_ - low_
+            table["row"], table["at"] = self._first[n] + frame, low_ - first[frame]
+            found.append(table)
+        return np.concatenate(found)
+
+    def _in_streams(self) -> dict[int, int]:
+        """Row -> the one that lies behind it in its stream, and comes late, too."""
+        source = np.searchsorted(self._first, self.rows, side="right") - 1
+        frame = self.rows - self._first[source]
+        stream, number = np.empty_like(frame), np.empty_like(frame)
+        for n, each in enumerate(self._sources):
+            mine = source == n
+            stream[mine], number[mine] = each.index.frames["stream"][frame[mine]], self._numbers[n][frame[mine]]
+        order = np.lexsort((number, stream, source))
+        follows = (np.diff(source[order]) == 0) & (np.diff(stream[order]) == 0) & (np.diff(number[order]) == 1)
+        rows = self.rows[order]
+        return dict(zip(rows[:-1][follows].tolist(), rows[1:][follows].tolist(), strict=True))
+
+    @property
+    def late(self) -> int:
+        """Bytes of pages that come late, but for those that hold zeros."""
+        kept = np.concatenate([source.index.frames["kept"] for source in self._sources]).astype(np.int64)
+        kept[self._first[1] :] = self._pages[
+            self._first[1] :
+        ]  # of a base a page that is referred to is there, and may be many times
+        return PAGE * int(np.minimum(kept, self._pages)[self.rows].sum())
+
+    @property
+    def scattered(self) -> bool:
+        """Very many small runs, of which each takes the filler 36 us (measured): CRIU reads them from files in less."""
+        return len(self.table) > _MANY and int(self.table["pages"].sum()) < len(self.table) * _SMALL
+
+    def together(self, row: int) -> Iterator[int]:
+        """It and those that can be read with it."""
+        for _ in range(_TOGETHER):
+            yield row
+            if (following := self._next.get(row)) is None:
+                return
+            row = following
+
+    def pages(self, row: int) -> int:
+        """That come late with it."""
+        return int(self._pages[row])
+
+    def row(self, source: int, frame: np.void) -> int:
+        firsts = self._sources[source].index.frames["first_page"]
+        return int(self._first[source]) + int(np.searchsorted(firsts, frame["first_page"]))
+
+    def read(self, reader: Reader, rows: Sequence[int]) -> Iterator[tuple[int, np.void, list[memoryview]]]:
+        """Rows of one source, as `Reader.read` has frames."""
+        n = int(np.searchsorted(self._first, rows[0], side="right")) - 1
+        source, at = self._sources[n], np.array(rows) - self._first[n]
+        for batch in batches_of(source.index.frames[at], self._numbers[n][at], source.ref.streams, source.seal, self._loans[n]):
+            for frame, content in reader.read(batch):
+                yield self.row(n, frame), frame, content
+
+    def keeps(self, row: int, frame: np.void) -> npt.NDArray[np.bool_] | None:
+        """Which pages of its run the frame has; None: all."""
+        n = int(np.searchsorted(self._first, row, side="right")) - 1
+        return None if frame["kept"] == frame["pages"] else self._sources[n].index.keeps[int(frame["first_page"])]
+
+
+def _may_come_late(segments: SegmentTable) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+    """Of each run: process, page of its memory, number of its first page, how many they are."""
+    present = segments[(segments["flags"] & pageproto.PRESENT) != 0]
+    sizes = present["pages"].astype(np.int64)
+    late = ((present["flags"] & pageproto.LAZY) != 0) & ((present["dst_id"] & 0xFF) == pageproto.TASK)
+    pids, pages = (present["dst_id"] >> np.uint64(8)).astype(np.int64), (present["vaddr"] // PAGE).astype(np.int64)
+    return pids[late], pages[late], (np.cumsum(sizes) - sizes)[late], sizes[late]
+
+
+def inherited(segments: SegmentTable, parents: Mapping[int, int]) -> tuple[int, int]:
+    """(Pages that lie where their process's parent has one, too, pages of all processes): what a fork has left shared is among the first.
+    `parents`: of each process."""
+    rows = segments[((segments["flags"] & pageproto.PRESENT) != 0) & ((segments["dst_id"] & 0xFF) == pageproto.TASK)]
+    rows = rows[np.lexsort((rows["vaddr"], rows["dst_id"]))]
+    pids, first = np.unique(rows["dst_id"] >> np.uint64(8), return_index=True)
+    own = {int(pid): _union(rows[slice(*each)]) for pid, each in zip(pids, itertools.pairwise([*first, len(rows)]), strict=True)}
+    found = 0
+    for pid, mine in own.items():
+        if (theirs := own.get(parents.get(pid, 0))) is not None:
+            _, _, low, high = overlaps(*mine, *theirs)
+            found += int((high - low).sum())
+    return found, int(rows["pages"].sum())
+
+
+def _union(rows: SegmentTable) -> tuple[Numbers, Numbers]:
+    """Of one process, in order of its memory: where runs of pages begin and end. A page is in one of them, though an index may have it
+    twice."""
+    start = (rows["vaddr"] // PAGE).astype(np.int64)
+    end = np.maximum.accumulate(start + rows["pages"].astype(np.int64))
+    return np.maximum(start, np.concatenate([start[:1], end[:-1]])), end
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Rows that are read by one reader, for each of which there is a slot. `ahead`: nobody waits for them."""
+
+    rows: tuple[int, ...]
+    ahead: bool
 
 
 class Shelf:
-    """Frames that were read, those that are wanted, and who reads which. Thread-safe. `room`: frames that may be here, those that are asked
-    for among them: the first so many, others wait for their turn. The one that was not used for the longest time goes first. `readers`:
-    threads that read; all but one may read ahead."""
+    """Memory for rows that are here, and what is read next. Thread-safe. `file` is what the filler maps, as `filler.py` says. A row has its
+    slot when it is there, and one that was used last comes first: what is never needed at once is never memory."""
 
-    def __init__(self, room: int, readers: int, threads: Threads) -> None:
-        self._room, self._threads = max(1, room), threads
-        self._most_ahead, self._reading_ahead = readers - 1, set[int]()
-        self.arrived = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)  # readable when a frame has come
-        self._changed = threading.Condition()
-        self._here: OrderedDict[int, memoryview] = OrderedDict()
-        self._reading: set[int] = set()
-        self._asked: dict[int, None] = {}  # rows of the index, in the order of the questions
-        self._ahead: deque[int] = deque()
+    def __init__(self, room: int, readers: int, threads: Threads, *, runs: bool = True) -> None:
+        """`room`: bytes. `readers`: threads that read; all but one may read ahead. `runs`: a tree, which may wait for many pages, and for
+        which half of the room is always there; else one slot is, for who is being restored."""
+        count = max(2, room // filler.SLOT)
+        self.file = os.memfd_create("lazy pages", os.MFD_CLOEXEC)
+        os.ftruncate(self.file, count * (filler.SLOT + filler.KEPT))  # what nothing was put into costs nothing
+        self._memory = mmap.mmap(self.file, 0)
+        whole = np.frombuffer(self._memory, np.uint8)
+        self._slots = whole[: count * filler.SLOT].reshape(count, FRAME_PAGES, PAGE)
+        self._bits = whole[count * filler.SLOT :].reshape(count, filler.KEPT)
+        self._free = list(range(count))
+        self._promised = 0  # slots, of rows that are being read
+        self._most_ahead, self._reading_ahead = readers - 1, 0
+        self._ahead = max(1, count // 2 if runs else count - 1)  # slots for what is read ahead
+        self._threads, self._changed = threads, threading.Condition()
+        self._left: dict[int, None] = {}  # rows that nobody has begun to read, in the order in which they are wanted
+        self._wanted, self._soon = deque[int](), deque[int]()
+        self._given = 0
         self.closed = False
         threads.on_stop(self._wake)
 
-    def ask(self, rows: Iterable[int]) -> None:
-        """These are asked for, and no others any more."""
+    def begin(self, plan: Plan) -> None:
+        """All of these will be wanted."""
+        self._plan, self._left = plan, dict.fromkeys(plan.rows.tolist())
+
+    @property
+    def given(self) -> int:
+        """Rows that the filler has, and is not done with."""
+        return self._given
+
+    @property
+    def used(self) -> int:
+        """Slots that are full, or promised."""
+        return len(self._bits) - len(self._free) + self._promised
+
+    def want(self, row: int, soon: Iterable[int] = ()) -> None:
+        """Somebody waits for it; and may, soon, for these."""
         with self._changed:
-            self._asked = {}
-            for row in rows:
-                self._asked[row] = None
-                if len(self._asked) >= self._room:
-                    break
+            self._wanted.append(row)
+            self._soon = deque([*soon, *self._soon][:_AHEAD])
             self._changed.notify_all()
 
-    def expect(self, rows: Iterable[int]) -> None:
-        """These may be asked for soon, sooner than what was expected before."""
+    def take(self, row: int) -> bool:
+        """Is there a slot for a row that somebody has read for another purpose? If not it is read again when it is wanted."""
         with self._changed:
-            new = dict.fromkeys(row for row in rows if row not in self._here and row not in self._reading)
-            self._ahead = deque([*new, *(row for row in self._ahead if row not in new)][: self._room])
-            self._changed.notify_all()
+            if row not in self._left or self.used >= min(self._ahead, _UNHEARD):
+                return False
+            del self._left[row]
+            self._promised += 1
+            return True
 
-    def get(self, row: int) -> memoryview | None:
-        with self._changed:
-            if (found := self._here.get(row)) is not None:
-                self._here.move_to_end(row)
-            return found
-
-    def put(self, row: int, content: memoryview) -> None:
-        with self._changed:
-            self._reading.discard(row)
-            self._reading_ahead.discard(row)
-            self._here[row] = content
-            for other in [each for each in self._here if each not in self._asked][: max(0, len(self._here) - self._room)]:
-                del self._here[other]
-            self._changed.notify_all()
-        os.eventfd_write(self.arrived, 1)
-
-    def drop(self, row: int) -> None:
-        """All of it has been given out."""
-        with self._changed:
-            self._here.pop(row, None)
-            with contextlib.suppress(ValueError):
-                self._ahead.remove(row)
-            self._changed.notify_all()
-
-    def next(self) -> int | None:
-        """The row that is to be read now, by whoever asks; waits for one. None: nothing will be wanted any more."""
+    def next(self) -> _Job | None:
+        """What is to be read now, by whoever asks; waits for something. None: nothing will be wanted any more."""
         with self._changed:
             while True:
                 if self._threads.stopping:
                     raise Stopped
                 if self.closed:
                     return None
-                if (row := self._pick()) is not None:
-                    self._reading.add(row)
-                    return row
+                if (job := self._pick()) is not None:
+                    self._reading_ahead += job.ahead
+                    return job
                 self._changed.wait()
 
-    def _pick(self) -> int | None:
-        for row in self._asked:
-            if row not in self._here and row not in self._reading:
-                return row
-        may = len(self._reading_ahead) < self._most_ahead and len(self._here) + len(self._reading) < self._room
-        while may and self._ahead:
-            row = self._ahead.popleft()
-            if row not in self._here and row not in self._reading:
-                self._reading_ahead.add(row)
-                return row
+    def _pick(self) -> _Job | None:
+        while self._wanted and self.used < len(self._bits):
+            row = self._wanted.popleft()
+            if row in self._left:
+                return self._job([row], ahead=False)
+        room = self._ahead - self.used
+        if self._reading_ahead >= self._most_ahead or room <= 0:
+            return None
+        while self._soon:
+            row = self._soon.popleft()
+            if row in self._left:
+                return self._job([row], ahead=True)
+        for row in self._left:
+            some = [each for each in self._plan.together(row) if each in self._left]
+            return self._job(some[: -(-room // (self._most_ahead - self._reading_ahead))], ahead=True)
         return None
+
+    def _job(self, rows: Sequence[int], *, ahead: bool) -> _Job:
+        for row in rows:
+            del self._left[row]
+        self._promised += len(rows)
+        return _Job(tuple(rows), ahead)
+
+    def lay(self, row: int, frame: np.void, content: Iterable[memoryview]) -> int:
+        """A frame into a slot of its own; from then on it is the filler's."""
+        with self._changed:
+            slot = self._free.pop()
+            self._promised -= 1
+        keep = self._plan.keeps(row, frame)
+        spread(content, keep, self._slots[slot])
+        if keep is None:
+            self._bits[slot] = 0xFF
+        else:
+            self._bits[slot] = np.packbits(np.pad(keep, (0, FRAME_PAGES - len(keep))), bitorder="little")
+        with self._changed:
+            self._given += 1
+        return slot
+
+    def finish(self, job: _Job) -> None:
+        with self._changed:
+            self._reading_ahead -= job.ahead
+            self._changed.notify_all()
+
+    def put_back(self, row: int, slot: int, *, again: bool) -> None:
+        """The filler is done with a slot; `again`: but not with its row."""
+        with self._changed:
+            self._free.append(slot)
+            self._given -= 1
+            if again:
+                self._left[row] = None
+            self._changed.notify_all()
 
     def pause(self, seconds: float) -> bool:
         """Wait so long; False if nothing is wanted any more. Raises Stopped as soon as the transfer is stopped."""
@@ -157,293 +319,87 @@ class Shelf:
 
     def free(self) -> None:
         """When no thread uses it any more."""
-        os.close(self.arrived)
-
-    def __len__(self) -> int:
-        return len(self._here)
+        del self._slots, self._bits
+        self._memory.close()
+        os.close(self.file)
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
 
-class Places:
-    """Where in an image the page of a process lies: of those that may come late."""
-
-    def __init__(self, index: Index) -> None:
-        present = index.segments[(index.segments["flags"] & pageproto.PRESENT) != 0]
-        sizes = present["pages"].astype(np.int64)
-        numbers = np.cumsum(sizes) - sizes
-        lazy = ((present["flags"] & pageproto.LAZY) != 0) & ((present["dst_id"] & 0xFF) == pageproto.TASK)
-        order = np.flatnonzero(lazy)[np.lexsort((present["vaddr"][lazy], present["dst_id"][lazy]))]
-        self._dst = (present["dst_id"][order] >> np.uint64(8)).astype(np.int64)
-        self._vaddr, self._sizes, self._numbers = present["vaddr"][order].astype(np.int64), sizes[order], numbers[order]
-        self._spaces = {int(pid): (int(a), int(b)) for pid, a, b in _runs(self._dst)}
-        self._firsts = index.frames["first_page"].astype(np.int64)
-        self._ends = self._firsts + index.frames["pages"].astype(np.int64)
-        self.pages = int(self._sizes.sum())
-        self.left = self._count()
-
-    def find(self, pid: int, vaddr: int) -> tuple[int, int]:
-        """(number of the page there, how many follow it in number and address). Corrupt where nothing lies that comes late."""
-        a, b = self._spaces.get(pid, (0, 0))
-        at = a + int(np.searchsorted(self._vaddr[a:b], vaddr, side="right")) - 1
-        skip = (vaddr - int(self._vaddr[at])) // PAGE if at >= a else 0
-        if at < a or b == a or vaddr % PAGE or skip >= self._sizes[at]:
-            raise Corrupt(f"page socket: process {pid} has no page at {vaddr:#x} that comes late")
-        return int(self._numbers[at]) + skip, int(self._sizes[at]) - skip
-
-    def frame(self, number: int) -> tuple[int, int]:
-        """(row of the frame with this page, how many of its run follow the page's, itself included); row -1: it is in none, a zero."""
-        at = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        if at >= 0 and number < self._ends[at]:
-            return at, int(self._ends[at]) - number
-        return -1, (int(self._firsts[at + 1]) if at + 1 < len(self._firsts) else 1 << 62) - number
-
-    def first(self, row: int) -> int:
-        return int(self._firsts[row])
-
-    def _count(self) -> Numbers:
-        """Pages of each frame that are to be given out."""
-        edges = np.concatenate((self._firsts, self._ends))
-        order = np.argsort(self._numbers)
-        starts, sizes = self._numbers[order], self._sizes[order]
-        total = np.concatenate(([0], np.cumsum(sizes)))
-        at = np.searchsorted(starts, edges, side="right")
-        before = np.concatenate((starts, [0]))[at - 1], np.concatenate((sizes, [0]))[at - 1]
-        below = np.where(at > 0, total[np.maximum(at - 1, 0)] + np.minimum(edges - before[0], before[1]), 0)
-        return below[len(self._firsts) :] - below[: len(self._firsts)]
-
-
-def _runs(values: Numbers) -> list[tuple[int, int, int]]:
-    """(value, start, end) of each run of equal ones."""
-    if not len(values):
-        return []
-    cuts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1]))).tolist()
-    return [(int(values[a]), a, b) for a, b in zip(cuts, [*cuts[1:], len(values)], strict=True)]
-
-
-@dataclass
-class _Question:
-    """A GET that is not answered yet: so many pages at that address of a process, which begin with page `number` of the image, in frame
-    `row` (-1: zeros). At most `most` of them lie there, so that the answer cannot have more."""
-
-    pid: int
-    vaddr: int
-    pages: int
-    number: int
-    row: int
-    most: int
-
-    @property
-    def waits(self) -> bool:
-        """A thread does: it has touched the page."""
-        return self.pages == 1
-
-
 class Server:
-    """One lazy restore's pages of one image. `run` in a thread of its own, `read` in several; all end with CRIU's CLOSE, which makes
-    `closed` true, or with the end of the socket, which leaves it False: whoever drives CRIU knows why."""
+    """The pages of one restore. `run` in a thread of its own, `read` in several; all end with the filler's end of the socket: the keeper
+    knows whether all is in."""
 
     def __init__(
-        self, pages: socket.socket, wire: Wire, store: Store, seal: Seal, image: ImageRef, index: Index, shelf: Shelf, meter: Meter,
-        *, outage: float,
-    ) -> None:  # fmt: skip
-        """`outage`: seconds for which a store that does not answer is tried again, meanwhile whoever needs a page waits."""
-        self._socket, self._wire, self._meter, self._shelf = pages, wire, meter, shelf
-        self._store, self._seal, self._image, self._index, self._outage = store, seal, image, index, outage
-        self._numbers = numbers_of(index.frames)
-        self._places = Places(index)
-        self._zeros_left = self._places.pages - int(self._places.left.sum())
-        self._questions: deque[_Question] = deque()
-        self._in, self._out = bytearray(), deque[memoryview]()
-        self._faults: dict[int, tuple[int, int]] = {}  # of each process: the frame of the last one, and how many are read ahead
-        self._last: dict[tuple[int, bool], tuple[int, int]] = {}  # of a process, whether one page: address, how often again
-        self._over = False  # CRIU's end of the socket is closed
-        self.closed = False
-        self.asked = 0  # questions so far
-        self.heard = time.monotonic()  # when the last one came
-
-    @property
-    def waiting(self) -> bool:
-        """For frames: somebody in the tree may stand still meanwhile."""
-        return bool(self._questions)
-
-    def keep(self, row: int, content: memoryview) -> None:
-        """A frame that somebody has read for another purpose."""
-        if self._places.left[row] > 0:
-            self._shelf.put(row, content)
-
-    # --- the thread that answers ------------------------------------------------------------------------------------------------
+        self, turns: socket.socket, store: Store, plan: Plan, shelf: Shelf, meter: Meter, *, outage: float, unpackers: int = 1
+    ) -> None:
+        """`outage`: seconds for which a store that does not answer is tried again, meanwhile whoever needs a page waits. `unpackers`:
+        frames that are inflated at a time."""
+        self._socket, self._store, self._plan, self._shelf = turns, store, plan, shelf
+        self._meter, self._outage, self._unpackers = meter, outage, Unpackers(unpackers)
+        self._fault, self._window = -2, 0  # the row of the last one, and how many are read ahead
+        self.heard = time.monotonic()  # when the filler has said something
 
     def run(self) -> None:
-        poller = select.poll()
-        poller.register(self._shelf.arrived, select.POLLIN)
-        self._socket.setblocking(False)
         try:
-            while not self.closed or self._out:
-                poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._out else 0))
-                ready = dict(poller.poll())
-                if self._shelf.arrived in ready:
-                    os.eventfd_read(self._shelf.arrived)
-                if ready.get(self._socket.fileno(), 0) & ~select.POLLOUT:
-                    self._receive()
-                self._send()  # first: what is left of an answer keeps the next from being looked for
-                self._answer()
-        except (OSError, EOFError):
-            return  # CRIU has gone
+            while data := self._socket.recv(filler.TURN.size):
+                self.heard = time.monotonic()
+                self._hear(*filler.TURN.unpack(data))
+        except OSError:
+            return  # it has gone
         finally:
             self._shelf.close()
             self._socket.close()
 
-    def _receive(self) -> None:
-        """All there is, with a look at the socket between few of them: CRIU (4.2.1) does not wait when it asks, and dies of a socket that
-        is full. EOFError at its end."""
-        size, heard = self._wire.size, False
-        self._drain()
-        while len(self._in) >= size and not self.closed:
-            group = self._in[: min(len(self._in) // size, _GROUP) * size]
-            del self._in[: len(group)]
-            for at in range(0, len(group), size):
-                if not self.closed:
-                    self._handle(self._wire.decode(group[at : at + size]))
-            heard = True
-            self._drain()
-        if heard:
-            self._say_what_is_asked()
-        if self._over and not self.closed:
-            raise EOFError
+    def _hear(self, row: int, slot: int) -> None:
+        if slot == filler.WANTED:
+            self._shelf.want(row, range(row + 1, row + 1 + self._ahead_of(row)))
+        elif slot <= filler.BACK:
+            self._shelf.put_back(row, filler.BACK - slot, again=True)
+        else:
+            self._meter.add(raw=self._plan.pages(row) * PAGE)
+            self._shelf.put_back(row, slot, again=False)
 
-    def _drain(self) -> None:
-        while not self.closed and not self._over:
-            try:
-                data = self._socket.recv(1 << 16)
-            except BlockingIOError:
-                return
-            self._over = not data
-            self._in += data
+    def _ahead_of(self, row: int) -> int:
+        """How many rows after this one are read ahead: it learns from the order of faults."""
+        follows = self._fault < row <= self._fault + max(1, self._window) + 1
+        self._fault, self._window = row, min(max(1, self._window * 2), _AHEAD) if follows else 0
+        return self._window
 
-    def _say_what_is_asked(self) -> None:
-        self._shelf.ask(question.row for question in self._questions if question.row >= 0)
-
-    def _handle(self, header: Header) -> None:
-        match header.command:
-            case pageproto.GET:
-                if header.pages < 1:
-                    raise Corrupt("page socket: no pages are asked for")
-                self._ask(header)
-            case pageproto.CLOSE | pageproto.FORCE_CLOSE:
-                self._out.append(memoryview(pageproto.CLOSED))
-                self.closed = True
-            case unknown:
-                raise Corrupt(f"page socket: unknown command {unknown:#x}", hint="is pycriu of the same version as criu?")
-
-    def _ask(self, header: Header) -> None:
-        number, run = self._places.find(header.dst_id, header.vaddr)
-        row, rest = self._places.frame(number)
-        most = min(header.pages, run, rest, FRAME_PAGES, self._placeable(header))
-        question = _Question(header.dst_id, header.vaddr, header.pages, number, row, most)
-        self._questions.append(question)
-        self.asked, self.heard = self.asked + 1, time.monotonic()
-        if row >= 0:
-            last = min(row + 1 + self._window(question), len(self._index.frames))
-            self._shelf.expect(each for each in range(row + 1, last) if self._places.left[each] > 0)
-
-    def _placeable(self, header: Header) -> int:
-        """CRIU (4.2.1) asks again and again for a piece that the kernel does not take: it lies in two mappings, since the tree has changed
-        the rights of a part. A shorter one fits. One page that is not taken never is: the tree has unmapped more than 2 GiB at a time,
-        of which CRIU has only seen a part."""
-        who = header.dst_id, (one := header.pages == 1)
-        vaddr, times = self._last.get(who, (-1, 0))
-        times = times + 1 if vaddr == header.vaddr else 0
-        self._last[who] = header.vaddr, times
-        if times > (_AGAIN_ONE if one else _AGAIN):
-            raise RestoreFailed(
-                f"criu lazy-pages asks again and again for the page at {header.vaddr:#x} of process {header.dst_id}",
-                hint="the tree has changed its memory in a way that CRIU does not follow: restore it without `lazy`", reason="lazy_stuck",
-            )  # fmt: skip
-        return max(1, header.pages >> min(times, 40))
-
-    def _window(self, question: _Question) -> int:
-        """How many frames after this one are read ahead: it learns from the order of faults."""
-        if not question.waits:
-            return _AHEAD
-        last, window = self._faults.get(question.pid, (-2, 0))
-        if question.row != last:
-            window = min(max(1, window * 2), _AHEAD) if question.row == last + 1 else 0
-            self._faults[question.pid] = question.row, window
-        return window
-
-    def _answer(self) -> None:
-        """The first question, if its frame is here: later ones have to wait for it."""
-        while self._questions and not self._out:
-            first = self._questions[0]
-            content = self._shelf.get(first.row) if first.row >= 0 else _ZEROS
-            if content is None:
-                return
-            self._questions.popleft()
-            self._say_what_is_asked()  # before it may be dropped, or it would be read again
-            count = min(first.most, _SHORT) if any(question.waits for question in self._questions) else first.most
-            at = (first.number - self._places.first(first.row)) * PAGE if first.row >= 0 else 0
-            header = Header(pageproto.ADD_F, pageproto.PRESENT, count, first.vaddr, first.pid)
-            self._out.append(memoryview(self._wire.encode(header)))
-            self._out.append(content[at : at + count * PAGE])
-            self._count(first.row, count)
-            self._send()
-            self._receive()
-
-    def _count(self, row: int, pages: int) -> None:
-        """Of pages that a forked child has asked for again, too, each counts once."""
-        if row < 0:
-            new = min(pages, self._zeros_left)
-            self._zeros_left -= new
-            self._meter.add(raw=new * PAGE, zero=new * PAGE)
-            return
-        new = min(pages, int(self._places.left[row]))
-        self._places.left[row] -= new
-        self._meter.add(raw=new * PAGE)
-        if not self._places.left[row]:
-            self._shelf.drop(row)
-
-    def _send(self) -> None:
-        while self._out:
-            try:
-                sent = self._socket.sendmsg([self._out[0], *([self._out[1]] if len(self._out) > 1 else [])])
-            except BlockingIOError:
-                return
-            while sent and self._out:
-                taken = min(sent, len(self._out[0]))
-                sent -= taken
-                if taken == len(self._out[0]):
-                    self._out.popleft()
-                else:
-                    self._out[0] = self._out[0][taken:]
-
-    # --- the threads that read ------------------------------------------------------------------------------------------------------
+    def keep(self, source: int, frame: np.void, content: Iterable[memoryview]) -> None:
+        """A frame that somebody has read for another purpose."""
+        row = self._plan.row(source, frame)
+        if self._shelf.take(row):
+            self._give(row, frame, content)
 
     def read(self) -> None:
-        """Frames that are wanted, until nothing is: whatever becomes then of one that was read ahead, the tree has all it needs."""
-        reader = Reader(self._store, self._meter)
+        """What is wanted, until nothing is: whatever becomes then of what was read ahead, the tree has all it needs."""
+        reader = Reader(self._store, self._meter, self._unpackers)
         try:
-            while (row := self._shelf.next()) is not None:
-                if (content := self._read(reader, row)) is not None:
-                    self._shelf.put(row, content)
+            while (job := self._shelf.next()) is not None:
+                self._read(reader, dict.fromkeys(job.rows))
+                self._shelf.finish(job)
         except Exception:
             if not self._shelf.closed:
                 raise
 
-    def _read(self, reader: Reader, row: int) -> memoryview | None:
-        """None: it is not wanted any more."""
-        (batch,) = batches_of(self._index.frames[row : row + 1], self._numbers[row : row + 1], self._image.streams, self._seal)
+    def _read(self, reader: Reader, left: dict[int, None]) -> None:
         began, delay = time.monotonic(), _BACKOFF[0]
-        while True:
+        while left:
             try:
-                (whole,) = [dense(frame, content, self._index) for frame, content in reader.read(batch)]
+                for row, frame, content in self._plan.read(reader, list(left)):
+                    del left[row]
+                    self._give(row, frame, content)
             except StoreUnavailable:
                 if time.monotonic() - began > self._outage:
                     raise
                 if not self._shelf.pause(delay):
-                    return None
+                    return
                 delay = min(delay * 2, _BACKOFF[1])
-            else:
-                return whole
+
+    def _give(self, row: int, frame: np.void, content: Iterable[memoryview]) -> None:
+        slot = self._shelf.lay(row, frame, content)
+        with contextlib.suppress(OSError):  # it has gone: `run` sees it, too
+            self._socket.send(filler.TURN.pack(row, slot))

@@ -5,6 +5,7 @@ them, and their memory is not counted as the daemon's. Best effort: without one,
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 from hibernode.children import unprotect
@@ -34,6 +35,15 @@ def create(uid: str) -> tuple[str, ...]:
             continue  # read-only here, as in most containers
         procs.append(str(place / "cgroup.procs"))
     return tuple(procs)
+
+
+def possible() -> bool:
+    """Whether one can be made here."""
+    uid = f"{uuid.uuid4()}.possible"
+    try:
+        return bool(create(uid))
+    finally:
+        remove(uid)
 
 
 def join(procs: tuple[str, ...], pid: int) -> None:

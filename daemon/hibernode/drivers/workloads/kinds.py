@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from hibernode.drivers.workloads import proc, trees
+from hibernode.drivers.workloads import cgroup, proc, trees
 from hibernode.drivers.workloads.kubelet import is_place
 from hibernode.drivers.workloads.pod import Containers
 from hibernode.drivers.workloads.process import ProcessWorkloads
@@ -30,6 +30,9 @@ class AllWorkloads:
             if (pod := self._containers.pod(target)) is not None:
                 return pod
             raise
+
+    def fills(self, facts: WorkloadFacts) -> bool:
+        return not facts.contained and cgroup.possible()
 
     def insist_free(self, facts: WorkloadFacts, command: RestoreCommand) -> None:
         if facts.contained:

@@ -508,13 +508,13 @@ class PreparedProcess:
         (directory,) = fetched.images.values()
         if fetched.begin is not None:
             self._begin(fetched.begin)
-        return self._adopt(self._criu.restore(directory, options, self.prepared, cancel))
+        return self._adopt(self._criu.restore(directory, options, self.prepared, cancel, fetched.held))
 
     def _begin(self, begin: Callable[[Sequence[str], Sequence[str]], None]) -> None:
         if not self._procs:
             raise Refused(
-                "lazy_cgroup", "no cgroup can be made here, and by it a tree that is restored lazily is found when it has to be killed",
-                prop="cgroup", found="none", wanted="hibernode/<uid>", hint="restore it without `lazy`",
+                "lazy_cgroup", "no cgroup can be made here, and by it a tree that is filled is found when it has to be killed",
+                prop="cgroup", found="none", wanted="hibernode/<uid>", hint="without `lazy`, and with `filler = false` in [criu]",
             )  # fmt: skip
         own = f"{self._uid}.keeper"
         try:
