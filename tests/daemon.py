@@ -191,6 +191,16 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
         """What is in its work directory, beside the lock."""
         return [path for path in self.work_dir.iterdir() if path.name != ".lock"] if self.work_dir.exists() else []
 
+    @contextlib.contextmanager
+    def halted(self) -> Iterator[None]:
+        """Nothing of its files comes or goes while they are looked at: it is stopped, and goes on afterwards."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: keeper.state(self.pid) == "T", START_LIMIT, "the daemon stops")
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
     def _cgroups(self) -> list[Path]:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
         return [Path(m[1]) / "hibernode" / uid for uid in self._uids for m in mounts if m[2] in ("cgroup", "cgroup2")]

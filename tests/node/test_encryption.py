@@ -80,10 +80,11 @@ def test_no_key_is_in_any_file_of_the_daemon(tmp_path: Path) -> None:
     with Program(tmp_path, python("counter.py", "0.01")) as program, Daemon(settings={"encryption": {"key": path}}) as daemon:
         program.beat()
         ready(daemon.checkpoint(program.target))
-        files = [found for found in daemon.home.rglob("*") if found.is_file()] + [daemon.log_path]
-        assert len(files) > 5
-        for file in files:
-            data = file.read_bytes()
-            assert secret.encode() not in data
-            assert bytes.fromhex(secret) not in data
-            assert not stat.S_IMODE(file.stat().st_mode) & 0o077 or file in (daemon.log_path, daemon.config), file
+        with daemon.halted():
+            files = [found for found in daemon.home.rglob("*") if found.is_file()] + [daemon.log_path]
+            assert len(files) > 5
+            for file in files:
+                data = file.read_bytes()
+                assert secret.encode() not in data
+                assert bytes.fromhex(secret) not in data
+                assert not stat.S_IMODE(file.stat().st_mode) & 0o077 or file in (daemon.log_path, daemon.config), file

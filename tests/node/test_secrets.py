@@ -159,8 +159,9 @@ def test_what_comes_out_of_a_node(planted: tuple[Planted, Daemon, FaultProxy, Na
     shown = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT, check=True, env=env)
     secret.insist_absent("check-config", shown.stdout + shown.stderr)
     assert "(hidden)" in shown.stdout
-    for path in [daemon.state_dir, *daemon.state_dir.rglob("*"), daemon.socket, daemon.work_dir, *daemon.work_dir.rglob("*")]:
-        assert not stat.S_IMODE(path.lstat().st_mode) & 0o077, f"others can open {path}"
+    with daemon.halted():
+        for path in [daemon.state_dir, *daemon.state_dir.rglob("*"), daemon.socket, daemon.work_dir, *daemon.work_dir.rglob("*")]:
+            assert not stat.S_IMODE(path.lstat().st_mode) & 0o077, f"others can open {path}"
     secret.insist_absent("its log", daemon.log)
 
 
