@@ -28,6 +28,7 @@ from hibernode.model import PAGE, Cancel, ImageRef, Meter
 from hibernode.transfer import pageproto
 from hibernode.transfer.collect import shut
 from hibernode.transfer.format import SEGMENT, KeepMap
+from hibernode.transfer.frames import Reader, Unpackers
 from hibernode.transfer.receive import Receiver
 from hibernode.transfer.seal import Seal
 from hibernode.transfer.serve import Plan, Server, Shelf, inherited, turn_sockets
@@ -253,6 +254,16 @@ class Served:
                 threads.join(())
                 raise
 
+    def runs_now(self, peer: Peer) -> None:
+        """Something is given out of what was read first. The test reads."""
+        job = self.shelf.next()
+        assert job is not None
+        self.server._read(Reader(self.store, self.meter, Unpackers(1)), dict.fromkeys(job.rows))
+        self.shelf.finish(job)
+        for _ in job.rows:
+            peer.done(peer.turn())
+        until(lambda: not self.shelf.used, "that it is heard")
+
     def read(self, row: int) -> tuple[str, int]:
         """How the store is asked for it: key, offset."""
         frame = self.index.frames[row]
@@ -358,6 +369,13 @@ class Stub(Plan):
         return None
 
 
+class Alone(Stub):
+    """None can be read with another."""
+
+    def together(self, row: int) -> Iterator[int]:
+        yield row
+
+
 def test_frames_that_are_kept_before_anybody_listens_do_not_wait_for_him() -> None:
     """However much room there is: the filler begins when what may not come late is there."""
     ours, theirs = turn_sockets()
@@ -426,6 +444,36 @@ def test_half_of_the_room_is_there_for_what_is_waited_for_alone(tmp_path: Path) 
         assert peer.turn() == 10, "more than half is taken: nothing is read ahead"
 
 
+def test_little_is_read_ahead_until_the_tree_runs(tmp_path: Path) -> None:
+    """CRIU, which makes it, needs the processor; whoever waits meanwhile is served, and what was put back is not given out."""
+    served = Served(tmp_path, plain(30))
+    served.store.open()
+    with served.running(readers=3) as peer:
+        assert {peer.turn() for _ in range(8)} == set(range(8))
+        peer.want(20)
+        assert peer.turn() == 20
+        peer.put_back(7)
+        peer.put_back(6)
+        assert peer.turn() == 8, "eight are here, with the one that somebody waited for"
+        assert served.shelf.used == 8
+        peer.done(0)
+        assert {peer.turn() for _ in range(22)} == {6, 7, *range(9, 30)} - {20}, "then as much as there is room for"
+
+
+def test_who_is_restored_held_has_all_read_ahead_that_there_is_room_for() -> None:
+    with Threads(Cancel()) as threads:
+        shelf = Shelf(30 * filler.SLOT, 3, threads, runs=False)
+        shelf.begin(Alone(40))
+        jobs = []
+        while shelf.used < 29:
+            job = shelf.next()
+            assert job is not None
+            jobs += job.rows
+            shelf.finish(job)
+        assert jobs == list(range(29))
+    shelf.free()
+
+
 def test_the_room_is_kept(tmp_path: Path) -> None:
     served = Served(tmp_path, plain(30))
     served.store.open()
@@ -440,6 +488,8 @@ def test_faults_that_follow_each_other_are_read_ahead_of(tmp_path: Path) -> None
     """One frame after the second, then two, then four; and none after one that is somewhere else. The test reads."""
     served = Served(tmp_path, plain(64))
     with served.running(readers=2, room=256 * filler.SLOT, reading=False) as peer:
+        served.store.open()
+        served.runs_now(peer)
 
         def begun_by(row: int) -> list[int]:
             heard = served.shelf.wants
