@@ -101,7 +101,8 @@ class Planes:
             np.copyto(turned, highest[at : at + len(turned)])
             for plane in planes[::-1]:
                 np.left_shift(turned, 8, out=turned)
-                np.bitwise_or(turned, plane[at : at + len(turned)], out=turned)
+                np.copyto(rest, plane[at : at + len(turned)])  # by itself: an operation that casts as it goes takes longer
+                np.bitwise_or(turned, rest, out=turned)
             np.left_shift(turned, 8 * width - 1, out=rest)
             np.right_shift(turned, 1, out=turned)
             np.bitwise_or(turned, rest, out=turned)
