@@ -181,10 +181,16 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
                 self.stub.StopJob(pb.StopRequest(name=job.name, namespace=job.namespace, signal="KILL"), timeout=10)
         keeper.kill_all(keeper.descendants(self.pid))
 
+    def settled(self, last: pb.Event) -> pb.Event:
+        """When that action has come to its end: `ready` is told before its mark, its work directory and its claims go."""
+        ended = lambda: self.stub.GetAction(pb.ActionId(action_id=last.action_id), timeout=10).phase == "done"  # noqa: E731
+        wait_until(ended, START_LIMIT, "the end of an action")
+        return last
+
     def empty(self) -> None:
-        """End its workloads and empty its store, for the next test. Its work directory must be empty already."""
+        """End its workloads and empty its store, for the next test. Its work directory must come to be empty by itself."""
         self._end_workloads()
-        assert not self.at_work()
+        wait_until(lambda: not self.at_work(), START_LIMIT, "an empty work directory")
         shutil.rmtree(self.store_dir, ignore_errors=True)
 
     def at_work(self) -> list[Path]:
@@ -196,7 +202,9 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
         """Nothing of its files comes or goes while they are looked at: it is stopped, and goes on afterwards."""
         os.kill(self.pid, signal.SIGSTOP)
         try:
-            wait_until(lambda: keeper.state(self.pid) == "T", START_LIMIT, "the daemon stops")
+            tasks = Path(f"/proc/{self.pid}/task")
+            stopped = lambda: all(keeper.state(int(task.name)) == "T" for task in tasks.iterdir())  # noqa: E731
+            wait_until(stopped, START_LIMIT, "the daemon stops")
             yield
         finally:
             os.kill(self.pid, signal.SIGCONT)

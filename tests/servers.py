@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -30,9 +31,10 @@ def beside_python(name: str) -> str:
 
 
 class S3Server:
-    """`rclone serve s3` over a directory: real S3 requests over HTTP, with signatures, multipart uploads and ranges.
+    """`rclone serve s3` over a directory: real S3 requests over HTTP, with signatures, multipart uploads and ranges. What it does not: it
+    ignores If-None-Match and x-amz-checksum-*. It checks Content-MD5, and its ETags are MD5s.
 
-    What it does not do: it ignores If-None-Match and x-amz-checksum-*. It checks Content-MD5 and answers MD5 ETags.
+    Or MinIO, where `HIBERNODE_TEST_MINIO` names its program: that does both. Its objects are no files below `root`.
     """
 
     def __init__(self, root: Path | None = None, *, bucket: str = "checkpoints") -> None:
@@ -43,21 +45,19 @@ class S3Server:
         self.secret_access_key = secrets.token_hex(20)
         self.endpoint_url = ""
         self._log = Path(self._own.name) / "log"
+        self._minio = os.environ.get("HIBERNODE_TEST_MINIO", "")
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        return "minio" if self._minio else "rclone"
 
     def __enter__(self) -> Self:
         self.make_bucket(self.bucket)
+        argv, env = self._as_minio() if self._minio else self._as_rclone()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [beside_python("rclone"), "serve", "s3", str(self.root), "--addr", "127.0.0.1:0", "--config", ""],
-                env={
-                    "RCLONE_AUTH_KEY": f'"{self.access_key_id},{self.secret_access_key}"',
-                    "RCLONE_LOG_LEVEL": "NOTICE",
-                    "HOME": self._own.name,
-                },
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                argv, env=env | {"HOME": self._own.name}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         try:
             self.endpoint_url = self._wait()
@@ -65,6 +65,16 @@ class S3Server:
             self.__exit__()
             raise
         return self
+
+    def _as_rclone(self) -> tuple[list[str], dict[str, str]]:
+        argv = [beside_python("rclone"), "serve", "s3", str(self.root), "--addr", "127.0.0.1:0", "--config", ""]
+        key = f'"{self.access_key_id},{self.secret_access_key}"'
+        return argv, {"RCLONE_AUTH_KEY": key, "RCLONE_LOG_LEVEL": "NOTICE"}
+
+    def _as_minio(self) -> tuple[list[str], dict[str, str]]:
+        argv = [self._minio, "server", str(self.root), "--address", "127.0.0.1:0"]
+        root = {"MINIO_ROOT_USER": self.access_key_id, "MINIO_ROOT_PASSWORD": self.secret_access_key}
+        return argv, root | {"MINIO_BROWSER": "off"}
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -108,4 +118,4 @@ class S3Server:
             if self._process.poll() is not None:
                 break
             time.sleep(0.02)
-        raise TimeoutError(f"rclone serve s3 does not listen: {text[-2000:]}")
+        raise TimeoutError(f"{self.name} does not listen: {text[-2000:]}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from hibernode.errors import Corrupt, KeyService, NotFound, OutcomeUnknown, Refused, Stuck
+from hibernode.errors import Corrupt, KeyService, NotFound, OutcomeUnknown, Refused, StoreUnavailable, Stuck
 from hibernode.flow import Threads
 from hibernode.model import (
     BaseRef,
@@ -16,7 +16,6 @@ from hibernode.model import (
     LayerRef,
     Manifest,
     Meter,
-    ObjectRef,
     Verdict,
 )
 from hibernode.node import Node, insist
@@ -117,14 +116,16 @@ def describe(
 
 def commit(store: Store, manifest: Manifest, notary: Notary, cancel: Cancel) -> None:
     """Make it a checkpoint: every object is there with its size, then the manifest, read back and compared; then no cancel counts any
-    more. Raises with no manifest left behind; OutcomeUnknown if it cannot be removed: then nothing that it names may be."""
+    more. Raises with no manifest left behind; OutcomeUnknown if it cannot be removed, or may come yet, where a store `lingers` and has not
+    said how a request ended: then nothing that it names may be removed."""
     check_sizes(store, manifest)
-    data = format.encode_manifest(manifest, notary)
+    data, sent = format.encode_manifest(manifest, notary), False
     format.decode_manifest(data, manifest.checkpoint_id, notary)  # what we could not read we do not write
     key = manifest_key(manifest.checkpoint_id)
     cancel.check()
     try:
         store.put(key, data)
+        sent = True
         if store.get(key, limit=format.MAX_MANIFEST) != data:
             raise Corrupt("the manifest came back from the store different from what was written")
         cancel.close()
@@ -132,6 +133,8 @@ def commit(store: Store, manifest: Manifest, notary: Notary, cancel: Cancel) -> 
         raise
     except BaseException as e:  # of the put, too: a store may have written what it says it could not
         _withdraw(store, manifest, notary, e)
+        if store.lingers and not sent and isinstance(e, StoreUnavailable):
+            raise _unknown(e, key) from e
         raise
 
 
@@ -146,11 +149,15 @@ def _withdraw(store: Store, manifest: Manifest, notary: Notary, cause: BaseExcep
     try:
         insist("removing the manifest", remove)
     except Stuck as e:
-        raise OutcomeUnknown(
-            f"{cause}; and whether the manifest was written is not known",
-            hint="`hibernode verify` says whether the checkpoint is whole, `hibernode delete` removes it",
-            key=key,
-        ) from e
+        raise _unknown(cause, key) from e
+
+
+def _unknown(cause: BaseException, key: str) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"{cause}; and whether the manifest was written is not known",
+        hint="`hibernode verify` says whether the checkpoint is whole, `hibernode delete` removes it, `hibernode gc` what is none",
+        key=key,
+    )
 
 
 def _may_be_of(store: Store, manifest: Manifest, notary: Notary) -> bool:
@@ -165,25 +172,29 @@ def _may_be_of(store: Store, manifest: Manifest, notary: Notary) -> bool:
 
 def check_sizes(store: Store, manifest: Manifest) -> None:
     """Every object that the manifest names, of its bases, too, is there with the size it names, or Corrupt."""
-    for part in manifest.parts:
-        for ref in part.objects:
-            _check_size(store, manifest.checkpoint_id, ref, ref.key)
-    seen = set()
-    for base in manifest.bases:
-        for ref in base.objects:
-            key = f"{base.checkpoint_id}/{ref.key}"
-            if ref != base.digests and key not in seen:  # those no restore needs
-                _check_size(store, base.checkpoint_id, ref, key)
-            seen.add(key)
+
+    def size_of(key: str) -> int | None:
+        try:
+            return store.stat(key).size
+        except NotFound:
+            return None
+
+    insist_sizes(manifest, size_of)
 
 
-def _check_size(store: Store, checkpoint_id: str, ref: ObjectRef, name: str) -> None:
-    try:
-        size = store.stat(f"{checkpoint_id}/{ref.key}").size
-    except NotFound as e:
-        raise Corrupt(f"{name} is not in the store", key=name) from e
-    if size != ref.size:
-        raise Corrupt(f"{name} has {size} bytes, the manifest says {ref.size}", key=name)
+def insist_sizes(manifest: Manifest, size_of: Callable[[str], int | None]) -> None:
+    """The same, where somebody else says how large the object of a key is; None: it is not there."""
+    owner = manifest.checkpoint_id
+    named = {f"{owner}/{ref.key}": (ref, ref.key) for part in manifest.parts for ref in part.objects}
+    for base in manifest.bases:  # but for its digests, which no restore needs
+        refs = [ref for ref in base.objects if ref != base.digests]
+        named |= {f"{base.checkpoint_id}/{ref.key}": (ref, f"{base.checkpoint_id}/{ref.key}") for ref in refs}
+    for key, (ref, name) in named.items():
+        size = size_of(key)
+        if size is None:
+            raise Corrupt(f"{name} is not in the store", key=name)
+        if size != ref.size:
+            raise Corrupt(f"{name} has {size} bytes, the manifest says {ref.size}", key=name)
 
 
 def read(store: Store, checkpoint_id: str, notary: Notary) -> Manifest:

@@ -95,9 +95,9 @@ class Desk:
                 try:
                     tell(catalog.verify(store, checkpoint_id, node.notary, node.keyring, node.host.load().cpus, cancel, tell))
                 except Corrupt:
-                    node.damaged.add(checkpoint_id)
+                    node.damaged[checkpoint_id] = {checkpoint_id, *gc.bases_of(store, node.notary, checkpoint_id)}
                     raise
-                node.damaged.discard(checkpoint_id)
+                node.damaged.pop(checkpoint_id, None)
 
         return _told_by(work)
 

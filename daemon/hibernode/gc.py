@@ -24,9 +24,9 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hibernode import catalog
@@ -37,7 +37,7 @@ from hibernode.model import ActionCommand, Cancel, CheckpointCommand, Garbage, G
 from hibernode.node import Node, calmly
 from hibernode.ports import Notary, ObjectFacts, OpenUpload, Store
 
-_USE = 86400.0  # seconds a use counts: an older one is of a node that does not come back for it
+_USE_COUNTS = 86400.0  # seconds: an older one is of a node that does not come back for it
 _REMOVAL = 3600.0  # seconds a mark of a removal counts
 _REMOVAL_BEGINS = 600.0  # seconds after its mark within which the manifest goes: while every restore still sees the mark
 _DAY = 86400.0  # seconds
@@ -47,6 +47,8 @@ _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _OBJECTS = r"(?:pages|layer)-[0-9]+\.zst|(?:layer-)?index\.zst|digests\.zst|images\.tar\.zst|rootfs\.tar\.zst"
 _IMAGE = rf"[A-Za-z0-9][A-Za-z0-9._-]*/(?:{_OBJECTS})"
 _OURS = re.compile(rf"{_UUID}/(?:manifest\.json|attempt|removing|unwanted|(?:uses|refs)/{_UUID}|{_IMAGE})")
+# A container may be called `refs`, and what is stored of it lies beside these; none of its objects is named like an id.
+_REFERENCE, _USE = re.compile(rf"{_UUID}/refs/{_UUID}"), re.compile(rf"{_UUID}/uses/{_UUID}")
 _UNDER_AN_ID = re.compile(rf"({_UUID})/.*", re.DOTALL)
 
 _log = logging.getLogger("hibernode.gc")
@@ -63,7 +65,7 @@ class Place:
     objects: tuple[ObjectFacts, ...] = ()
     uploads: tuple[OpenUpload, ...] = ()
     manifest: Manifest | None = None  # None, and no trouble: there is none
-    trouble: HibernodeError | None = None  # why it cannot be read or is not believed
+    trouble: HibernodeError | None = None  # why it cannot be read, is not believed, or could not be restored
 
     @property
     def whole(self) -> bool:
@@ -104,8 +106,7 @@ class Place:
     @property
     def marks(self) -> dict[str, ObjectFacts]:
         """Of who refers to it, by their ids: some may be stale."""
-        start = _reference(self.checkpoint_id, "")
-        return {facts.key.removeprefix(start): facts for facts in self.objects if facts.key.startswith(start)}
+        return {facts.key.rpartition("/")[2]: facts for facts in self.objects if _REFERENCE.fullmatch(facts.key)}
 
     @property
     def bases(self) -> set[str]:
@@ -121,8 +122,7 @@ class Place:
         return any(facts.key == _unwanted(self.checkpoint_id) for facts in self.objects)
 
     def used(self, now: float) -> bool:
-        uses = (facts.modified for facts in self.objects if facts.key.startswith(f"{self.checkpoint_id}/uses/"))
-        return any(now - modified < _USE for modified in uses)
+        return any(_USE.fullmatch(facts.key) and now - facts.modified < _USE_COUNTS for facts in self.objects)
 
 
 def look(store: Store, notary: Notary) -> list[Place]:
@@ -135,7 +135,18 @@ def look(store: Store, notary: Notary) -> list[Place]:
     for upload in store.open_uploads():
         if under := _UNDER_AN_ID.fullmatch(upload.key):
             uploads[under[1]].append(upload)
-    return [_place(store, notary, each, objects[each], uploads[each]) for each in sorted({*objects, *uploads})]
+    places = [_place(store, notary, each, objects[each], uploads[each]) for each in sorted({*objects, *uploads})]
+    sizes = {facts.key: facts.size for place in places for facts in place.objects}
+    return [replace(place, trouble=_incomplete(place.manifest, sizes)) if place.manifest else place for place in places]
+
+
+def _incomplete(manifest: Manifest, sizes: Mapping[str, int]) -> Corrupt | None:
+    """What a restore of it would say, of what is not there, or is not all there. One that is committed while this lists may look so."""
+    try:
+        catalog.insist_sizes(manifest, sizes.get)
+    except Corrupt as e:
+        return e
+    return None
 
 
 def _place(store: Store, notary: Notary, checkpoint_id: str, objects: list[ObjectFacts], uploads: list[OpenUpload]) -> Place:
@@ -173,8 +184,8 @@ def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collecti
     """What goes, in order of the ids, the uploads of one before its objects; but who refers to another before that. Pure.
 
     Nothing that is younger than `policy.grace`, that somebody uses, that is not ours, or whose manifest cannot be read or believed; nor
-    what another refers to that stays. What either rule of the retention keeps stays; a checkpoint that is not believed does not count for
-    one that is kept."""
+    what another refers to that stays. What either rule of the retention keeps stays; a checkpoint that is not believed, or lacks something,
+    does not count for one that is kept."""
     places = sorted(found, key=lambda place: place.checkpoint_id)
     last = _last(places, policy.keep_last)
     removals = [
@@ -253,7 +264,7 @@ def _last(places: Iterable[Place], count: int) -> set[str]:
     who is among the last by either of them is."""
     groups: dict[object, list[Place]] = defaultdict(list)
     for place in places:
-        if place.manifest is not None:
+        if place.manifest is not None and place.trouble is None:
             groups[_workload(place.manifest)].append(place)
     kept: set[str] = set()
     for group in groups.values() if count else ():
@@ -374,7 +385,7 @@ def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = Fa
     """Somebody has asked for it: remove this checkpoint. NotFound if there is none, Busy if a restore, on whatever node, uses it,
     Refused("referenced") if others refer to it; `later`: then it goes with the last of them."""
     store.stat(catalog.manifest_key(checkpoint_id))
-    bases = _bases(store, notary, checkpoint_id)
+    bases = bases_of(store, notary, checkpoint_id)
     try:
         with _removing_alone(store, notary, checkpoint_id):
             catalog.delete(store, checkpoint_id)
@@ -392,7 +403,7 @@ def remove(store: Store, notary: Notary, checkpoint_id: str, *, later: bool = Fa
     _let_go(store, notary, checkpoint_id, bases)
 
 
-def _bases(store: Store, notary: Notary, checkpoint_id: str) -> set[str]:
+def bases_of(store: Store, notary: Notary, checkpoint_id: str) -> set[str]:
     """To whom it refers; none of one that cannot be read: its marks are stale when it has gone, and `collect` finds them."""
     try:
         return {base.checkpoint_id for base in catalog.read(store, checkpoint_id, notary).bases}
@@ -526,9 +537,8 @@ def sweep(store: Store, checkpoint_id: str, action_id: str) -> None:
     there = [facts.key for facts in store.list(f"{checkpoint_id}/")]
     whole = catalog.manifest_key(checkpoint_id) in there
     for upload in list(store.open_uploads(f"{checkpoint_id}/")):
-        if not whole or not upload.key.startswith(
-            (_use(checkpoint_id, ""), _reference(checkpoint_id, ""))
-        ):  # somebody says that he reads
+        others = _USE.fullmatch(upload.key) or _REFERENCE.fullmatch(upload.key)  # somebody says that he reads
+        if not (whole and others):
             store.abort_upload(upload)
     if not whole:
         for key in there:

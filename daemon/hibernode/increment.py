@@ -68,7 +68,7 @@ def origin(node: Node, store: Store, command: CheckpointCommand, workload: Workl
                     raise
                 level = logging.WARNING if isinstance(e, Corrupt) else logging.INFO
                 _log.log(level, "checkpoint %s is no increment of %s: %s", command.checkpoint_id, candidate, e)
-                if e.code == "increment_bases" or candidate in node.damaged:  # an older one would do, again and again
+                if e.code == "increment_bases" or candidate in node.suspected:  # an older one would do, again and again
                     break
         yield found or Origin(seal, {name: Known(new_seed()) for name in workload.roots()})
 
@@ -114,8 +114,8 @@ def _from(
         ) from e  # fmt: skip
     _check(before, node.config.increments.bases, seal, workload.facts, workload.processes())
     owners = {base.checkpoint_id for base in before.bases} | {checkpoint_id}
-    if found := sorted(owners & node.damaged):  # in bytes of streams, which are not read here
-        raise Corrupt(f"`verify` has found damage in {', '.join(found)}", hint="say auto: that makes a full one")
+    if found := sorted(owners & node.suspected):  # in bytes of streams, which are not read here
+        raise Corrupt(f"damage was found in {', '.join(found)}, or in a base", hint="say auto: that makes a full one")
     references = attempt.enter_context(gc.referring(store, node.notary, owners, command.checkpoint_id))
     catalog.check_sizes(
         store, before

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from hibernode.config import Config
-from hibernode.errors import Busy, Cancelled, DeadlineExceeded, GpuWedged, HibernodeError, NoRoom, Stuck
+from hibernode.errors import Busy, Cancelled, Corrupt, DeadlineExceeded, GpuWedged, HibernodeError, NoRoom, Stuck
 from hibernode.journal import Entry, Journal
-from hibernode.model import Cancel, Meter, Status
+from hibernode.model import Cancel, Manifest, Meter, Status
 from hibernode.ports import Criu, Gpu, Host, Inventory, Jobs, Keyring, Notary, Store, Workloads
 from hibernode.transfer.arena import Arena
 
@@ -83,7 +83,21 @@ class Node:
     notary: Notary
     keyring: Keyring
     claims: Claims = field(default_factory=Claims)
-    damaged: set[str] = field(default_factory=set)  # checkpoints in which `verify` has found damage: nothing new refers to them
+    damaged: dict[str, set[str]] = field(default_factory=dict)  # checkpoint in which damage was found -> itself and its bases
+
+    @property
+    def suspected(self) -> set[str]:
+        """Checkpoints to which nothing new refers: damage was found in them, or in one that refers to them, and may be theirs."""
+        return set().union(*list(self.damaged.values()))
+
+    @contextmanager
+    def suspecting(self, manifest: Manifest) -> Iterator[None]:
+        """What is Corrupt inside makes it, and its bases, `suspected`."""
+        try:
+            yield
+        except Corrupt:
+            self.damaged[manifest.checkpoint_id] = {manifest.checkpoint_id, *(base.checkpoint_id for base in manifest.bases)}
+            raise
 
 
 class Report(Protocol):

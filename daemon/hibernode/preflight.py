@@ -38,6 +38,9 @@ BEST_RATIO = 50  # no memory compresses better in practice: a store with less ro
 
 WORK_ROOM = "work_dir free bytes"  # as an error has it
 _NO_OPTS = CriuOpts()
+_TAKEN = frozenset(
+    {"attempt", "removing", "unwanted"}
+)  # by objects beside the folders of containers (gc.py): a directory cannot have both
 _ONCE = {"leave_running", "increment", "restore"}  # keys of criu_opts that are of one command alone: no checkpoint keeps them
 
 
@@ -150,6 +153,11 @@ def checkpoint(
             wanted="simple",
             hint="leave it out",
         )
+    for name in sorted({facts.name if facts.kind == "container" else "", *(each.name for each in facts.containers)} & _TAKEN):
+        raise Refused(
+            "container_name", f"what is stored of container {name!r} would lie where a checkpoint has a mark", prop="container",
+            found=name, wanted=f"another name than {', '.join(sorted(_TAKEN))}", hint="rename it",
+        )  # fmt: skip
     for process in processes:
         _process(process, facts.kind, criu)
     if criu.tcp == "established":

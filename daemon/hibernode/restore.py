@@ -43,7 +43,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
     )  # it may still be killed
     new = node.claims.claim(f"pod of {command.action_id}", command.action_id)  # half restored it is nobody's to checkpoint
     with (
-        claim, old, new, attempt.work_directory(node.config.work_dir) as work,
+        node.suspecting(manifest), claim, old, new, attempt.work_directory(node.config.work_dir) as work,
         ExitStack() as supplying, ExitStack() as undo, ExitStack() as reading,
     ):  # fmt: skip
         for task in taken[1:] if filled else ():  # it is there while pages are missing: nothing of it is anybody's to checkpoint

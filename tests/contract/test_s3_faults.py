@@ -15,6 +15,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from cryptography import x509
@@ -27,7 +28,7 @@ from hibernode import config
 from hibernode.drivers.s3 import S3
 from hibernode.errors import Corrupt, Internal, NoRoom, NotFound, Refused, StoreUnavailable
 from tests.contract.test_store import PART, keys, pattern, read, written
-from tests.fakes.s3_faults import Answer, Fault, FaultProxy, Flip, Reset, Rewrite, Stall, Truncate
+from tests.fakes.s3_faults import Answer, Fault, FaultProxy, Flip, ListsAsMinio, Reset, Rewrite, Stall, Truncate
 
 SIZE = 2 * PART + 1000  # three parts
 ACCESS, SECRET = "AKIAPLANTED0SECRET00", "planted-secret-4711-planted-secret-4711-"
@@ -51,7 +52,7 @@ def proxy(moto: str) -> Iterator[FaultProxy]:
         yield proxy
 
 
-def client(proxy: FaultProxy, bucket: str, **more: object) -> S3:
+def client(proxy: FaultProxy, bucket: str, prefix: str = "pre/fix", **more: object) -> S3:
     values: dict[str, object] = {
         "endpoint_url": proxy.url,
         "region": "us-east-1",
@@ -62,7 +63,7 @@ def client(proxy: FaultProxy, bucket: str, **more: object) -> S3:
         "attempts": 2,
         "read_timeout": 10.0,
     }
-    return S3(bucket, "pre/fix", config.S3.model_validate(values | more), sleep=lambda _: None)
+    return S3(bucket, prefix, config.S3.model_validate(values | more), sleep=lambda _: None)
 
 
 @pytest.fixture
@@ -354,6 +355,24 @@ def test_a_commit_without_conditional_writes(proxy: FaultProxy, store: S3, opera
 
 
 # --- abort ---
+
+
+@pytest.mark.parametrize("minio", [False, True])
+def test_uploads_below_a_prefix_are_found(proxy: FaultProxy, store: S3, bucket: str, minio: bool) -> None:
+    """Theirs alone, and of MinIO, too, which is to be asked for all."""
+    other = client(proxy, bucket, "pre/fix2")
+    for where, key in ((store, "c1/a"), (store, "c10/a"), (other, "c1/a")):
+        where.upload(key).write(pattern(PART + 1))
+    if minio:
+        proxy.play("ListMultipartUploads", ListsAsMinio())
+    assert [upload.key for upload in store.open_uploads("c1/")] == ["c1/a"]
+    assert sorted(upload.key for upload in store.open_uploads()) == ["c1/a", "c10/a"]
+    asked = [parse_qs(urlsplit(each.path).query).get("prefix", [""]) for each in proxy.seen("ListMultipartUploads")]
+    below = [["pre/fix/c1/"], ["pre/fix/"]]
+    assert asked == ([below[0], [""], below[1], [""]] if minio else below)
+    for upload in store.open_uploads():
+        store.abort_upload(upload)
+    assert list(store.open_uploads()) == []
 
 
 def test_an_abort_that_fails_once_is_repeated(proxy: FaultProxy, store: S3) -> None:

@@ -76,6 +76,12 @@ class Rewrite:
     headers: Mapping[str, str | None]
 
 
+@dataclass(frozen=True)
+class ListsAsMinio:
+    """Of ListMultipartUploads: it says that it is MinIO, and finds nothing below a prefix, which it takes for a whole key; without one it
+    finds all (seen of its sources of 2026-02-12)."""
+
+
 class Hold:
     """The request waits until `release`, and is then passed on: a fault only to who has no patience. `held`: one waits."""
 
@@ -90,7 +96,7 @@ class Hold:
         self._released.set()
 
 
-Fault = Answer | Reset | Truncate | Stall | Flip | FlipAnswer | DropPart | Rewrite | Hold
+Fault = Answer | Reset | Truncate | Stall | Flip | FlipAnswer | DropPart | Rewrite | ListsAsMinio | Hold
 
 
 @dataclass
@@ -247,6 +253,10 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Rewrite):
             headers = {k: v for k, v in headers.items() if k not in fault.headers}
             headers |= {k: v for k, v in fault.headers.items() if v is not None}
+        if isinstance(fault, ListsAsMinio):
+            if any(parse_qs(urlsplit(self.path).query).get("prefix", [])):
+                content = re.sub(rb"(?s)<Upload>.*?</Upload>", b"", content)
+            headers |= {"server": "MinIO", "content-length": str(len(content))}
         self._send(status, headers, content[: fault.size] if isinstance(fault, Truncate) else content)
         if isinstance(fault, Truncate):
             return self._stall() if fault.stall else self._reset(hard=False)
@@ -272,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
         return answer.status, headers, content
 
     def _send(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
-        self.send_response(status)
+        self.send_response_only(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()

@@ -250,6 +250,28 @@ def test_damage_anywhere_in_a_base_is_found_by_name_and_no_other_frame_is_read(t
     insist_restorable(rig, made)
 
 
+def test_what_a_restore_has_found_damaged_is_not_referred_to_by_whoever_shares_a_base(tmp_path: Path) -> None:
+    """The damage is in the base of two: whoever finds it by the one says it of all that it may be in."""
+    rig = Rig(tmp_path, memory(3000))
+    base = rig.checkpoint(criu_opts=AUTO, streams=1)
+    made = []
+    for n in range(2):
+        rig.machine.runs = changed(rig.machine.runs, n)
+        made.append(rig.checkpoint(criu_opts=of(base), streams=1))
+    key = f"{base}/main/pages-0.zst"
+    whole = rig.store.objects[key]
+    rig.store.objects[key] = whole[:20] + bytes([whole[20] ^ 1]) + whole[21:]
+    rig.end_of_original()
+    with pytest.raises(Corrupt):
+        rig.restore(made[0])
+    assert rig.node.suspected == {base, made[0]}
+    rig.machine.alive = True
+    with pytest.raises(Corrupt, match=base):
+        rig.checkpoint(criu_opts=of(made[1]))
+    full = rig.checkpoint(criu_opts=AUTO)
+    assert catalog.read(rig.store, full, rig.node.notary).bases == ()
+
+
 def test_who_cannot_read_a_base_is_refused_by_name(tmp_path: Path) -> None:
     """Encrypted by a key that this node has not, not encrypted at all, or damaged."""
     rig = Rig(tmp_path, memory(200))

@@ -62,6 +62,7 @@ def test_a_second_daemon_goes_before_it_has_touched_anything(tmp_path: Path, sha
             assert (entry.action_id, entry.status) == (action, "processing"), "it should still be dumping"
             done = list(events(updates))[-1]
             assert (done.status, done.code) == ("ready", "ok")
+        first.settled(done)
         verdicts = list(first.stub.Verify(pb.CheckpointId(checkpoint_id=done.checkpoint_id), timeout=30))
         assert verdicts[-1].ok
 

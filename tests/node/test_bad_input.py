@@ -51,6 +51,7 @@ def shared_daemon(places: Path) -> Iterator[Daemon]:
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Program]:
     with Program(tmp_path, python("counter.py", 0.01)) as running:
+        running.beat()  # it is what it will be: before that it may still be on its way to its program
         yield running
 
 

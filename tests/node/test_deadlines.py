@@ -41,8 +41,9 @@ def test_criu_is_stopped_in_a_dump(tmp_path: Path) -> None:
         with Untouched(program):
             action = str(uuid.uuid4())
             updates = daemon.begin_checkpoint(program.target, action_id=action, compression="zstd:15", streams=1)
-            wait_until(lambda: criu_of(daemon), LIMIT, "a criu that holds a tree")
-            os.kill(criu_of(daemon), signal.SIGSTOP)
+            criu: list[int] = []
+            wait_until(lambda: criu.extend(filter(None, [criu_of(daemon)])) or criu, LIMIT, "a criu that holds a tree")
+            os.kill(criu[0], signal.SIGSTOP)
             runs(program, remaining(daemon, action) + SOON, "at the deadline")
             late = failed(list(events(iter(updates))), "deadline")
             assert details(late)["phase"] == "dumping"
@@ -74,7 +75,7 @@ def test_criu_is_stopped_in_a_restore(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def shared_bench() -> Iterator[Bench]:
-    with S3Server() as server, Bench(server, {"preflight": 2, "transfer": 0.1, "commit": 0.3}).running() as bench:
+    with S3Server() as server, Bench(server, {"preflight": 2, "transfer": 0.1, "commit": 1.0}).running() as bench:
         yield bench
 
 

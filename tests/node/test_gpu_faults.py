@@ -103,7 +103,7 @@ def test_a_watchdog_takes_a_daemon_that_waits_for_its_driver_for_no_one_that_han
     gpus: FakeGpus, tmp_path: Path, call: Call
 ) -> None:
     """It has a time for saving, and another one for giving back: both are over before it tells what became of it."""
-    settings = {"gpu": gpu_settings(gpus), "watchdog": WATCHDOG, "limits": {"gpu": 2.0}}
+    settings = {"gpu": gpu_settings(gpus), "watchdog": {**WATCHDOG, "grace": 1.0}, "limits": {"gpu": 2.0}}
     with Daemon(settings=settings) as daemon, watching(daemon) as watch:
         training = Training(daemon, gpus, tmp_path / "out")
         gpus.arm(training.pid, call, "hang once")

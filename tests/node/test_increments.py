@@ -172,7 +172,7 @@ def test_what_verify_has_found_damaged_is_not_referred_to_any_more(daemon: Daemo
         path = next((daemon.store_dir / ids[0]).rglob("pages-0.zst"))
         whole = path.read_bytes()
         path.write_bytes(whole[:100_000] + bytes([whole[100_000] ^ 1]) + whole[100_001:])
-        ids.append(ready(daemon.checkpoint(program.target, reason="heartbeat")).checkpoint_id)
+        ids.append(daemon.settled(ready(daemon.checkpoint(program.target, reason="heartbeat"))).checkpoint_id)
         assert bases(daemon, ids[2]) == ids[:2]
         with pytest.raises(Refusal, match=ids[0]), refusals():
             verified(daemon, ids[2])

@@ -172,7 +172,7 @@ def test_the_old_process_goes_on_before_its_memory_is_there(yard: Yard, program:
     with yard.held(after=9) as hold:
         restore = yard.begin(done.checkpoint_id)
         restore.filling()
-        program.beat()  # it looks at what has come
+        wait_until(lambda: keeper.state(program.pid) in ("R", "S", "D"), LIMIT, "a process that runs")
         wait_until(hold.held.is_set, LIMIT, "a read that is held back")
         assert [event.status for event in restore.seen] == ["processing"]
         assert not restore.ended
@@ -491,7 +491,7 @@ def test_a_process_with_very_many_mappings(yard: Yard, tmp_path: Path) -> None:
 
 def test_an_increment(yard: Yard, program: Program) -> None:
     """Its pages lie in two checkpoints, and the tree runs before those of either are there."""
-    first = ready(yard.daemon.checkpoint(program.target, criu_opts={"increment": "auto"}))
+    first = yard.daemon.settled(ready(yard.daemon.checkpoint(program.target, criu_opts={"increment": "auto"})))
     before = program.beat()
     done = checkpointed(yard.daemon, program, criu_opts={"increment": "auto"})
     assert yard.daemon.manifest(done.checkpoint_id)["images"][0]["bases"][0]["checkpoint_id"] == first.checkpoint_id

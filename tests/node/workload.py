@@ -103,7 +103,7 @@ class Untouched(AbstractContextManager["Untouched"]):
         if error is None:
             now = self._program.next_beat(after=self._program.beat())
             assert keeper.identity(self._program.pid) == self._identity
-            assert keeper.state(self._program.pid) in ("R", "S"), keeper.state(self._program.pid)
+            assert keeper.state(self._program.pid) in ("R", "S", "D"), keeper.state(self._program.pid)  # D: it writes, and waits
             assert (now.token, now.content) == (self._before.token, self._before.content)
 
 
@@ -130,6 +130,6 @@ def change(program: Program) -> None:
 
 def checkpointed(daemon: Daemon, program: Program, **overrides: object) -> pb.Event:
     """Checkpoint it to `ready`, and kill the tree: nothing of it is left but what is in the store."""
-    done = ready(daemon.checkpoint(program.target, **overrides))
+    done = daemon.settled(ready(daemon.checkpoint(program.target, **overrides)))
     program.kill()
     return done

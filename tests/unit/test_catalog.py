@@ -141,6 +141,21 @@ def test_a_manifest_in_doubt_is_removed(fault: dict[str, bool], error: type[Exce
     assert key(manifest) not in store.objects
 
 
+def test_where_a_manifest_may_still_come_what_it_names_stays() -> None:
+    """A request that was given up may be carried out, by a store behind a network, when nobody waits for it any more."""
+    store, manifest = stored(commit=False)
+    lying = Lies(store, lose=True)
+    lying.lingers = True
+    before = set(store.objects)
+    with pytest.raises(OutcomeUnknown):
+        catalog.commit(lying, manifest, NOBODY, Cancel())
+    assert set(store.objects) == before, "the manifest was removed, and nothing else"
+    flipping = Lies(store, flip=True)
+    flipping.lingers = True
+    with pytest.raises(Corrupt):  # that one has come
+        catalog.commit(flipping, manifest, NOBODY, Cancel())
+
+
 def test_a_manifest_in_doubt_that_cannot_be_removed_is_told() -> None:
     store, manifest = stored(commit=False)
     with pytest.raises(OutcomeUnknown) as raised:

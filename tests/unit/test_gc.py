@@ -36,6 +36,7 @@ from hibernode.gc import Place, Removal, plan
 from hibernode.journal import Record
 from hibernode.model import BaseRef, Cancel, CheckpointCommand, Garbage, GarbageRequest, Manifest, RestoreCommand
 from hibernode.ports import ObjectFacts, OpenUpload
+from tests.fakes import machine
 from tests.fakes.desk import manifest
 from tests.fakes.machine import memory
 from tests.fakes.script import Script
@@ -770,6 +771,50 @@ def test_what_cannot_be_read_is_told(rig: Rig) -> None:
     assert (told.checkpoint_id, told.state, told.reason, told.code) == (bad, "kept", "unreadable", "corrupt")
     assert rig.store.objects == before
     assert good in {key.partition("/")[0] for key in before}
+
+
+@pytest.mark.parametrize("name", ["refs", "uses"])
+def test_a_container_may_be_called_as_our_marks_are(rig: Rig, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its objects are neither marks of others, nor do they say that somebody uses it."""
+    monkeypatch.setattr(machine, "MAIN", name)
+    checkpoint_id = finished(rig)
+    assert f"{checkpoint_id}/{name}/index.zst" in rig.store.objects
+    later(rig)
+    assert collected(rig) == []
+    assert rig.whole(checkpoint_id)
+    rig.end_of_original()
+    rig.restore(checkpoint_id)
+    rig.store.upload(f"{checkpoint_id}/{name}/pages-7.zst").write(b"more")
+    rig.store.put(f"{checkpoint_id}/attempt", MINE.encode())
+    gc.sweep(rig.store, checkpoint_id, MINE)
+    assert rig.store.uploads == [], "of an attempt that was committed, and is nobody's mark"
+    gc.remove(rig.store, rig.node.notary, checkpoint_id)
+    assert not any(key.startswith(checkpoint_id) for key in rig.store.objects)
+
+
+@pytest.mark.parametrize("wrong", ["gone", "short", "base"])
+def test_who_could_not_be_restored_pushes_nothing_out_and_is_told(tmp_path: Path, wrong: str) -> None:
+    rig = Rig(tmp_path, memory(200))
+    good = finished(rig)
+    base = rig.checkpoint(criu_opts='{"increment": "auto"}')
+    bad = rig.checkpoint(criu_opts=json.dumps({"increment": base}))
+    for entry in rig.node.journal.all():
+        entry.update(phase="done")
+    lost = {"gone": f"{bad}/main/index.zst", "short": f"{bad}/main/images.tar.zst", "base": f"{base}/main/pages-0.zst"}[wrong]
+    data = rig.store.objects.pop(lost)
+    if wrong == "short":
+        rig.store.objects[lost] = data[:-1]
+    told = collected(rig, keep_last=1)
+    kept = {each.checkpoint_id for each in told if (each.state, each.reason, each.code) == ("kept", "unreadable", "corrupt")}
+    assert kept == ({bad, base} if wrong == "base" else {bad})
+    assert rig.whole(good) == (wrong == "base"), "the base is the last that is whole, and of two ids the later"
+    assert {bad, base} <= {manifest.checkpoint_id for manifest in catalog.manifests(rig.store, rig.node.notary)}
+
+
+def later(rig: Rig) -> None:
+    """In two days."""
+    for key in rig.store._modified:
+        rig.store._modified[key] -= 2 * 86400.0
 
 
 def test_other_keys_are_never_touched(rig: Rig) -> None:

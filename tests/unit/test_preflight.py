@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from hibernode.errors import Corrupt, HibernodeError, NoRoom, Refused
 from hibernode.model import (
     PAGE,
     CheckpointCommand,
+    ContainerFacts,
     CriuOpts,
     Gpu,
     GpuImage,
@@ -27,6 +29,7 @@ from hibernode.model import (
     Target,
     TaskFacts,
     WorkloadFacts,
+    WorkloadKind,
     lacking,
 )
 from hibernode.ports import CriuFacts, CriuOptions, Load, ProcessFacts
@@ -64,6 +67,11 @@ def manifest(images: int = 1, *, pages: int = 100, zero: int = 0, unpacked: int 
 
 def dumped(*, criu: CriuOptions = CriuOptions(), **process: object) -> None:  # noqa: B008 - frozen
     preflight.checkpoint(COMMAND, PROCESS_FACTS, [PROCESS, replace(PROCESS, pid=51, **process)], criu)  # type: ignore[arg-type]
+
+
+def named(container: str, kind: WorkloadKind = "pod") -> None:
+    facts = POD_FACTS.model_copy(update={"containers": [ContainerFacts(name="a"), ContainerFacts(name=container)]})
+    preflight.checkpoint(COMMAND, facts if kind == "pod" else WorkloadFacts(kind=kind, name=container), [], CriuOptions())
 
 
 def kept(**connections: str) -> None:
@@ -175,6 +183,12 @@ ROWS = [
         lambda: preflight.checkpoint(COMMAND, POD_FACTS, [], CriuOptions(leave_stopped=True), endable=False),
         "criu_opts.leave_running", False, True,
     ),
+    *(
+        Row("container_name", functools.partial(named, name), "container", name, "another name than attempt, removing, unwanted")
+        for name in ("attempt", "removing", "unwanted")
+    ),
+    Row("container_name", functools.partial(named, "attempt", "container"), "container", "attempt",
+        "another name than attempt, removing, unwanted"),
     Row("kind", lambda: preflight.checkpoint(ROOTFS, JOB_FACTS, [], CriuOptions()), "kind", "rootfs", "simple"),
     Row("traced", lambda: dumped(tracer=99), "TracerPid", 99, 0),
     Row("io_uring", lambda: dumped(fds=((4, "anon_inode:[io_uring]"),)), "fd 4", "anon_inode:[io_uring]", "no io_uring descriptor"),

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import logging
 import random
 import re
@@ -186,20 +187,30 @@ class S3:
             self._client.delete_object(Bucket=self._bucket, Key=self._base + key)
 
     def open_uploads(self, prefix: str = "") -> Iterator[OpenUpload]:
-        pages = iter(
-            self._client.get_paginator("list_multipart_uploads").paginate(
-                Bucket=self._bucket, Prefix=self._base + checked_prefix(prefix)
-            )
-        )
+        """Of MinIO those that it knows: after it was started again only those that are younger, and it removes others itself."""
+        wanted = self._base + checked_prefix(prefix)
+        pages = self._pages_of_uploads(wanted)
+        first = next(pages, None)
+        if first is not None and _is_minio(first):
+            pages = self._pages_of_uploads(
+                ""
+            )  # it takes a prefix for a whole key, unless there is none (cmd/erasure-server-pool.go)
+        elif first is not None:
+            pages = itertools.chain([first], pages)
+        for page in pages:
+            for found in page.get("Uploads", []):
+                if found["Key"].startswith(wanted):
+                    yield OpenUpload(found["Key"].removeprefix(self._base), found["UploadId"], found["Initiated"].timestamp())
+
+    def _pages_of_uploads(self, prefix: str) -> Iterator[Mapping[str, Any]]:
+        pages = iter(self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix))
         while True:
             page = None
             with suppress(_NoSuchUpload), self._translating("cannot list uploads"):  # rclone says so where there never was one
                 page = next(pages, None)
             if page is None:
                 return
-            for found in page.get("Uploads", []):
-                key = found["Key"].removeprefix(self._base)
-                yield OpenUpload(key, found["UploadId"], found["Initiated"].timestamp())
+            yield page
 
     def abort_upload(self, upload: OpenUpload) -> None:
         """Abort it; one that is gone is no error."""
@@ -736,6 +747,10 @@ def _composite(crcs: Sequence[str]) -> str:
     if not all(crcs):
         return ""
     return f"{_crc32(b''.join(base64.b64decode(c) for c in crcs))}-{len(crcs)}"
+
+
+def _is_minio(answer: Mapping[str, Any]) -> bool:
+    return str(answer["ResponseMetadata"]["HTTPHeaders"].get("server", "")).startswith("MinIO")
 
 
 def _crc32(data: Buffer) -> str:
