@@ -18,7 +18,7 @@ from hibernode.api.migrate import migrate
 from hibernode.api.writer import Letter, Writer
 from hibernode.errors import DatabaseUnavailable
 from hibernode.model import Event, Status
-from tests.keeper import wait_until
+from tests.keeper import alive, wait_until
 
 CLUSTER, NODE = "c", "n"
 TOLD = (Status.PROCESSING, Status.CHECKPOINT_CREATED, Status.READY)
@@ -107,8 +107,7 @@ def test_none_is_left_by_a_server_that_is_killed(database: Database) -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    child = Path(f"/proc/{int(ended.stdout)}")
-    wait_until(lambda: not child.exists() or "State:\tZ" in (child / "status").read_text(), 10, "it to end with its parent")
+    wait_until(lambda: not alive(int(ended.stdout)), 10, "it to end with its parent")
 
 
 def test_a_database_that_does_not_answer_is_said_and_may_be_asked_again(tmp_path: Path) -> None:

@@ -59,13 +59,13 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     if request.param == "memory":
         broker = MemoryBus()
         made = Bench(
-            lambda cluster, name, wait: broker.node(cluster, name, ack_wait=wait, record_ttl=1.0),
+            lambda cluster, name, wait: broker.node(cluster, name, ack_wait=wait, record_ttl=3.0),
             lambda cluster, wait: broker.control(cluster, ack_wait=wait),
         )
     else:
         url = request.getfixturevalue("server").url
         made = Bench(
-            lambda cluster, name, wait: NatsNode(Bus(url=url, ack_wait=wait), cluster, name, record_ttl=1.0),
+            lambda cluster, name, wait: NatsNode(Bus(url=url, ack_wait=wait), cluster, name, record_ttl=3.0),
             lambda cluster, wait: NatsControl(Bus(url=url, ack_wait=wait), cluster),
         )
     yield made
@@ -167,11 +167,11 @@ async def test_a_command_nobody_answered_goes_to_the_next_instance_of_the_node(b
 
 
 async def test_working_keeps_a_command(bench: Bench) -> None:
-    control, commands = await bench.control(), (await bench.node(ack_wait=1.0)).commands()
+    control, commands = await bench.control(), (await bench.node(ack_wait=3.0)).commands()
     await control.send("n1", "checkpoint", new_id(), b"long")
     delivery = await take(commands)
-    for _ in range(9):  # 2.7 seconds of work
-        await asyncio.sleep(0.3)
+    for _ in range(9):  # 7.2 seconds of work
+        await asyncio.sleep(0.8)
         await delivery.working()
     await control.send("n1", "checkpoint", new_id(), b"marker")
     assert (await take(commands)).data == b"marker"
@@ -343,7 +343,7 @@ async def test_no_event_is_held_back_for_those_to_come(bench: Bench) -> None:
         waiting = asyncio.create_task(take(batches))
         await batch.done()
     waiting.cancel()
-    assert slowest < 1.0
+    assert slowest < 5.0, "held back it would take 10"
 
 
 async def test_batches_go_on_where_they_were(bench: Bench) -> None:

@@ -157,11 +157,11 @@ def test_what_the_driver_refuses_is_no_error_and_keeps_no_other_from_it(node: No
 
 
 def test_a_kernel_that_does_not_end_is_not_waited_for(node: Node) -> None:
-    node.gpu.check()  # a helper takes a while to start
-    job = node.job(busy_ms=4000, interval_ms=0)
-    node.gpus.record()
-    node.park(job)
-    assert node.gpus.calls(job.pid) == [("lock", 600)]
+    with contextlib.closing(node.gpu.connect()):  # a helper takes a while to start, and ends when nobody asks it
+        job = node.job(busy_ms=4000, interval_ms=0)
+        node.gpus.record()
+        node.park(job)
+        assert node.gpus.calls(job.pid) == [("lock", 600)]
 
 
 def test_a_call_that_hangs_is_not_waited_for(node: Node) -> None:

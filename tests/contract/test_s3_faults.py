@@ -456,7 +456,7 @@ def test_put_without_conditional_writes(proxy: FaultProxy, store: S3) -> None:
 
 @pytest.mark.parametrize("fault", [Truncate(1 << 20), Truncate(1 << 20, stall=True), Truncate(0)], ids=str)
 def test_a_body_that_breaks_is_resumed_where_it_broke(proxy: FaultProxy, bucket: str, fault: Truncate) -> None:
-    store = client(proxy, bucket, read_timeout=0.5)
+    store = client(proxy, bucket, read_timeout=3.0)
     data = pattern(3 << 20)
     written(store, "a", data)
     proxy.play("GetObject", fault, times=1)
@@ -490,7 +490,7 @@ def test_a_body_that_always_breaks_is_given_up(proxy: FaultProxy, store: S3) -> 
 
 @pytest.mark.parametrize("fault", [Answer(500, "InternalError"), Reset(), Stall()], ids=str)
 def test_a_get_that_fails(proxy: FaultProxy, bucket: str, fault: Fault) -> None:
-    store = client(proxy, bucket, read_timeout=0.5)
+    store = client(proxy, bucket, read_timeout=3.0)
     written(store, "a", b"0123456789")
     proxy.play("GetObject", fault, times=1)
     assert read(store, "a", 2, 3) == b"234"

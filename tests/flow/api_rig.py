@@ -138,7 +138,7 @@ class ApiRig:
         self.bus = bus or MemoryBus()
         self.token, self.reader = new_token(), new_token()
         settings: dict[str, object] = {
-            "tokens": [f"ops:{hashed(self.token)}"], "find_timeout": 0.05, "rate": 10_000, "burst": 10_000, "database": database, **api,
+            "tokens": [f"ops:{hashed(self.token)}"], "find_timeout": 5.0, "rate": 10_000, "burst": 10_000, "database": database, **api,
         }  # fmt: skip
         self.config = Config.model_validate(
             {"cluster": CLUSTER, "state_dir": directory, "bus": {"url": "nats://memory"}, "api": settings}

@@ -1151,7 +1151,12 @@ async def test_every_answer_has_a_request_id_and_the_page_its_policy(rig: ApiRig
 async def test_metrics_count_requests_and_events(rig: ApiRig) -> None:
     node = await rig.node("n1", "trainer")
     await ready_checkpoint(rig, node, "trainer")
-    page = (await rig.get("/metrics")).text
+    page = ""
+    for _ in range(200):  # who reads the database may see it before the server has counted it
+        page = (await rig.get("/metrics")).text
+        if 'hibernode_api_events_total{status="ready",type="checkpoint"} 1.0' in page:
+            break
+        await asyncio.sleep(0.05)
     assert 'hibernode_api_events_total{status="ready",type="checkpoint"} 1.0' in page
     assert 'hibernode_api_request_seconds_count{method="POST",operation="checkpoint_pod",status="200"} 1.0' in page
     assert "hibernode_api_bus_connected 1.0" in page

@@ -21,7 +21,7 @@ from tests.flow.test_second import waits
 
 pytestmark = pytest.mark.timeout(60)
 
-AT_ONCE = 2.0  # seconds until a workload runs again; milliseconds are usual
+AT_ONCE = 10.0  # seconds until a workload runs again; milliseconds are usual
 
 By = Callable[[Desk, str], Awaitable[object]]
 

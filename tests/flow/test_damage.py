@@ -32,7 +32,7 @@ from tests.envelope import opened
 from tests.fakes.machine import ROOT, Run
 from tests.flow.rig import Rig, nothing_outlives
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 SEED = 1
 CASES, BLOCK = 12_500, 500

@@ -123,7 +123,7 @@ async def test_a_pod_that_cannot_be_checkpointed_goes_on_to_its_end(tmp_path: Pa
 
 async def test_a_hook_of_a_pod_whose_time_is_over_is_told_so_and_its_checkpoint_goes_on(tmp_path: Path, server: Server) -> None:
     rig = node(tmp_path, Gate("store.upload manifest.json", "workloads.find"))
-    server.answers = [(200, pods(left=3.5)), (200, NODE)]
+    server.answers = [(200, pods(left=5.5)), (200, NODE)]
     async with hooked(rig, server) as (desk, url):
         status, text = await get(url)
         assert (status, text.endswith("not ready yet\n")) == (504, True)

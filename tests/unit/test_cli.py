@@ -739,7 +739,7 @@ def test_the_group_alone_loads_no_client() -> None:
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_the_bar_moves_and_fits(tmp_path: Path, columns: int) -> None:
-    with serving(FakeDesk(succeeding(pace=0.12)), tmp_path / "h.sock") as served:
+    with serving(FakeDesk(succeeding(pace=0.4)), tmp_path / "h.sock") as served:  # each is to be drawn, ten times a second
         terminal = Terminal(served.path, "checkpoint", "trainer", columns=columns)
         assert terminal.end() == 0
     frames = [f for f in re.split(r"\x1b\[2K|\r", terminal.seen) if "dumping" in f or "shipping" in f]

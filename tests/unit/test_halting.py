@@ -142,7 +142,7 @@ def test_the_others_go_on_meanwhile_and_stop_again(target: Target, tracer: halti
     assert target.blocked == target.mask
     with tracer.running(target.who, target.thread, target.mask):  # of a process that runs already
         assert target.answers()
-        assert target.counts()
+        wait_until(target.counts, LIMIT, "the others")
     assert target.answers()
 
 
@@ -287,4 +287,4 @@ def test_a_thread_that_cannot_be_told_by_its_name_is_refused_before_anybody_is_s
     (found,) = helper.answer(Question("halt", "a", [target.who]))
     assert not found.ok
     assert "by its name" in found.name
-    assert target.counts()
+    wait_until(target.counts, LIMIT, "all of it: nobody was stopped")

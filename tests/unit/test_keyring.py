@@ -222,7 +222,7 @@ def test_a_program_that_hangs_is_ended_with_all_that_it_has_started(tmp_path: Pa
     program = tmp_path / "hangs"
     program.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {pid}\nwait\n")
     program.chmod(0o700)
-    ring = Keyring(Encryption(command=(str(program),)), Children(), patience=0.5)
+    ring = Keyring(Encryption(command=(str(program),)), Children(), patience=3.0)
     error = refused(lambda: ring.wrap(DATA_KEY, ID))
     assert (error.code, error.retry) == ("key_service", True)
     assert "no answer" in error.message

@@ -108,7 +108,10 @@ async def test_it_waits_until_the_pod_s_checkpoint_is_ready(world: Given) -> Non
     there, ask = world
     there.pods = [pod(), pod("trainer-2", ends=None), pod("other", note="other")]
     asking = asyncio.ensure_future(ask())
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        while not there.begun:  # noqa: ASYNC110 - a list
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)
     assert not asking.done()
     ((command, about),) = there.begun
     assert (command.target.pod_id, command.reason, command.kind) == ("uid-trainer-1", "nodeTermination", "simple")

@@ -42,7 +42,7 @@ from hibernode.model import GarbageRequest, Status
 from hibernode.rpc import RpcServer
 from tests.fakes.desk import ACTION, CHECKPOINT, ActionCommand, FakeDesk, Lines, Step, failing, holding
 
-DEADLINE = 10.0
+DEADLINE = 30.0
 
 
 @pytest.fixture
