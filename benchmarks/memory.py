@@ -279,7 +279,7 @@ class Tree:
         stores.shell(f"tar -C {image} -cf - . | zstd -q -T0 -{how.level} {stores.put(how.store, object_, work / 'packed')}")
         taken.durable, taken.cpu = time.time() - began, _cpu_of_children() - cpu
         taken.pause = held.pause(self.lines, began)
-        taken.stored = stores.place(how.store, object_).stat().st_size
+        taken.stored = stores.size(how.store, object_)
         self.end()
         (work / "packed").unlink(missing_ok=True)
         shutil.rmtree(image)
@@ -289,7 +289,7 @@ class Tree:
         self._restore(work)
         taken.restore = taken.complete = self.back(planted, began)
         taken.restore_cpu = _cpu_of_children() - cpu + _cpu_of_keeper(self.pid)
-        stores.place(how.store, object_).unlink()
+        stores.remove(how.store, object_)
 
     def _stream(self, how: _Stream, taken: Taken, planted: Mapping[str, Beat], work: Path) -> None:
         stores, image, env = self._bench.stores, work / "image", self._bench.stores.environment()
@@ -299,16 +299,15 @@ class Tree:
         streamer.stream("capture", image, lines, env, lambda: self._dump(work, "--stream"))
         taken.durable, taken.cpu = time.time() - began, _cpu_of_children() - cpu
         taken.pause = held.pause(self.lines, began)
-        places = [stores.place(how.store, name) for name in objects]
-        taken.stored = sum(place.stat().st_size for place in places)
+        taken.stored = sum(stores.size(how.store, name) for name in objects)
         self.end()
         cpu, began = _cpu_of_children(), time.time()
         lines = [f"{stores.get(how.store, name)} | {how.unpack}" for name in objects]
         streamer.stream("serve", image, lines, env, lambda: self._restore(work, "--stream"))
         taken.restore = taken.complete = self.back(planted, began)
         taken.restore_cpu = _cpu_of_children() - cpu + _cpu_of_keeper(self.pid)
-        for place in places:
-            place.unlink()
+        for name in objects:
+            stores.remove(how.store, name)
 
     def _criu(self, work: Path, command: str, *options: str) -> list[str]:
         """As our daemon has it, as far as the command line goes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,19 @@ class Stores:
         return f"dd of={self.disk}/{name} bs=4M iflag=fullblock conv=fsync status=none"
 
     def place(self, store: str, name: str) -> Path:
-        """Where it is on this machine."""
+        """Where it is on this machine. MinIO makes a directory of an object."""
         return self.server.root / self.server.bucket / name if store == "S3" else self.disk / name
+
+    def size(self, store: str, name: str) -> int:
+        place = self.place(store, name)
+        return sum(path.stat().st_size for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file())
+
+    def remove(self, store: str, name: str) -> None:
+        place = self.place(store, name)
+        if place.is_file():
+            place.unlink()
+        else:
+            shutil.rmtree(place)
 
     def shell(self, line: str) -> None:
         self.run(words(line))
@@ -64,7 +76,8 @@ class Stores:
 
     def environment(self) -> Mapping[str, str]:
         rclone = {
-            "TYPE": "s3", "PROVIDER": "Rclone", "ENDPOINT": self.server.endpoint_url, "ACCESS_KEY_ID": self.server.access_key_id,
+            "TYPE": "s3", "PROVIDER": self.server.name.capitalize(), "ENDPOINT": self.server.endpoint_url,
+            "ACCESS_KEY_ID": self.server.access_key_id,
             "SECRET_ACCESS_KEY": self.server.secret_access_key, "NO_CHECK_BUCKET": "true", "CHUNK_SIZE": "8Mi",
         }  # fmt: skip
         path = os.pathsep.join([str(_CRIU), os.environ.get("PATH", os.defpath)])

@@ -55,10 +55,10 @@ def rates(sample: Path, memory: Path, stores: Stores) -> dict[str, float]:
     found[f"zstd -d, {_threads(threads)}"] = unpack
     found["copy on tmpfs"] = _timed(len(data), lambda: stores.shell(f"cat {sample} >{memory}/copy"))
     for store in STORES:
-        put, get, place = _client(store, stores, sample, memory / "copy")
+        put, get, name = _client(store, stores, sample, memory / "copy")
         found[f"PUT, {store}"] = _timed(len(data), put)
         found[f"GET, {store}"] = _timed(len(data), get)
-        place.unlink()
+        stores.remove(store, name)
     (memory / "copy").unlink()
     told = {name: round(taken.rate, 3) for name, taken in found.items()}
     return told | {f"{name}{COST}": round(taken.cpu, 3) for name, taken in found.items()}
@@ -70,13 +70,13 @@ def slowest(found: dict[str, float], store: str, stored: float) -> float:
     return min(found["copy into huge pages"], packing, found[f"PUT, {store}"] / stored)
 
 
-def _client(store: str, stores: Stores, sample: Path, into: Path) -> tuple[Callable[[], object], Callable[[], object], Path]:
-    """What stores it, what fetches it, and where it lies meanwhile. To S3 as our daemon does, in parts of 8 MiB, two per CPU at once:
+def _client(store: str, stores: Stores, sample: Path, into: Path) -> tuple[Callable[[], object], Callable[[], object], str]:
+    """What stores it, what fetches it, and what it is called meanwhile. To S3 as our daemon does, in parts of 8 MiB, two per CPU at once:
     faster than rclone, which has to start, too."""
     name = f"ceiling-{uuid.uuid4().hex}"
     if store == "directory":
         put, get = stores.upload(store, name, sample), f"{stores.get(store, name)} >{into}"
-        return lambda: stores.shell(put), lambda: stores.shell(get), stores.place(store, name)
+        return lambda: stores.shell(put), lambda: stores.shell(get), name
     server = stores.server
     client = boto3.client(
         "s3", endpoint_url=server.endpoint_url, region_name="us-east-1", aws_access_key_id=server.access_key_id,
@@ -86,7 +86,7 @@ def _client(store: str, stores: Stores, sample: Path, into: Path) -> tuple[Calla
     return (
         lambda: client.upload_file(str(sample), server.bucket, name, Config=parts),
         lambda: client.download_file(server.bucket, name, str(into), Config=parts),
-        stores.place(store, name),
+        name,
     )
 
 

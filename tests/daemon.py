@@ -158,7 +158,8 @@ class Daemon(contextlib.AbstractContextManager["Daemon"]):
         self._befores.append(kept)
         if self._channel is not None:
             self._channel.close()
-        os.kill(kept.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself: `exit_code` says how
+            os.kill(kept.pid, number)
         return kept.exit_code(STOP_LIMIT)
 
     def _leave(self) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
+from typing import BinaryIO
 
 import pytest
 
@@ -124,27 +127,28 @@ def test_a_connection_with_the_world_is_kept_on_the_same_address_alone(node: Con
 def test_a_criu_that_is_killed_leaves_no_network_closed(node: Containerd, restorer: Daemon, who: str) -> None:
     """Nor a socket in repair; also where its daemon dies with it. Whether the processes go on is another matter: one in which the CRIU had
     code of its own may not (docs/crashes.md)."""
-    with Pod(node, [stream("app", "pair", PORT), counter("large", memory=64)]) as pod:
+    with Pod(node, [stream("app", "pair", PORT), counter("large", memory=64)]) as pod, contextlib.ExitStack() as stack:
         goes_on(pod, "receives")
         pod.beat("large")
+        app = pod.pid()
+        network = stack.enter_context(open(f"/proc/{app}/ns/net", "rb"))  # of a pod whose processes may be gone soon
+        is_closed = functools.partial(closed_by_criu, network)
         answers = restorer.begin_checkpoint(pb.Target(pod_id=pod.uid), criu_opts=KEPT)
-        wait_until(lambda: is_closed(pod.pid()), 20, "CRIU to close the network")
-        for pid in criu_of(restorer):
-            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: killed_while(is_closed, restorer), 20, "CRIU to close the network")
         if who == "both":
             restorer.kill()
             del answers
             restorer.start()
         else:
             assert [answer.event.code for answer in answers][-1] == "dump_failed"
-        wait_until(lambda: not is_closed(pod.pid()), 20, "it to be opened")
-        wait_until(lambda: not in_repair(pod.pid()), 20, "its sockets to leave repair")
+        wait_until(lambda: not is_closed(), 20, "it to be opened")
+        wait_until(lambda: not in_repair(app), 20, "its sockets to leave repair")
 
 
 def in_repair(pid: int) -> list[str]:
-    """Its TCP sockets, and its children's, that send nothing and take nothing."""
+    """Its TCP sockets, and its children's, that send nothing and take nothing. Who has ended has none."""
     found = []
-    for each in (pid, *keeper.descendants(pid)):
+    for each in filter(keeper.alive, (pid, *keeper.descendants(pid))):
         pidfd = os.pidfd_open(each)
         for name in os.listdir(f"/proc/{each}/fd"):
             copy = LIBC.syscall(PIDFD_GETFD, pidfd, int(name), 0)
@@ -163,14 +167,36 @@ def in_repair(pid: int) -> list[str]:
 
 def criu_of(daemon: Daemon) -> list[int]:
     """Its own ones, which runc has started, alone: others may be at work on this machine."""
-    found = [pid for pid in keeper.descendants(daemon.pid) if keeper.fields(pid) and proc.stat(pid).comm == "criu"]
-    assert found
-    return found
+    return [pid for pid in keeper.descendants(daemon.pid) if keeper.alive(pid) and proc.stat(pid).comm == "criu"]
 
 
-def is_closed(pid: int) -> bool:
-    """By CRIU, in the network that this process is in."""
-    words = ["nsenter", "--target", str(pid), "--net"]
+def killed_while(is_closed: Callable[[], bool], daemon: Daemon) -> bool:
+    """Its CRIU, if it has closed the network and not answered yet: it is looked at while it stands."""
+    with contextlib.ExitStack() as going_on:
+        standing = criu_of(daemon)
+        for pid in standing:
+            _send(pid, signal.SIGSTOP)
+            going_on.callback(_send, pid, signal.SIGCONT)
+            wait_until(functools.partial(_stands, pid), 20, "a CRIU to stand")
+        if not standing or not is_closed():
+            return False
+        for pid in standing:
+            _send(pid, signal.SIGKILL)
+        going_on.pop_all()
+    return True
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _stands(pid: int) -> bool:
+    return keeper.state(pid) in ("T", "t", "", "Z")
+
+
+def closed_by_criu(network: BinaryIO) -> bool:
+    words = ["nsenter", f"--net=/proc/{os.getpid()}/fd/{network.fileno()}"]
     return any(
         "CRIU" in subprocess.run([*words, f"{ip}-save"], capture_output=True, text=True, check=True).stdout
         for ip in ("iptables", "ip6tables")

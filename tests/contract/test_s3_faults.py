@@ -359,7 +359,7 @@ def test_a_commit_without_conditional_writes(proxy: FaultProxy, store: S3, opera
 
 @pytest.mark.parametrize("minio", [False, True])
 def test_uploads_below_a_prefix_are_found(proxy: FaultProxy, store: S3, bucket: str, minio: bool) -> None:
-    """Theirs alone, and of MinIO, too, which is to be asked for all."""
+    """Theirs alone, and of MinIO, too, which has to be asked for all."""
     other = client(proxy, bucket, "pre/fix2")
     for where, key in ((store, "c1/a"), (store, "c10/a"), (other, "c1/a")):
         where.upload(key).write(pattern(PART + 1))
@@ -373,6 +373,13 @@ def test_uploads_below_a_prefix_are_found(proxy: FaultProxy, store: S3, bucket: 
     for upload in store.open_uploads():
         store.abort_upload(upload)
     assert list(store.open_uploads()) == []
+
+
+def test_who_may_list_uploads_of_his_own_prefix_alone_has_seen_them(proxy: FaultProxy, store: S3) -> None:
+    proxy.play("ListMultipartUploads", Answer(403, "AccessDenied"), after=1)
+    assert list(store.open_uploads("c1/")) == []
+    with pytest.raises(StoreUnavailable):
+        list(store.open_uploads("c1/"))
 
 
 def test_an_abort_that_fails_once_is_repeated(proxy: FaultProxy, store: S3) -> None:

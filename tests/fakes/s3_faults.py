@@ -78,8 +78,8 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class ListsAsMinio:
-    """Of ListMultipartUploads: it says that it is MinIO, and finds nothing below a prefix, which it takes for a whole key; without one it
-    finds all (seen of its sources of 2026-02-12)."""
+    """Of ListMultipartUploads: nothing is found below a prefix, which is taken for a whole key; without one all are (as seen of MinIO's
+    sources of 2026-02-12)."""
 
 
 class Hold:
@@ -256,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, ListsAsMinio):
             if any(parse_qs(urlsplit(self.path).query).get("prefix", [])):
                 content = re.sub(rb"(?s)<Upload>.*?</Upload>", b"", content)
-            headers |= {"server": "MinIO", "content-length": str(len(content))}
+            headers["content-length"] = str(len(content))
         self._send(status, headers, content[: fault.size] if isinstance(fault, Truncate) else content)
         if isinstance(fault, Truncate):
             return self._stall() if fault.stall else self._reset(hard=False)
@@ -282,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
         return answer.status, headers, content
 
     def _send(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
-        self.send_response_only(status)
+        self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()

@@ -51,7 +51,7 @@ def test_a_few_cases_leave_nothing_frozen_half_done_or_behind(tmp_path: Path, pl
     words = [word for case in played for word in ("--case", case)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "daemon"), str(ROOT)])}
     argv = [sys.executable, "-m", "tests.matrix", "--benches", "1", "--output", str(tmp_path / "result.json"), *words]
-    ran = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=55, check=False)
+    ran = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     result = table.read(tmp_path / "result.json")
     assert [row["case"] for row in result["rows"] if not row["fired"]] == []

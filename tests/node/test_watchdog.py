@@ -221,7 +221,7 @@ def test_the_daemon_is_killed_in_a_dump(pair: tuple[Daemon, Watch], tmp_path: Pa
         action, _, updates = begin(daemon, program)
         before = program.beat()
         daemon.kill()
-        goes_on(program, before, 1)
+        goes_on(program, before, LIMIT)
         quiet(updates)
         watch.looks()
         assert watch.said("no daemon")
@@ -255,7 +255,7 @@ def test_criu_is_killed_in_a_dump(pair: tuple[Daemon, Watch], tmp_path: Path) ->
         _, criu, updates = begin(daemon, program)
         before = program.beat()
         os.kill(criu, signal.SIGKILL)
-        goes_on(program, before, 1)
+        goes_on(program, before, LIMIT)
         last = list(events(updates))[-1]
         assert last.code in ("dump_failed", "deadline"), last  # the second where zstd was not done with a chunk before that
         assert watch.acts == []
@@ -304,7 +304,7 @@ def test_criu_is_stopped_and_the_daemon_killed(pair: tuple[Daemon, Watch], tmp_p
         goes_on(program, before, 2)
         quiet(updates)
         assert set(watch.acts) == {"criu is stopped, and nobody waits for it: it goes on"}
-        assert not Path(f"/proc/{criu}").exists() or keeper.state(criu) == "Z"
+        wait_until(lambda: not keeper.alive(criu), LIMIT, "the end of CRIU")
         daemon.start()
         assert outcome(daemon, action) == ("error", "interrupted")
 
@@ -334,7 +334,7 @@ def test_both_are_killed_in_a_dump(pair: tuple[Daemon, Watch], tmp_path: Path) -
         before = program.beat()
         os.kill(criu, signal.SIGKILL)
         daemon.kill()
-        goes_on(program, before, 1)
+        goes_on(program, before, LIMIT)
         quiet(updates)
         watch.looks()
         assert watch.acts == []
@@ -407,7 +407,8 @@ def test_the_daemon_is_killed_while_it_kills(pair: tuple[Daemon, Watch], tmp_pat
     with Program(tmp_path, python(*SMALL)) as program:
         with left_stopped(daemon, program, phase="killing", status="ready") as action:
             wait_until(lambda: not keeper.alive(program.pid), LIMIT, "its end")
-            assert watch.acts == ["nobody answers for this workload: killed, as was said"]
+            wait_until(lambda: watch.acts, LIMIT, "a line that says so")  # it does so first
+            assert set(watch.acts) == {"nobody answers for this workload: killed, as was said"}
         daemon.start()
         assert outcome(daemon, action)[0] == "ready"
 
@@ -421,14 +422,14 @@ def test_a_daemon_that_comes_back_in_time_does_it_all_by_itself(tmp_path: Path) 
                 before = program.beat()
             daemon.start()
             assert outcome(daemon, action) == ("error", "interrupted")
-            goes_on(program, before, 1)
+            goes_on(program, before, LIMIT)
             assert watch.said("no daemon")
             assert watch.acts == []
         with left_stopped(daemon, program):
             before = program.beat()
             once = Watch(daemon, "--once")
             assert once.process.wait(LIMIT) == 0
-            goes_on(program, before, 1)
+            goes_on(program, before, LIMIT)
             assert once.acts == ["nobody answers for this workload: goes on"]
         daemon.start()
 
@@ -549,7 +550,9 @@ def test_pages_of_another_boot_and_of_actions_that_are_over_are_left_alone(pair:
         write(daemon, over | {"action_id": str(uuid.uuid4()), "phase": "done"})
         stranger = [{"pid": program.pid, "start_time": over["trees"][0]["start_time"] - 1, "stopped": False}]
         write(daemon, over | here | {"action_id": str(uuid.uuid4()), "trees": stranger})
-        (daemon.state_dir / "journal" / f"{uuid.uuid4()}.json").write_text('{"phase": "dump')
+        half = daemon.state_dir / "journal" / f"{uuid.uuid4()}.tmp"
+        half.write_text('{"phase": "dump')
+        half.rename(half.with_suffix(".json"))
         watch.looks()
         assert keeper.state(program.pid) == "T"
         assert watch.acts == ["cannot read a page of the journal"]
@@ -580,7 +583,7 @@ def test_one_for_a_state_dir_small_and_gone_at_once(pair: tuple[Daemon, Watch], 
     began = time.monotonic()
     watch.process.terminate()
     assert watch.process.wait(LIMIT) == 0
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     (check,) = [check for check in daemon.stub.Doctor(pb.Empty(), timeout=20).checks if check.name == "watchdog"]
     assert (check.ok, check.required) == (False, False)
     watch.process = Watch(daemon).process

@@ -322,6 +322,18 @@ def test_what_does_not_come_late_is_what_is_staged(tmp_path: Path, increments: i
     assert 0 < said <= fixed, "never more: nobody is refused who fits"
 
 
+def test_shared_memory_never_comes_late_whatever_its_flags(tmp_path: Path) -> None:
+    """CRIU flags none so; nobody fills it."""
+    shared = Run(77 << 8 | pageproto.SHMEM, START, random.Random(1).randbytes(5 * PAGE), lazy=True)
+    served = Served(tmp_path, [*plain(2), shared])
+    served.store.open()
+    (tmp_path / "images").mkdir()
+    with served.running(fixed=tmp_path / "images") as peer:
+        assert {pid for pid, _ in peer.everything()} == {ROOT}
+    staged = b"".join(path.read_bytes() for path in (tmp_path / "images").glob("pages-*.img"))
+    assert staged.count(shared.content or b"?") == 1
+
+
 def test_one_page_of_a_base_may_come_late_many_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of an array that has grown, and holds one number. Nothing of it is staged."""
     page = random.Random(4).randbytes(PAGE)

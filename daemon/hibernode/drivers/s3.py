@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import logging
 import random
 import re
@@ -187,30 +186,33 @@ class S3:
             self._client.delete_object(Bucket=self._bucket, Key=self._base + key)
 
     def open_uploads(self, prefix: str = "") -> Iterator[OpenUpload]:
-        """Of MinIO those that it knows: after it was started again only those that are younger, and it removes others itself."""
-        wanted = self._base + checked_prefix(prefix)
-        pages = self._pages_of_uploads(wanted)
-        first = next(pages, None)
-        if first is not None and _is_minio(first):
-            pages = self._pages_of_uploads(
-                ""
-            )  # it takes a prefix for a whole key, unless there is none (cmd/erasure-server-pool.go)
-        elif first is not None:
-            pages = itertools.chain([first], pages)
-        for page in pages:
-            for found in page.get("Uploads", []):
-                if found["Key"].startswith(wanted):
-                    yield OpenUpload(found["Key"].removeprefix(self._base), found["UploadId"], found["Initiated"].timestamp())
+        """Where none is found below it all of the bucket are asked for: MinIO takes a prefix for a whole key, unless there is none
+        (cmd/erasure-server-pool.go). It knows of none from before it was started last, and removes those itself."""
+        wanted, found = self._base + checked_prefix(prefix), False
+        for asked in dict.fromkeys((wanted, "")):
+            for upload in self._uploads(asked):
+                if upload["Key"].startswith(wanted):
+                    found = True
+                    yield OpenUpload(upload["Key"].removeprefix(self._base), upload["UploadId"], upload["Initiated"].timestamp())
+            if found:
+                return
 
-    def _pages_of_uploads(self, prefix: str) -> Iterator[Mapping[str, Any]]:
+    def _uploads(self, prefix: str) -> Iterator[Mapping[str, Any]]:
         pages = iter(self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self._bucket, Prefix=prefix))
         while True:
             page = None
-            with suppress(_NoSuchUpload), self._translating("cannot list uploads"):  # rclone says so where there never was one
-                page = next(pages, None)
+            try:
+                with (
+                    suppress(_NoSuchUpload),
+                    self._translating("cannot list uploads"),
+                ):  # rclone says so where there never was one
+                    page = next(pages, None)
+            except StoreUnavailable as e:
+                if prefix or not self._base or e.details.get("status") != 403:  # who may see his own alone has seen them
+                    raise
             if page is None:
                 return
-            yield page
+            yield from page.get("Uploads", [])
 
     def abort_upload(self, upload: OpenUpload) -> None:
         """Abort it; one that is gone is no error."""
@@ -747,10 +749,6 @@ def _composite(crcs: Sequence[str]) -> str:
     if not all(crcs):
         return ""
     return f"{_crc32(b''.join(base64.b64decode(c) for c in crcs))}-{len(crcs)}"
-
-
-def _is_minio(answer: Mapping[str, Any]) -> bool:
-    return str(answer["ResponseMetadata"]["HTTPHeaders"].get("server", "")).startswith("MinIO")
 
 
 def _crc32(data: Buffer) -> str:

@@ -182,8 +182,14 @@ def _fixed(segments: SegmentTable) -> _Rows:
     present = segments[(segments["flags"] & pageproto.PRESENT) != 0]
     ends = np.cumsum(present["pages"].astype(np.int64))
     rows = np.column_stack((ends - present["pages"].astype(np.int64), ends))
-    found: _Rows = rows[(present["flags"] & pageproto.LAZY) == 0]
+    found: _Rows = rows[~may_come_late(present)]
     return found
+
+
+def may_come_late(segments: SegmentTable) -> npt.NDArray[np.bool_]:
+    """Which of these hold pages that CRIU leaves to whoever fills a process: of its own memory alone, whatever else is flagged so."""
+    late: npt.NDArray[np.bool_] = ((segments["flags"] & pageproto.LAZY) != 0) & ((segments["dst_id"] & 0xFF) == pageproto.TASK)
+    return late
 
 
 def _entry(_: int, vaddr: int, pages: int, flags: int) -> bytes:

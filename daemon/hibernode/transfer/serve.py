@@ -32,6 +32,7 @@ from hibernode.ports import Store
 from hibernode.transfer import pageproto
 from hibernode.transfer.format import SegmentTable
 from hibernode.transfer.frames import Reader, Unpackers, batches_of, numbers_of, spread
+from hibernode.transfer.pagemap import may_come_late
 from hibernode.transfer.places import Loan, Numbers, Source, overlaps
 
 _AHEAD = 16  # frames after one that somebody waits for, at most
@@ -69,7 +70,7 @@ class Plan:
 
     def _late(self) -> npt.NDArray[np.void]:
         index = self._sources[0].index
-        pid, page, number, pages = _may_come_late(index.segments)
+        pid, page, number, pages = _late_runs(index.segments)
         start, end, source, there = self._sources[0].origins.stretches(index.pages)
         late, stretch, low, high = overlaps(number, number + pages, start, end)
         pid, page, there, source = (
@@ -147,11 +148,11 @@ class Plan:
         return None if frame["kept"] == frame["pages"] else self._sources[n].index.keeps[int(frame["first_page"])]
 
 
-def _may_come_late(segments: SegmentTable) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+def _late_runs(segments: SegmentTable) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     """Of each run: process, page of its memory, number of its first page, how many they are."""
     present = segments[(segments["flags"] & pageproto.PRESENT) != 0]
     sizes = present["pages"].astype(np.int64)
-    late = ((present["flags"] & pageproto.LAZY) != 0) & ((present["dst_id"] & 0xFF) == pageproto.TASK)
+    late = may_come_late(present)
     pids, pages = (present["dst_id"] >> np.uint64(8)).astype(np.int64), (present["vaddr"] // PAGE).astype(np.int64)
     return pids[late], pages[late], (np.cumsum(sizes) - sizes)[late], sizes[late]
 
