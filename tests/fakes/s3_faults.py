@@ -127,10 +127,12 @@ class FaultProxy:
     def seen(self, operation: str) -> list[Request]:
         return [r for r in self.requests if r.operation == operation]
 
-    def play(self, operation: str, fault: Fault, *, times: int = FOREVER, after: int = 0, key: str = "", over: int = 0) -> None:
+    def play(
+        self, operation: str, fault: Fault, *, times: int = FOREVER, after: int = 0, key: str = "", some: range | None = None
+    ) -> None:
         """The next `times` requests of `operation`, after letting `after` pass, meet `fault`; only those whose path holds `key`, and that
-        ask for a range of more than `over` bytes."""
-        self._server.faults.append(_Planned(operation, fault, after, times, key, over))
+        ask for `some` of these bytes."""
+        self._server.faults.append(_Planned(operation, fault, after, times, key, some))
 
     def heal(self) -> None:
         """No more faults."""
@@ -153,7 +155,7 @@ class _Planned:
     skip: int
     times: int
     key: str = ""
-    over: int = 0
+    some: range | None = None
 
 
 class _Server(ThreadingHTTPServer):
@@ -165,12 +167,13 @@ class _Server(ThreadingHTTPServer):
         self.faults: list[_Planned] = []
         self.requests: list[Request] = []
 
-    def next_fault(self, operation: str, path: str, size: int) -> Fault | None:
+    def next_fault(self, operation: str, path: str, asked: range) -> Fault | None:
         with self.lock:
             for planned in self.faults:
                 if planned.operation != operation or not planned.times or planned.key not in path:
                     continue
-                if planned.over and size <= planned.over:
+                some = planned.some
+                if some is not None and not (asked.start < some.stop and some.start < asked.stop):
                     continue
                 if planned.skip:
                     planned.skip -= 1
@@ -194,10 +197,10 @@ def operation_of(method: str, path: str) -> str:
     return _BY_METHOD[is_object].get(method, method)
 
 
-def _range_of(header: str) -> int:
-    """Bytes that `bytes=<first>-<last>` asks for; 0 for anything else."""
+def _range_of(header: str) -> range:
+    """Bytes that `bytes=<first>-<last>` asks for; none for anything else."""
     found = re.fullmatch(r"bytes=(\d+)-(\d+)", header)
-    return int(found[2]) - int(found[1]) + 1 if found else 0
+    return range(int(found[1]), int(found[2]) + 1) if found else range(0)
 
 
 def _without_last_part(body: bytes) -> bytes:

@@ -16,13 +16,18 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 
 from hibernode._pb import hibernode_pb2 as pb
+from hibernode.drivers.s3 import S3
+from hibernode.model import FRAME_PAGES, Manifest, Meter
+from hibernode.transfer.receive import Receiver
+from hibernode.transfer.seal import Seal
+from hibernode.transfer.serve import Plan
 from tests import keeper, keys
 from tests.daemon import Daemon, details, failed, pid_target, ready
 from tests.fakes.s3_faults import FOREVER, Answer, FaultProxy, FlipAnswer, Hold
@@ -37,27 +42,41 @@ SIZE = 128  # MiB of private memory: 32 frames
 # Reads, of four frames at most, before the others are held back. Those of what CRIU itself needs are among them: 2 or 3, with shared
 # memory 4 to 6, as its frames happen to lie in the two streams.
 SOME = 8
-LONG = 8 << 20  # bytes: reads of several frames. Not those of one, which CRIU, or who is being restored, may wait for
 PAGES = "pages-"
 
 
 class Yard:
     """A daemon, its store, and the proxy between them."""
 
-    def __init__(self, daemon: Daemon, proxy: FaultProxy) -> None:
-        self.daemon, self.proxy = daemon, proxy
+    def __init__(self, daemon: Daemon, proxy: FaultProxy, store: S3) -> None:
+        """`store`: the same, not by the proxy."""
+        self.daemon, self.proxy, self._store = daemon, proxy, store
         self._begun: list[Restore] = []
 
     @contextmanager
-    def held(self, after: int = SOME, over: int = 0) -> Iterator[Hold]:
-        """So many reads come, and all of so many bytes at most; the others wait until it is released, or this is left."""
+    def held(self, after: int = SOME, key: str = PAGES, some: range | None = None) -> Iterator[Hold]:
+        """So many reads come; the others, of `some` bytes of that object where that is said, wait until it is released, or this is left."""
         hold = Hold()
-        self.proxy.play("GetObject", hold, times=FOREVER, after=after, key=PAGES, over=over)
+        self.proxy.play("GetObject", hold, times=FOREVER, after=after, key=key, some=some)
         try:
             yield hold
         finally:
             hold.release()
             self.proxy.heal()
+
+    def held_in_the_middle(self, checkpoint_id: str) -> AbstractContextManager[Hold]:
+        """One frame in the middle of what the program looks at: neither CRIU nor who is being restored needs it, and it is not all in
+        without it."""
+        manifest = Manifest.model_validate_json(json.dumps(self.daemon.manifest(checkpoint_id)))
+        (image,) = manifest.images
+        receiver = Receiver(self._store, Seal(checkpoint_id), image, 2, Meter())
+        index = receiver.fetch_index()
+        plan = Plan(receiver.sources)
+        whole = [row for row in plan.rows.tolist() if plan.pages(row) == index.frames["pages"][row] == FRAME_PAGES]
+        frame = index.frames[whole[len(whole) // 4]]  # of two processes the first one's
+        start = int(frame["offset"])
+        key = f"{checkpoint_id}/{image.streams[int(frame['stream'])].key}"
+        return self.held(0, key, range(start, start + int(frame["stored"])))
 
     def begin(self, checkpoint_id: str, how: str = "lazy") -> Restore:
         self._begun.append(Restore(self.daemon, checkpoint_id, how))
@@ -118,7 +137,7 @@ def shared_yard() -> Iterator[Yard]:
         }  # fmt: skip
         settings = {"store": {"s3": s3}, "limits": {"outage": 20.0, "second": "refuse"}}
         with Daemon(store=f"s3://{server.bucket}/lazy", arena="256MiB", settings=settings) as daemon:
-            yield Yard(daemon, proxy)
+            yield Yard(daemon, proxy, S3(server.bucket, "lazy", server.settings()))
 
 
 @pytest.fixture
@@ -526,7 +545,7 @@ def held_by_criu(yard: Yard, program: Program) -> Iterator[tuple[Restore, Hold, 
     what it says from now on. When this is left they are gone."""
     pids = [program.pid, *keeper.descendants(program.pid)]
     done = checkpointed(yard.daemon, program)
-    with yard.held(after=0, over=LONG) as hold:
+    with yard.held_in_the_middle(done.checkpoint_id) as hold:
         restore = yard.begin(done.checkpoint_id, "eager")
         until_held(restore, hold, program)
         wait_until(lambda: {keeper.state(pid) for pid in pids} == {"t"}, LIMIT, "all of them, held")
@@ -545,7 +564,7 @@ def until_held(restore: Restore, hold: Hold, program: Program) -> None:
 def test_without_lazy_nobody_runs_before_all_is_in(yard: Yard, program: Program) -> None:
     before = program.beat()
     done = checkpointed(yard.daemon, program)
-    with yard.held(after=0, over=LONG) as hold:
+    with yard.held_in_the_middle(done.checkpoint_id) as hold:
         restore = yard.begin(done.checkpoint_id, "eager")
         until_held(restore, hold, program)
         failed(yard.daemon.checkpoint(program.target), "busy")
@@ -584,7 +603,7 @@ def test_whoever_dies_nobody_has_run(yard: Yard, program: Program, end: Callable
 def test_criu_dies_and_the_tree_is_killed(yard: Yard, program: Program) -> None:
     """That held it: it runs for a moment, as one that is restored lazily does."""
     done = checkpointed(yard.daemon, program)
-    with yard.held(after=0, over=LONG) as hold:
+    with yard.held_in_the_middle(done.checkpoint_id) as hold:
         restore = yard.begin(done.checkpoint_id, "eager")
         until_held(restore, hold, program)
         os.kill(tracer_of(program.pid), signal.SIGKILL)
@@ -598,7 +617,7 @@ def test_criu_dies_and_the_tree_is_killed(yard: Yard, program: Program) -> None:
 def test_the_daemon_dies_while_criu_makes_it(yard: Yard, program: Program, after: float) -> None:
     """As soon as the process is there, or some milliseconds later: before CRIU holds it, or after."""
     done = checkpointed(yard.daemon, program)
-    with yard.held(after=0, over=LONG):
+    with yard.held_in_the_middle(done.checkpoint_id):
         restore = yard.begin(done.checkpoint_id, "eager")
         wait_until(lambda: keeper.alive(program.pid), LIMIT, "a process that is being made")
         others = keeper_of(yard.daemon), filler_of(yard.daemon)
@@ -668,7 +687,7 @@ def tokens(program: Program) -> set[str]:
 def test_without_lazy_nobody_of_a_tree_runs_before_all_is_in(yard: Yard, pair: Program) -> None:
     before, pids = tokens(pair), [pair.pid, *keeper.descendants(pair.pid)]
     done = checkpointed(yard.daemon, pair)
-    with yard.held(after=0, over=LONG) as hold:
+    with yard.held_in_the_middle(done.checkpoint_id) as hold:
         restore = yard.begin(done.checkpoint_id, "eager")
         until_held(restore, hold, pair)
         for pid in pids:
