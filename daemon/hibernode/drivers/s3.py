@@ -202,10 +202,7 @@ class S3:
         while True:
             page = None
             try:
-                with (
-                    suppress(_NoSuchUpload),
-                    self._translating("cannot list uploads"),
-                ):  # rclone says so where there never was one
+                with suppress(_NoSuchUpload), self._translating("cannot list uploads"):  # rclone, where there never was one
                     page = next(pages, None)
             except StoreUnavailable as e:
                 if prefix or not self._base or e.details.get("status") != 403:  # who may see his own alone has seen them
