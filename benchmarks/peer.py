@@ -54,6 +54,7 @@ class Stores:
 
     def size(self, store: str, name: str) -> int:
         place = self.place(store, name)
+        place.stat()  # that it is there
         return sum(path.stat().st_size for path in ([place] if place.is_file() else place.rglob("*")) if path.is_file())
 
     def remove(self, store: str, name: str) -> None:

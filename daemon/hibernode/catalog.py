@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from hibernode.errors import Corrupt, KeyService, NotFound, OutcomeUnknown, Refused, StoreUnavailable, Stuck
+from hibernode.errors import Corrupt, KeyService, NoAnswer, NotFound, OutcomeUnknown, Refused, Stuck
 from hibernode.flow import Threads
 from hibernode.model import (
     BaseRef,
@@ -116,16 +116,15 @@ def describe(
 
 def commit(store: Store, manifest: Manifest, notary: Notary, cancel: Cancel) -> None:
     """Make it a checkpoint: every object is there with its size, then the manifest, read back and compared; then no cancel counts any
-    more. Raises with no manifest left behind; OutcomeUnknown if it cannot be removed, or may come yet, where a store `lingers` and has not
-    said how a request ended: then nothing that it names may be removed."""
+    more. Raises with no manifest left behind; OutcomeUnknown if it cannot be removed, or may come yet, of a request without an answer: then
+    nothing that it names may be removed."""
     check_sizes(store, manifest)
-    data, sent = format.encode_manifest(manifest, notary), False
+    data = format.encode_manifest(manifest, notary)
     format.decode_manifest(data, manifest.checkpoint_id, notary)  # what we could not read we do not write
     key = manifest_key(manifest.checkpoint_id)
     cancel.check()
     try:
         store.put(key, data)
-        sent = True
         if store.get(key, limit=format.MAX_MANIFEST) != data:
             raise Corrupt("the manifest came back from the store different from what was written")
         cancel.close()
@@ -133,7 +132,7 @@ def commit(store: Store, manifest: Manifest, notary: Notary, cancel: Cancel) -> 
         raise
     except BaseException as e:  # of the put, too: a store may have written what it says it could not
         _withdraw(store, manifest, notary, e)
-        if store.lingers and not sent and isinstance(e, StoreUnavailable):
+        if isinstance(e, NoAnswer):
             raise _unknown(e, key) from e
         raise
 

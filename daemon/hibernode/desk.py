@@ -6,12 +6,13 @@ import asyncio
 import functools
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 from hibernode import catalog, doctor, gc
 from hibernode.courier import Courier
 from hibernode.dispatch import Dispatcher
-from hibernode.errors import Corrupt
+from hibernode.errors import Corrupt, HibernodeError
 from hibernode.loop import in_thread
 from hibernode.model import (
     ActionCommand,
@@ -95,9 +96,11 @@ class Desk:
                 try:
                     tell(catalog.verify(store, checkpoint_id, node.notary, node.keyring, node.host.load().cpus, cancel, tell))
                 except Corrupt:
-                    node.damaged[checkpoint_id] = {checkpoint_id, *gc.bases_of(store, node.notary, checkpoint_id)}
+                    node.suspect(checkpoint_id, ())  # first: its bases may be more than the store tells now
+                    with suppress(HibernodeError):
+                        node.suspect(checkpoint_id, gc.bases_of(store, node.notary, checkpoint_id))
                     raise
-                node.damaged.pop(checkpoint_id, None)
+                node.clear(checkpoint_id)
 
         return _told_by(work)
 

@@ -128,6 +128,10 @@ class StoreUnavailable(Transient):
     code = "store_unavailable"
 
 
+class NoAnswer(StoreUnavailable):
+    """What was asked may still be done: a request was sent, and nobody said how it ended."""
+
+
 class BusUnavailable(Transient):
     code = "bus_unavailable"
 

@@ -121,6 +121,11 @@ class Place:
     def unwanted(self) -> bool:
         return any(facts.key == _unwanted(self.checkpoint_id) for facts in self.objects)
 
+    @property
+    def deleted(self) -> bool:
+        """By somebody, while others referred to it; whether or not it could still be restored."""
+        return self.unwanted and self.manifest is not None
+
     def used(self, now: float) -> bool:
         return any(_USE.fullmatch(facts.key) and now - facts.modified < _USE_COUNTS for facts in self.objects)
 
@@ -191,7 +196,7 @@ def plan(found: Iterable[Place], now: float, policy: Retention, in_use: Collecti
     removals = [
         removal
         for place in places
-        if not (place.checkpoint_id in in_use or place.trouble or place.foreign or place.used(now))
+        if not (place.checkpoint_id in in_use or (place.trouble and not place.deleted) or place.foreign or place.used(now))
         for removal in (_checkpoint(place, now, policy, last) if place.manifest else _attempt(place, now))
         if removal.age >= policy.grace
     ]

@@ -115,7 +115,9 @@ def _from(
     _check(before, node.config.increments.bases, seal, workload.facts, workload.processes())
     owners = {base.checkpoint_id for base in before.bases} | {checkpoint_id}
     if found := sorted(owners & node.suspected):  # in bytes of streams, which are not read here
-        raise Corrupt(f"damage was found in {', '.join(found)}, or in a base", hint="say auto: that makes a full one")
+        raise Corrupt(
+            f"damage was found in {', '.join(found)}, or in what shares a base with it", hint="say auto: that makes a full one"
+        )
     references = attempt.enter_context(gc.referring(store, node.notary, owners, command.checkpoint_id))
     catalog.check_sizes(
         store, before

@@ -7,7 +7,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,8 +96,17 @@ class Node:
         try:
             yield
         except Corrupt:
-            self.damaged[manifest.checkpoint_id] = {manifest.checkpoint_id, *(base.checkpoint_id for base in manifest.bases)}
+            self.suspect(manifest.checkpoint_id, (base.checkpoint_id for base in manifest.bases))
             raise
+
+    def suspect(self, checkpoint_id: str, bases: Iterable[str]) -> None:
+        self.damaged[checkpoint_id] = {checkpoint_id, *bases}
+
+    def clear(self, checkpoint_id: str) -> None:
+        """Every byte that a restore of it needs was read, and is good: what it has itself, and what was said of its bases because of it."""
+        self.damaged.pop(checkpoint_id, None)
+        for suspected in list(self.damaged.values()):
+            suspected.discard(checkpoint_id)
 
 
 class Report(Protocol):

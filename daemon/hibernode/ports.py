@@ -97,7 +97,7 @@ class Store(Protocol):
         """Begin an object. Nothing is visible under `key` until its commit."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write a small object at once, only if there is none of that key: else Refused("exists")."""
+        """Write a small object at once, only if there is none of that key: else Refused("exists"). NoAnswer: it may still come."""
 
     def get(self, key: str, *, limit: int) -> bytes:
         """A small object whole; more than `limit` bytes is Corrupt."""

@@ -38,7 +38,7 @@ BEST_RATIO = 50  # no memory compresses better in practice: a store with less ro
 
 WORK_ROOM = "work_dir free bytes"  # as an error has it
 _NO_OPTS = CriuOpts()
-_TAKEN = frozenset({"attempt", "removing", "unwanted"})  # by objects beside the folders of containers (gc.py)
+_TAKEN = frozenset({"attempt", "manifest.json", "removing", "unwanted"})  # by objects beside the folders of containers (gc.py)
 _ONCE = {"leave_running", "increment", "restore"}  # keys of criu_opts that are of one command alone: no checkpoint keeps them
 
 

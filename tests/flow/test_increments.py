@@ -270,6 +270,10 @@ def test_what_a_restore_has_found_damaged_is_not_referred_to_by_whoever_shares_a
         rig.checkpoint(criu_opts=of(made[1]))
     full = rig.checkpoint(criu_opts=AUTO)
     assert catalog.read(rig.store, full, rig.node.notary).bases == ()
+    rig.node.clear(base)  # as a verify of it does, which has read all of it
+    assert rig.node.suspected == {made[0]}
+    rig.node.clear(made[0])
+    assert not rig.node.suspected
 
 
 def test_who_cannot_read_a_base_is_refused_by_name(tmp_path: Path) -> None:

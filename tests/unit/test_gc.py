@@ -811,6 +811,15 @@ def test_who_could_not_be_restored_pushes_nothing_out_and_is_told(tmp_path: Path
     assert {bad, base} <= {manifest.checkpoint_id for manifest in catalog.manifests(rig.store, rig.node.notary)}
 
 
+def test_what_was_deleted_goes_though_it_could_not_be_restored(rig: Rig) -> None:
+    """Its last referrer went, and nobody came to take it with him."""
+    checkpoint_id = finished(rig)
+    rig.store.put(f"{checkpoint_id}/unwanted", b"")
+    del rig.store.objects[f"{checkpoint_id}/main/index.zst"]
+    assert ("checkpoint", checkpoint_id, "removed") in said(collected(rig))
+    assert not rig.store.objects
+
+
 def later(rig: Rig) -> None:
     """In two days."""
     for key in rig.store._modified:

@@ -69,6 +69,9 @@ def dumped(*, criu: CriuOptions = CriuOptions(), **process: object) -> None:  # 
     preflight.checkpoint(COMMAND, PROCESS_FACTS, [PROCESS, replace(PROCESS, pid=51, **process)], criu)  # type: ignore[arg-type]
 
 
+OTHERS = "another name than attempt, manifest.json, removing, unwanted"
+
+
 def named(container: str, kind: WorkloadKind = "pod") -> None:
     facts = POD_FACTS.model_copy(update={"containers": [ContainerFacts(name="a"), ContainerFacts(name=container)]})
     preflight.checkpoint(COMMAND, facts if kind == "pod" else WorkloadFacts(kind=kind, name=container), [], CriuOptions())
@@ -184,11 +187,11 @@ ROWS = [
         "criu_opts.leave_running", False, True,
     ),
     *(
-        Row("container_name", functools.partial(named, name), "container", name, "another name than attempt, removing, unwanted")
-        for name in ("attempt", "removing", "unwanted")
+        Row("container_name", functools.partial(named, name), "container", name, OTHERS)
+        for name in ("attempt", "manifest.json", "removing", "unwanted")
     ),
     Row("container_name", functools.partial(named, "attempt", "container"), "container", "attempt",
-        "another name than attempt, removing, unwanted"),
+        OTHERS),
     Row("kind", lambda: preflight.checkpoint(ROOTFS, JOB_FACTS, [], CriuOptions()), "kind", "rootfs", "simple"),
     Row("traced", lambda: dumped(tracer=99), "TracerPid", 99, 0),
     Row("io_uring", lambda: dumped(fds=((4, "anon_inode:[io_uring]"),)), "fd 4", "anon_inode:[io_uring]", "no io_uring descriptor"),

@@ -42,7 +42,7 @@ from urllib3.exceptions import HTTPError  # what boto3 lets through when a body 
 from zlib_ng import zlib_ng
 
 from hibernode import config
-from hibernode.errors import Corrupt, HibernodeError, Internal, NoRoom, NotFound, Refused, StoreUnavailable
+from hibernode.errors import Corrupt, HibernodeError, Internal, NoAnswer, NoRoom, NotFound, Refused, StoreUnavailable
 from hibernode.model import MAX_STREAMS, checked_key, checked_prefix, is_key
 from hibernode.ports import Buffer, ObjectFacts, OpenUpload
 
@@ -132,7 +132,8 @@ class S3:
             except NotFound:
                 raise e from None
             except HibernodeError as unseen:  # then it may be there, and ours: nobody may take it for somebody else's
-                raise StoreUnavailable(f"cannot see whether {key} was written: {unseen.message}", hint=unseen.hint) from e
+                kind = NoAnswer if isinstance(e, NoAnswer) else StoreUnavailable
+                raise kind(f"cannot see whether {key} was written: {unseen.message}", hint=unseen.hint) from e
             if ours is None:  # else only the answer was lost
                 raise
 
@@ -355,7 +356,7 @@ class S3:
         checks: dict[str, Any] = {"ChecksumCRC32": _crc32(data), "ContentMD5": _base64(md5)}
 
         def put(**condition: Any) -> Mapping[str, Any]:
-            with self._translating(f"cannot write {key}"):
+            with self._translating(f"cannot write {key}", unanswered=NoAnswer):
                 return self._client.put_object(
                     Bucket=self._bucket, Key=self._base + key, Body=data, Metadata={_TOKEN: token}, **condition, **checks
                 )
@@ -398,17 +399,21 @@ class S3:
     # --- errors ---
 
     @contextmanager
-    def _translating(self, what: str) -> Iterator[None]:
+    def _translating(self, what: str, unanswered: type[StoreUnavailable] = StoreUnavailable) -> Iterator[None]:
         """The one place where errors of boto3 become ours. Only codes and class names are quoted: a server's text, or
-        boto3's, may hold parts of the request."""
+        boto3's, may hold parts of the request. `unanswered`: what it is called if nobody has said how the request ended: no answer, or that
+        of a gateway that has not had one."""
         try:
             yield
         except ClientError as e:
+            if _status(e) in (502, 504):
+                raise unanswered(f"{what} in {self.location}: {_code(e)}", hint=_NETWORK, status=_status(e)) from e
             raise self._translated(what, e) from e
         except (BotoCoreError, HTTPError) as e:
             name = type(e).__name__
-            hint = _CREDENTIALS if re.search("Credential|Token|Login|SSO", name) else _NETWORK
-            raise StoreUnavailable(f"{what} in {self.location}: {name}", hint=hint) from e
+            if re.search("Credential|Token|Login|SSO", name):
+                raise StoreUnavailable(f"{what} in {self.location}: {name}", hint=_CREDENTIALS) from e
+            raise unanswered(f"{what} in {self.location}: {name}", hint=_NETWORK) from e
 
     def _translated(self, what: str, error: ClientError) -> HibernodeError:
         code, status = _code(error), _status(error)
