@@ -146,12 +146,16 @@ class Call:
         """The exit code; None: runc is to make it."""
         question = {"call": "create", "id": self.container, "root": self.root, "bundle": self.bundle, "annotations": notes}
         try:
-            with self.connect() as connection:
+            connection = self.connect()
+        except OSError as error:
+            return self.failed(notes, f"the daemon does not answer: {error}", untouched=True)
+        try:
+            with connection:
                 order = self.ask(connection, question, None)  # as long as an image takes; the shim has a limit of its own
                 if order["do"] == "start":
                     return None
                 if order["do"] == "fail":
-                    return self.failed(notes, self.read(order))
+                    return self.failed(notes, self.read(order), untouched=order.get("untouched") is True)
                 code, log = self.restore(order)
                 try:
                     answer = self.ask(connection, {"ok": code == 0, "log": log}, PATIENCE)
@@ -170,8 +174,10 @@ class Call:
         hint = "; hint: " + answer["hint"] if answer.get("hint") else ""
         return f"{answer['message']} ({answer['code']}){hint}"
 
-    def failed(self, notes, why):
-        if notes.get(ON_FAILURE) == "start-fresh":
+    def failed(self, notes, why, untouched=False):
+        """Started anew in what may be half filled with the files of its checkpoint it would run on neither image: then it is not made,
+        and whoever makes it again, with a new root, hears of the failure before anything is begun."""
+        if untouched and notes.get(ON_FAILURE) == "start-fresh":
             self.say("warning", why + "; started anew, as " + ON_FAILURE + " says")
             return None
         self.say("error", "cannot restore: " + why)

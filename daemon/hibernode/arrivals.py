@@ -44,6 +44,7 @@ class Arrival:
     order: Future[Order] = field(default_factory=Future)
     made: Future[None] = field(default_factory=Future)
     started: Future[None] = field(default_factory=Future)
+    touched: bool = False  # something of it was begun, in its root file system at least: it is not to be made of that any more
 
     @property
     def restored(self) -> bool:

@@ -190,15 +190,16 @@ class Dispatcher:
             await self._tried(command, action, slot)
         except HibernodeError as e:
             if action.reached != Status.READY:
-                return Outcome.of(e, action.meter.profile())
+                return Outcome.of(_stuck_in(e) or e, action.meter.profile())
             _log.error("after it was ready", action=command.action_id, code=e.code, error=str(e))  # nobody else hears of it
-            return Outcome(Status.READY, profile=action.meter.profile(), unfinished=isinstance(e, Stuck))
+            return Outcome(Status.READY, profile=action.meter.profile(), unfinished=isinstance(_stuck_in(e) or e, Stuck))
         except Exception as e:  # noqa: BLE001 - the last line: a defect of ours must not take the daemon with it
             if isinstance(e, OSError) and is_full(e) and action.reached != Status.READY:  # of the journal: the page minds its own
                 return Outcome.of(no_room(e), action.meter.profile())
             _log.exception("defect", action=command.action_id)
             if action.reached != Status.READY:
-                return Outcome.of(Internal("an internal error; the daemon's log has it"), action.meter.profile())
+                internal = Internal("an internal error; the daemon's log has it")
+                return Outcome.of(_stuck_in(e) or internal, action.meter.profile())
         return Outcome(Status.READY, profile=action.meter.profile())
 
     async def _wait_for_slot(self, command: ActionCommand, action: _Running, slot: contextlib.AsyncExitStack) -> None:
@@ -537,3 +538,14 @@ def _view(entry: Entry) -> ActionView:
         ended_at=record.ended_at,
         last=record.last,
     )
+
+
+def _stuck_in(error: BaseException) -> Stuck | None:
+    """What says that somebody may stand still, if that is among what led to this error: an undo that failed later must not hide it, for
+    its entry stays open."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, Stuck) and seen.code == Stuck.code:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -156,6 +156,12 @@ def checkpoint(
             "container_name", f"what is stored of container {name!r} would lie where a checkpoint has a mark", prop="container",
             found=name, wanted=f"another name than {', '.join(sorted(_TAKEN))}", hint="rename it",
         )  # fmt: skip
+    if criu.link_remap and (facts.contained or not criu.leave_stopped):  # criu/cr-dump.c: delete_link_remaps
+        raise Refused(
+            "link_remap", "CRIU takes away the names that it gives to deleted files where a workload runs on after its dump, and a restore "
+            "would miss them", prop="criu_opts.link_remap", found=True, wanted="a process that is killed by its checkpoint",
+            hint="leave it out; or say leave_running: false",
+        )  # fmt: skip
     for process in processes:
         _process(process, facts.kind, criu)
     if criu.tcp == "established":

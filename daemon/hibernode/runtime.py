@@ -91,7 +91,7 @@ class RuntimeServer:
                     raise BadCommand(f"no call: {other!r}", property="call", found=str(other), wanted="create or start")
         except HibernodeError as e:
             with contextlib.suppress(OSError):
-                await _say(writer, {"do": "fail", "code": e.code, "message": e.message, "hint": e.hint})
+                await _say(writer, _failure(e, untouched=True))
         except (OSError, asyncio.IncompleteReadError):
             return  # it has gone
         finally:
@@ -127,7 +127,7 @@ class RuntimeServer:
             await _say(writer, {"do": "done"})
         except HibernodeError as e:
             arrival.end(e)
-            raise
+            await _say(writer, _failure(e, untouched=not arrival.touched))
         except (OSError, asyncio.IncompleteReadError):
             arrival.end(RestoreFailed(f"the runtime died while it restored container {arrival.name!r}"))
         finally:
@@ -219,6 +219,11 @@ def _told(view: ActionView) -> HibernodeError:
     error = RestoreFailed(view.last.message, hint=view.last.hint)
     error.code = view.last.code
     return error
+
+
+def _failure(error: HibernodeError, *, untouched: bool) -> dict[str, Any]:
+    """`untouched`: nothing was begun with this container, so that it may be made without us."""
+    return {"do": "fail", "code": error.code, "message": error.message, "hint": error.hint, "untouched": untouched}
 
 
 async def _line(reader: asyncio.StreamReader) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from hibernode import wire
 from hibernode.api.db import Token
 from hibernode.api.guard import hashed, new_token
 from hibernode.api.rounds import Rounds
+from hibernode.errors import BusUnavailable, DatabaseUnavailable, Refused
 from hibernode.model import CheckpointCommand, Event, Gpu, GpuInventory, HeartbeatWish, Profile, Status, Target, WorkloadView
 from tests.fakes.machine import GPUS
 from tests.flow.api_rig import PROFILE, STORE, ApiRig, FakeNode
@@ -691,6 +693,42 @@ async def test_a_heartbeat_checkpoints_a_pod_again_and_again_and_keeps_the_newes
     assert (await rig.get("/v2/heartbeats")).json() == []
 
 
+async def test_a_delete_that_nobody_can_take_holds_up_no_other(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node is gone, and its store with it."""
+    node = await rig.node("n1", "trainer")
+    made = [await ready_checkpoint(rig, node, "trainer", reason="heartbeat") for _ in range(3)]
+    heartbeats, control = rig.server._heartbeats, rig.server.control
+
+    async def nobody(*_: object) -> None:
+        raise BusUnavailable("away")
+
+    with monkeypatch.context() as away:
+        away.setattr(control._bus, "send", nobody)
+        await rig.ask("POST", "/v2/heartbeats", {"pod_name": "trainer", "interval": 60, "keep_last": 1})
+        await heartbeats.round()
+    purge, tried = control.purge, list[str]()
+
+    async def one_cannot(action: Any) -> None:
+        tried.append(action.action_id)
+        if len(tried) == 1:
+            raise Refused("no_node", "nobody has its store", prop="node", found="none", wanted="one")
+        await purge(action)
+
+    monkeypatch.setattr(control, "purge", one_cannot)
+    await heartbeats.round()
+    assert sorted(tried) == sorted(made[:2])
+    assert (await node.take_delete()).checkpoint_id == tried[1]
+
+
+async def test_what_a_database_says_of_itself_is_told_to_nobody(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise DatabaseUnavailable('the database does not answer: connection to server at "db.internal", user "hibernode" failed')
+
+    monkeypatch.setattr(rig.server.database, "find", away)
+    reply = await rig.get(f"/v2/actions/{uuid.uuid4()}")
+    assert (reply.status, "db.internal" in reply.text, "does not answer" in reply.text) == (500, False, True)
+
+
 async def test_what_a_restore_reads_stays(rig: ApiRig) -> None:
     node = await rig.node("n1", "trainer")
     made = [await ready_checkpoint(rig, node, "trainer", reason="heartbeat") for _ in range(3)]
@@ -913,6 +951,50 @@ async def test_the_pods_of_a_node_that_leaves_go_elsewhere(rig: ApiRig) -> None:
     await rig.until_status(restoring.action_id, "ready")
     await departures(rig).round()
     assert [move.state for move in rig.server.database.moves("c", "n1")] == ["done"]
+
+
+async def test_a_pod_that_was_saved_though_nobody_could_write_it_down_goes_on_elsewhere(
+    rig: ApiRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker has the command, its answer is lost; when the next round comes the node has killed the pod and does not know it."""
+    leaving, staying = await rig.node("n1", "trainer"), await rig.node("n2")
+    bus, sent = rig.server.control._bus, list[str]()
+
+    async def lose_the_answer(*command: Any) -> None:
+        await send(*command)
+        sent.append(command[2])
+        monkeypatch.undo()
+        raise BusUnavailable("no answer")
+
+    send = bus.send
+    monkeypatch.setattr(bus, "send", lose_the_answer)
+    await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})
+    saving = await leaving.take_checkpoint()
+    assert sent == [saving.action_id]
+    await leaving.complete(saving)
+    leaving.pods = []
+    await leaving.tell()
+    await rig.until_status(saving.action_id, "ready")
+    for _ in range(2):
+        await departures(rig).round()
+    assert (await staying.take_restore()).checkpoint_id == saving.checkpoint_id
+
+
+async def test_a_move_whose_command_never_came_is_filed_again_under_its_id(rig: ApiRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving, _ = await rig.node("n1", "trainer"), await rig.node("n2")
+
+    async def refuse(*_: Any) -> None:
+        raise BusUnavailable("nobody there")
+
+    with monkeypatch.context() as away:
+        away.setattr(rig.server.control._bus, "send", refuse)
+        (move,) = (await rig.ask("POST", "/v2/nodes/n1/leave", {"reason": "nodeUnschedulable"})).json()
+    assert move["checkpoint_action_id"] in (None, "")
+    await departures(rig).round()
+    saving = await leaving.take_checkpoint()
+    (open_,) = rig.server.database.moves("c", "n1")
+    assert open_.checkpoint_action_id == saving.action_id
+    assert (saving.reason, json.loads(saving.overrides.criu_opts)) == ("nodeUnschedulable", {"leave_running": False})
 
 
 def departures(rig: ApiRig):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hibernode import catalog, wire
 from hibernode.courier import Courier
 from hibernode.desk import Desk as Answers
 from hibernode.dispatch import BEHIND, Dispatcher
-from hibernode.errors import DumpFailed, HibernodeError, NoRoom, NotFound, Refused, StoreUnavailable
+from hibernode.errors import DumpFailed, GpuWedged, HibernodeError, NoRoom, NotFound, Refused, StoreUnavailable, Stuck
 from hibernode.journal import BOOT, Entry, Journal, Tree
 from hibernode.model import (
     MAX_LISTED,
@@ -38,6 +38,7 @@ from hibernode.model import (
     Target,
     WorkloadView,
 )
+from hibernode.node import Attempt
 from hibernode.outbox import Outbox
 from hibernode.transfer import format
 from tests.fakes.bus import MemoryBus
@@ -1182,6 +1183,29 @@ async def test_an_undo_that_fails_is_tried_again_at_the_next_start(tmp_path: Pat
         assert (await desk.dispatcher.action(command.action_id)).phase == "done"
         await asyncio.sleep(0)
     assert not [e for e in desk.events(command.action_id) if e.code == "interrupted"], "one terminal event"
+
+
+async def test_an_undo_that_fails_later_does_not_hide_that_somebody_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its entry stays open: else nobody would ever let it go. With what a stack of undos raises when two of them fail."""
+    for error in (GpuWedged("the driver waits for who stands still"), OSError("no descriptor")):
+
+        def both_fail(_node: object, _command: object, attempt: Attempt, error: Exception = error) -> None:
+            with attempt.phase("dumping", 60), ExitStack() as undo:
+                undo.callback(_raise, error)
+                undo.callback(_raise, Stuck("letting the workload go on has failed"))
+                raise DumpFailed("no")
+
+        monkeypatch.setattr("hibernode.dispatch.checkpoint", both_fail)
+        async with running(node(tmp_path / type(error).__name__)) as desk:
+            action = await desk.send(checkpoint_command())
+            assert (await desk.end(action)).code == "left_suspended"
+            assert (await desk.dispatcher.action(action)).phase == "dumping"
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 async def test_an_action_that_left_its_workload_suspended_is_recovered_at_the_next_start(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_a_node_s_clock_is_not_believed_to_be_ahead() -> None:
         ({"status": Status.READY, "seq": 3}, 0.0, NOW + 9999, ""),
         ({}, NOW + 3600 + LATE, NOW + 3600 + LATE, ""),
         ({}, NOW + 3601 + LATE, NOW + 3601 + LATE, NEVER_BEGUN),
+        ({"status": Status.PROCESSING}, NOW + 3601 + LATE, NOW + 3601 + LATE, NEVER_BEGUN),  # by an upload: no node has said so
         ({"status": Status.PROCESSING, "seq": 1}, NOW + 3601 + LATE, NOW + 3601 + LATE, ""),
     ],
 )

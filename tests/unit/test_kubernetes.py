@@ -324,6 +324,17 @@ def test_a_token_that_is_not_there_is_said(server: Server) -> None:
     assert server.asked == []
 
 
+@pytest.mark.parametrize("content", ["secret-of-two\nlines-of-it", "secret with spaces", "", "secret-\u00e4"])
+def test_a_token_that_is_none_is_not_quoted(server: Server, tmp_path: Path, content: str) -> None:
+    (tmp_path / "token").write_text(content)
+    client = Kubernetes(config.Kubernetes(api_server=server.url, token_file=str(tmp_path / "token")))
+    with pytest.raises(Refused) as refused:
+        client.pod("ml", "a")
+    assert refused.value.code == "kubernetes_rights"
+    assert "secret" not in f"{refused.value}{refused.value.details}"
+    assert server.asked == []
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"api_server": "broker:4222"}, {"api_server": "https://"}, {"api_server": "https://h:1", "ca_file": "/nowhere/ca"}],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import random
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -481,3 +483,18 @@ def test_a_root_can_be_a_descriptor(place: Path) -> None:
     finally:
         os.close(descriptor)
     assert (place / "z").read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize("seconds", [10**12, 10**11, -(10**11), -(10**12)])
+def test_a_time_that_no_tar_of_ours_has_is_the_latest_that_one_has(seconds: int) -> None:
+    """Some file systems keep it; whoever reads it back would not."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        path = Path(place) / "a"
+        path.touch()
+        os.utime(path, ns=(0, seconds * 10**9))
+        facts = path.stat()
+    entry = layers._entry(b"a", Kind.FILE, facts, {})
+    found = tar.decode(io.BytesIO(tar.encode(entry)).read)
+    assert found is not None
+    assert abs(found.mtime) == min(abs(facts.st_mtime_ns), 10**21 - 1)
+    assert abs(facts.st_mtime_ns) >= 10**20, "what it is about"

@@ -144,6 +144,28 @@ def test_what_the_daemon_refuses_is_said_with_code_and_hint(shim: Shim) -> None:
     assert shim.said == "hibernode: cannot restore: no (privileges); hint: do so"
 
 
+@pytest.mark.parametrize("untouched", [True, False, None])
+def test_it_is_started_anew_only_where_nothing_was_begun(shim: Shim, untouched: bool | None) -> None:
+    """Its root may have some of the checkpoint's files by then: a daemon that does not say so may have been at it."""
+    shim.spec({**OURS, "hibernode.io/on-failure": "start-fresh"})
+    answer = {"do": "fail", "code": "corrupt", "message": "no", "hint": ""} | (
+        {} if untouched is None else {"untouched": untouched}
+    )
+    serving = shim.daemon(answer)  # type: ignore[arg-type]
+    assert shim.create().returncode == (0 if untouched else 1)
+    serving.join(10)
+    assert len(shim.calls) == (1 if untouched else 0)
+
+
+@pytest.mark.parametrize("answers", [(), ({"do": "restore", "images": "/nowhere", "flags": [], "env": {}},)])
+def test_nor_where_the_daemon_dies_or_criu_fails(shim: Shim, answers: tuple[dict[str, object], ...]) -> None:
+    shim.spec({**OURS, "hibernode.io/on-failure": "start-fresh"})
+    serving = shim.daemon(*answers)  # type: ignore[arg-type]
+    assert shim.create().returncode == 1
+    serving.join(10)
+    assert not [line for line in shim.calls if "<create>" in line]
+
+
 def test_what_an_order_restores_is_paused_before_anybody_hears_of_it(shim: Shim, tmp_path: Path) -> None:
     shim.spec(OURS)
     (shim.state / "an-id-of-it").mkdir(parents=True)

@@ -192,7 +192,7 @@ def overdue(action: Action, node_seen_at: float, now: float, silent_after: float
     been seen without any action for `idle_for` seconds and this one has not ended. For a node that was never seen, `node_seen_at` is 0."""
     if action.status.terminal:
         return action
-    if action.status == Status.INITIALIZED and not action.seq and action.expires_at and now > action.expires_at + LATE:
+    if not action.seq and action.expires_at and now > action.expires_at + LATE:
         return failed(
             action, NEVER_BEGUN, f"the command waited for node {action.node} until it expired", "is its daemon running? Give it again",
             now,
@@ -215,7 +215,7 @@ def unfiled(action: Action) -> bool:
     """Its command may not be in the stream: nothing was ever heard of it, and its server died, or the broker did not answer. Then it may
     be filed again: the stream keeps one command of an id."""
     lost = action.provisional and action.code == BusUnavailable.code
-    return not action.seq and (action.status == Status.INITIALIZED or lost)
+    return not action.seq and (not action.status.terminal or lost)  # an upload may have moved it on
 
 
 def uploaded(action: Action, status: Status) -> Action:

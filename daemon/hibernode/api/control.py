@@ -93,6 +93,21 @@ class Control:
         action = _placed(action, node, host, workload)
         return await self._file(action, command)
 
+    async def checkpoint_again(self, key: str) -> str:
+        """The id of the checkpoint that was filed under this key, filed once more if its command may not be in the stream; "" if there is
+        none, or none that ever came to a node. BusUnavailable as `checkpoint_pod`."""
+        there = await in_thread(self._database.find, _new_id("checkpoint", key))
+        if there is None or not there.node:
+            return ""
+        if actions.unfiled(there):
+            now = self._clock()
+            action = replace(
+                there, status=Status.INITIALIZED, updated_at=now, expires_at=self._expiry(),
+                provisional=False, code="", message="", hint="", retry=False, details={},
+            )  # fmt: skip
+            await self._file(action, _command_of(action))
+        return there.action_id
+
     async def restore_pod(self, wanted: RestorePod, key: str = "", *, avoid: str = "") -> str:
         """File a restore of the checkpoint that this action made, on the node that suits it best; the new action's id. Errors as
         `checkpoint_pod`, BadCommand for an action that made none."""
@@ -352,6 +367,17 @@ def _placed(action: Action, node: str, host: dict[str, Any], workload: WorkloadV
 
 def _new_id(verb: str, key: str) -> str:
     return str(uuid.uuid5(_SPACE, f"{verb} {key}")) if key else str(uuid.uuid4())
+
+
+def _command_of(filed: Action) -> CheckpointCommand:
+    """Of a checkpoint, as it was filed."""
+    target = Target(pod_id=filed.pod_id) if filed.pod_id else Target(namespace=filed.namespace, pod_name=filed.pod_name)
+    return CheckpointCommand.model_validate(
+        {
+            "action_id": filed.action_id, "checkpoint_id": filed.checkpoint_id, "target": target, "kind": filed.kind,
+            "reason": filed.reason, "overrides": Overrides(**filed.overrides), "expires_at": filed.expires_at,
+        }
+    )  # fmt: skip
 
 
 def _target(wanted: CheckpointPod) -> Target:

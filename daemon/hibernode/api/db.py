@@ -438,7 +438,7 @@ class Database:
     def overdue(self, silent_since: float, expired_since: float) -> list[Action]:
         """Those that have not ended, of whom nothing was heard since the one time, or whose command expired before the other."""
         silent = _actions.c.updated_at < silent_since
-        waiting = sa.and_(_actions.c.status == "initialized", _actions.c.expires_at > 0, _actions.c.expires_at < expired_since)
+        waiting = sa.and_(_actions.c.seq == 0, _actions.c.expires_at > 0, _actions.c.expires_at < expired_since)
         query = sa.select(_actions).where(_actions.c.status.in_(_OPEN), sa.or_(silent, waiting))
         query = query.order_by(_actions.c.updated_at).limit(_MANY_OPEN)
         with self._reading() as connection:
@@ -613,10 +613,11 @@ class Database:
             connection.execute(_pod_specs.delete().where(_pod_specs.c.action_id == action_id))
 
     def unpurged(self) -> list[Action]:
-        """Marked as deleted, and nobody has filed it."""
+        """Marked as deleted, and nobody has filed it; of many any hundred, for some may never be."""
         where = (_actions.c.deleted_at > 0, _actions.c.purged_at == 0)
+        query = sa.select(_actions).where(*where).order_by(sa.func.random()).limit(100)
         with self._reading() as connection:
-            return [_action(row) for row in connection.execute(sa.select(_actions).where(*where).limit(100))]
+            return [_action(row) for row in connection.execute(query)]
 
     def add_moves(self, moves: Sequence[Move]) -> None:
         """Those that are there stay as they are."""

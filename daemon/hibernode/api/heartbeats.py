@@ -7,6 +7,7 @@ has made, the newest `keep_last` stay; none goes that a restore reads.
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +118,10 @@ class Heartbeats:
                 await self._turn(heartbeat, next_at)
             await self._tidy(heartbeat)
         for action in await in_thread(self._database.unpurged):
-            await self._control.purge(action)
+            try:
+                await self._control.purge(action)
+            except HibernodeError as e:  # the others are not to wait for a node that is gone
+                _log.warning("a deleted checkpoint stays in its store", action=action.action_id, code=e.code, error=e.message)
 
     async def _ask_pods(self) -> None:
         """What pods ask for into the table, and out of it what none asks for any more, or an operator has said otherwise. Each server does
@@ -167,7 +171,8 @@ class Heartbeats:
     async def _tidy(self, heartbeat: Heartbeat) -> None:
         if not heartbeat.keep_last:
             return
-        made = await in_thread(self._database.checkpoints_of_pod, *heartbeat.whose, reason="heartbeat")
+        of_pod = functools.partial(self._database.checkpoints_of_pod, reason="heartbeat", limit=heartbeat.keep_last + 1000)
+        made = await in_thread(of_pod, *heartbeat.whose)
         for action in beyond(made, heartbeat.keep_last):
             try:
                 await self._control.delete(action)

@@ -140,7 +140,11 @@ class Departures:
         return await (self._checkpointing(move) if move.checkpoint_action_id else self._leaving(move))
 
     async def _leaving(self, move: Move) -> Move:
-        """Nothing was done to the pod yet. Its checkpoint will end it: not before somebody could take it."""
+        """Nothing was done to the pod yet. Its checkpoint will end it: not before somebody could take it. But where that was filed, and
+        whoever did so could not write it down or does not know whether it came, the pod may be saved and gone by now: nobody is asked."""
+        key = f"move {move.move_id}"
+        if filed := await self._control.checkpoint_again(key):
+            return replace(move, checkpoint_action_id=filed, message="")
         found = await self._control.running_on(move.node, move.namespace, move.pod_name, move.pod_id)
         if found is None:
             return await self._of_silent(move)
@@ -152,7 +156,7 @@ class Departures:
             pod_id=move.pod_id or None, namespace=None if move.pod_id else move.namespace,
             pod_name=None if move.pod_id else move.pod_name, overrides=CheckpointOverrides(criu_opts=_KILL),
         )  # fmt: skip
-        filed = await self._control.checkpoint_pod(wanted, f"move {move.move_id}", reason=_reason(move))
+        filed = await self._control.checkpoint_pod(wanted, key, reason=_reason(move))
         return replace(move, checkpoint_action_id=filed, message="")
 
     async def _of_silent(self, move: Move) -> Move:

@@ -15,7 +15,7 @@ from starlette.routing import Match
 
 from hibernode.api import schema
 from hibernode.api.guard import Rates, Tokens
-from hibernode.errors import HibernodeError, NotFound, Permanent
+from hibernode.errors import DatabaseUnavailable, HibernodeError, NotFound, Permanent
 
 _BEARER = HTTPBearer(scheme_name="Token", auto_error=False)
 _log = structlog.get_logger("hibernode.api")
@@ -75,7 +75,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HibernodeError)
     async def known(_request: Request, problem: HibernodeError) -> Response:
         details = {"code": problem.code, "hint": problem.hint, "retry": problem.retry, **problem.details}
-        return error(_status_of(problem), problem.message, schema.sayable(details))
+        message = problem.message
+        if isinstance(problem, DatabaseUnavailable):  # what it says of its address and login is for the log alone
+            _log.warning("the database does not answer", error=message)
+            message = "the database does not answer"
+        return error(_status_of(problem), message, schema.sayable(details))
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, problem: RequestValidationError) -> Response:

@@ -181,7 +181,10 @@ class Kubernetes:
         if not self._settings.token_file:
             return {}
         try:
-            return {"Authorization": f"Bearer {Path(self._settings.token_file).read_text().strip()}"}
+            token = Path(self._settings.token_file).read_text().strip()
+            if not re.fullmatch(r"[!-~]+", token):  # a library would quote it
+                raise ValueError("it is not one word")
+            return {"Authorization": f"Bearer {token}"}
         except (OSError, ValueError) as e:
             raise Refused(
                 "kubernetes_rights", f"the token for the API server cannot be read: {e}", prop="kubernetes.token_file",

@@ -268,7 +268,8 @@ def _entry(
 ) -> Entry:
     own = {name: value for name, value in xattrs.items() if tar.kept(name)} if xattrs else xattrs
     mode = stat.S_IMODE(facts.st_mode)
-    return Entry(path, kind, mode, facts.st_uid, facts.st_gid, facts.st_mtime_ns, size, target, device, opaque, own)
+    mtime = max(-tar.LATEST, min(facts.st_mtime_ns, tar.LATEST))
+    return Entry(path, kind, mode, facts.st_uid, facts.st_gid, mtime, size, target, device, opaque, own)
 
 
 def _xattrs(path: bytes, of: int | bytes) -> dict[bytes, bytes]:

@@ -33,6 +33,7 @@ _MAJOR, _MINOR, _SPARSE_NAME, _SPARSE_SIZE = (
     b"GNU.sparse.realsize",
 )
 _SECONDS = re.compile(rb"(-?)([0-9]{1,12})\.([0-9]{9})")
+LATEST = 10**21 - 1  # nanoseconds, before 1970 or after: no other is read; some file systems keep later ones (btrfs, tmpfs)
 _OCTAL = re.compile(rb"[0-7]+\0")
 _NUMBER = re.compile(rb"[0-9]{1,20}")
 _SMALL_ID, _SMALL_SIZE = 0o7777777, 0o77777777777  # the largest that a plain header holds

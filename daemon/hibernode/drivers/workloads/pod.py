@@ -347,6 +347,7 @@ class PreparedPod:
             rights.insist_within(arrival.name, runc.spec_of(arrival.bundle), demands)
             network.insist_there(arrival.name, runc.spec_of(arrival.bundle), demands.sockets, kept=options.tcp == "established")
         self._insist_same_image(arrival)
+        arrival.touched = True
         if arrival.name in fetched.layers:
             fetched.layers[arrival.name](runc.rootfs_of(arrival.bundle))
         if directory is None:  # its files alone: it is started anew
