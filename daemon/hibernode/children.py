@@ -82,6 +82,11 @@ class Children:
             self._own.discard(child.pid)
         return code
 
+    def helpers(self) -> set[int]:
+        """Those that were spawned and not waited for yet."""
+        with self._lock:
+            return set(self._own)
+
     def reap(self) -> None:
         """Wait for every other child that has ended; how it did is kept for `take_exits`. Never blocks."""
         with self._lock:

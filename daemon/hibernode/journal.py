@@ -248,6 +248,20 @@ class Journal:
         self._entries[command.action_id] = entry
         return entry
 
+    def take_place(self, entry: Entry, place: str, trees: tuple[Tree, ...]) -> None:
+        """Whoever is born in `place` from now on is of this entry. What an older restore has left open there (somebody who could not be
+        killed then) is over: the place is empty now, and what is left to do for that one must not be done to this."""
+        for other in self.all():
+            if (
+                place
+                and other is not entry
+                and not other.settled
+                and other.record.type == "restore"
+                and other.record.place == place
+            ):
+                other.update(phase="done")
+        entry.update(place=place, trees=trees)
+
     def _prune(self) -> None:
         settled = [entry for entry in self.all() if entry.settled]
         for entry in settled[: max(0, len(settled) - self._keep)]:

@@ -61,7 +61,7 @@ def restore(node: Node, command: RestoreCommand, attempt: Attempt) -> None:
             if not manifest.layers and not filled:  # which are read when there is a place for them
                 reading.close()
             preflight.pids(node.workloads.blockers(taken))  # again: the fetch took its time
-        attempt.entry.update(place=prepared.place, trees=tuple(Tree(pid=task.pid, start_time=0) for task in taken))
+        node.journal.take_place(attempt.entry, prepared.place, tuple(Tree(pid=task.pid, start_time=0) for task in taken))
 
         with attempt.phase("restoring", limits.restore_of(manifest.raw_bytes)):
             undo.callback(insist, "killing what was restored", lambda: prepared.kill(tasks))

@@ -44,6 +44,25 @@ def test_what_was_written_is_there_for_the_next_daemon(tmp_path: Path, command: 
     assert (found.record.phase, found.record.seq, found.record.began_at) == ("dumping", 1, 7.0)
 
 
+def test_who_is_born_in_a_place_is_not_what_an_older_restore_has_left_open_there(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    left, elsewhere, saved, ours = (
+        journal.begin(restore()),
+        journal.begin(restore()),
+        journal.begin(checkpoint()),
+        journal.begin(restore()),
+    )
+    for entry, place in ((left, "uid-1"), (elsewhere, "uid-2"), (saved, "uid-1")):
+        entry.enter("restoring")
+        entry.update(place=place)
+    journal.take_place(ours, "uid-1", (Tree(pid=5, start_time=0),))
+    found = {entry.action_id: entry.record for entry in Journal(tmp_path).all()}
+    assert [found[each.action_id].done for each in (left, elsewhere, saved, ours)] == [True, False, False, False]
+    assert (found[ours.action_id].place, found[ours.action_id].trees) == ("uid-1", (Tree(pid=5, start_time=0),))
+    journal.take_place(elsewhere, "", ())
+    assert not Journal(tmp_path).find(saved.action_id).record.done  # type: ignore[union-attr]
+
+
 def test_every_change_is_on_disk_when_the_call_returns(tmp_path: Path) -> None:
     entry = Journal(tmp_path).begin(checkpoint())
     for phase in ("preflight", "dumping", "shipping", "committing", "killing", "done"):

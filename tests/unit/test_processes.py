@@ -137,6 +137,20 @@ def test_where_no_cgroup_can_be_made_a_failed_restore_is_known_by_pids_age_and_d
     assert all(keeper.alive(pid) for pid in (older, job, another, later_job, os.getppid()))
 
 
+def test_a_helper_that_has_taken_a_pid_of_the_image_is_not_of_the_restore(node: Node) -> None:
+    """The CRIU of another action's dump: killed, it may take its workload with it."""
+    prepared = node.workloads.prepare(PROCESS, "")
+    helper = node.children.spawn(["sleep", "60"])
+    try:
+        prepared.kill([TaskFacts(pid=helper.pid)])
+        assert keeper.alive(helper.pid)
+        assert keeper.state(helper.pid) != "T"
+    finally:
+        prepared.discard()
+        helper.kill()
+        node.children.wait(helper)
+
+
 def test_a_zombie_has_its_pid_and_does_not_live(node: Node) -> None:
     """So nothing can be restored under it; and who looks for what may run on after a crash need not fear it."""
     parent = node.parent()

@@ -542,10 +542,12 @@ class PreparedProcess:
 
     def _made(self, tasks: Sequence[TaskFacts]) -> list[Identity]:
         """What may be of this restore and not in its cgroup, because none could be made: it has a pid of the image, began after
-        `prepare`, which found that pid free, descends from this daemon, and is in no other tree that the daemon knows."""
+        `prepare`, which found that pid free, descends from this daemon, and is in no other tree that the daemon knows, nor one of its
+        helpers: the CRIU of a dump may have taken that pid meanwhile."""
+        helpers = self._children.helpers()
         pids, others = {task.pid for task in tasks}, set(proc.forest(self._jobs.trees(but=self._uid)))
         below = proc.forest([(os.getpid(), proc.start_time(os.getpid()))])
-        return [each for each in below if each[0] in pids and each[1] >= self._began and each not in others]
+        return [each for each in below if each[0] in pids - helpers and each[1] >= self._began and each not in others]
 
     def discard(self) -> None:
         self._close()
