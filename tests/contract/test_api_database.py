@@ -116,6 +116,36 @@ def test_a_new_database_is_waited_for_while_somebody_writes_it(tmp_path: Path) -
         ending.join()
 
 
+def test_of_many_restores_of_one_pod_that_are_filed_at_once_one_is(url: str, database: Database) -> None:
+    """By servers that do not know of each other, out of different checkpoints: a pod does not run twice."""
+    servers = [Database(url) for _ in range(4)]
+    filed, refused = list[str](), list[str]()
+    start = threading.Barrier(len(servers))
+
+    def file(each: Database) -> None:
+        start.wait()
+        try:
+            wanted = action(type="restore", source=new_id())
+            assert each.add(wanted)
+            filed.append(wanted.action_id)
+        except Refused as e:
+            refused.append(e.code)
+
+    threads = [threading.Thread(target=file, args=(each,)) for each in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for each in servers:
+        each.close()
+    assert (len(filed), refused) == (1, ["restoring"] * 3)
+    assert database.add(action(type="restore", pod_name="another"))
+    assert database.add(action(type="restore", status=Status.ERROR)), "one that has failed already"
+    with pytest.raises(Refused, match="is being restored") as other:
+        database.add(action(type="restore"))
+    assert other.value.details["found"] == filed[0]
+
+
 def test_a_database_of_a_newer_version_is_refused(database: Database) -> None:
     with database.writing() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, get_args
 
-from hibernode.errors import BusUnavailable
+from hibernode.errors import BusUnavailable, Refused
 from hibernode.model import ActionType, Event, Kind, Status
 from hibernode.wire import NAME
 
@@ -224,3 +224,9 @@ def uploaded(action: Action, status: Status) -> Action:
     if status.terminal or status.rank <= action.status.rank:
         return action
     return replace(action, status=status)
+
+
+def being_restored(pod: str, by: str) -> Refused:
+    return Refused(
+        "restoring", f"pod {pod} is being restored", prop="action", found=by, wanted="none", hint="wait for its end, or cancel it"
+    )

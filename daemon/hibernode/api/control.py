@@ -155,10 +155,7 @@ class Control:
                     hint="stop it first, or give it another name: overrides.pod_name",
                 )  # fmt: skip
         if action.pod_name and (other := await in_thread(self._database.restoring, self.cluster, *mine, action.action_id)):
-            raise Refused(
-                "restoring", f"pod {mine[0]}/{mine[1]} is being restored", prop="action", found=other, wanted="none",
-                hint="wait for its end, or cancel it",
-            )  # fmt: skip
+            raise actions.being_restored("/".join(mine), other)
 
     async def _made(self, action_id: str) -> Action:
         made = await self._known(action_id)

@@ -326,8 +326,11 @@ class Database:
 
     def add(self, action: Action, source: str = "") -> bool:
         """Keep a new action; False if there is one of that id, which stays as it is. `source`: the checkpoint that it reads. Refused
-        ("not_restorable") if that has been deleted meanwhile; from here on it is not."""
+        ("not_restorable") if that has been deleted meanwhile; from here on it is not. Refused("restoring") for a restore of a pod that
+        another one is at: of two that are filed at once, by whatever server, one is."""
         with self.writing() as connection:
+            if action.type == "restore" and action.pod_name and not action.status.terminal:
+                self._insist_alone(connection, action)
             if source and ((made := self._locked(connection, source)) is None or made.deleted_at):
                 raise Refused(
                     "not_restorable",
@@ -337,6 +340,13 @@ class Database:
                     wanted=False,
                 )
             return self._is_new(connection, _actions, asdict(action))
+
+    def _insist_alone(self, connection: sa.Connection, action: Action) -> None:
+        pod = action.cluster, action.namespace or "default", action.pod_name
+        if self._engine.dialect.name == "postgresql":  # SQLite has one who writes
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(" ".join(("restore", *pod))))))
+        if other := self._restoring(connection, *pod, action.action_id):
+            raise actions.being_restored("/".join(pod[1:]), other)
 
     def file_again(self, action: Action) -> Action | None:
         """`action` in place of one of its id whose command may not be in the stream (`actions.unfiled`): but on the node that one was
@@ -561,10 +571,13 @@ class Database:
 
     def restoring(self, cluster: str, namespace: str, pod_name: str, but: str) -> str:
         """A restore of this pod, other than `but`, that has not ended; "" if there is none."""
+        with self._reading() as connection:
+            return self._restoring(connection, cluster, namespace, pod_name, but)
+
+    def _restoring(self, connection: sa.Connection, cluster: str, namespace: str, pod_name: str, but: str) -> str:
         where = [_actions.c.type == "restore", _actions.c.status.in_(_OPEN), _actions.c.cluster == cluster]
         where += [_of_pod(namespace, pod_name, ""), _actions.c.action_id != but]
-        with self._reading() as connection:
-            return connection.execute(sa.select(_actions.c.action_id).where(*where).limit(1)).scalar_one_or_none() or ""
+        return connection.execute(sa.select(_actions.c.action_id).where(*where).limit(1)).scalar_one_or_none() or ""
 
     def pod_at_work(self, namespace: str, pod_name: str, pod_id: str) -> str:
         """An action of this pod that has not ended; "" if there is none."""
