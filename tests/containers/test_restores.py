@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,9 @@ def test_redis_comes_back_with_its_keys(node: Containerd, restorer: Daemon) -> N
 
 
 def test_connections_are_closed_in_the_new_pod_and_those_that_wait_are_taken(node: Containerd, restorer: Daemon) -> None:
-    with Pod(node, [counter(port=PORT)]) as old, socket.create_connection((old.ip, PORT), timeout=10) as client:
+    with Pod(node, [counter(port=PORT)]) as old, ExitStack() as stack:
+        old.beat()  # it listens
+        client = stack.enter_context(socket.create_connection((old.ip, PORT), timeout=10))
         client.sendall(b"?\n")
         assert client.recv(100)
         before = old.beat()
