@@ -12,7 +12,7 @@ import pytest
 from hibernode.drivers.workloads import kubelet
 from hibernode.drivers.workloads.kubelet import Kubelet
 from hibernode.errors import Cancelled, KubernetesUnavailable, NotFound, Refused, RestoreFailed
-from hibernode.model import POD_SPEC_LIMIT, Cancel, Overrides, RestoreCommand, WorkloadFacts
+from hibernode.model import POD_SPEC_LIMIT, Cancel, ContainerFacts, Overrides, RestoreCommand, WorkloadFacts
 from hibernode.pods import ACTION, CHECKPOINT
 from hibernode.ports import KubeNode, Pod
 
@@ -90,6 +90,35 @@ def test_another_pod_of_that_name_is_not_the_one(cluster: Cluster) -> None:
     cluster.put("train", "u-2")
     with pytest.raises(NotFound):
         Kubelet(cluster, "n1").spec(FACTS)
+
+
+KEPT = {"hibernode.io/init-containers": "keep"}
+
+
+@pytest.mark.parametrize(
+    ("container", "notes", "good"),
+    [
+        ("a", {}, True),
+        ("side", {}, True),
+        ("init", {}, False),
+        ("init", {"hibernode.io/init-containers": "keep"}, True),
+        ("debug", {}, False),
+    ],
+)
+def test_who_would_be_in_no_restored_pod_is_refused_before_anybody_is_frozen(
+    cluster: Cluster, container: str, notes: dict[str, str], good: bool
+) -> None:
+    pod = cluster.put("train", "u-1", notes=notes)
+    spec = pod.manifest["spec"]
+    spec["initContainers"] = [{"name": "init"}, {"name": "side", "restartPolicy": "Always"}]
+    spec["ephemeralContainers"] = [{"name": "debug"}]
+    facts = FACTS.model_copy(update={"containers": [ContainerFacts(name="a"), ContainerFacts(name=container)]})
+    if good:
+        assert json.loads(Kubelet(cluster, "n1").spec(facts))["spec"] == spec
+        return
+    with pytest.raises(Refused) as refused:
+        Kubelet(cluster, "n1").spec(facts)
+    assert (refused.value.code, refused.value.details["found"]) == ("pod_containers", container)
 
 
 def test_a_spec_that_fits_into_no_message_is_not_told(cluster: Cluster) -> None:

@@ -50,8 +50,20 @@ class Kubelet:
         return f"node {node.name}, {state}" + ("" if node.schedulable else ", cordoned")
 
     def spec(self, facts: WorkloadFacts) -> str:
-        """ports.Workload.pod_spec."""
+        """ports.Workload.pod_spec. Refused("pod_containers") if somebody runs in it who is in no pod that can be made of it: a restore
+        would wait for him."""
         manifest = self._server.pod(facts.namespace, facts.name, uid=facts.uid).manifest
+        made = new_pod(manifest["spec"], manifest["metadata"], node=self._node, checkpoint_id="", action_id="")["spec"]
+        again = {each.get("name") for each in (*made["containers"], *made.get("initContainers", ()))}
+        for container in facts.containers:
+            if container.name not in again:
+                raise Refused(
+                    "pod_containers", f"container {container.name!r} of {facts.namespace}/{facts.name} is a debug or an init container, "
+                    "and a pod that is restored has none", prop="container", found=container.name,
+                    wanted=", ".join(sorted(map(str, again))),
+                    hint="wait until an init container has done its work, or annotate the pod with `hibernode.io/init-containers: keep`; "
+                    "leave a debug container, so that it ends",
+                )  # fmt: skip
         metadata = {key: value for key, value in manifest["metadata"].items() if key not in _UNSAID}
         text = json.dumps({"metadata": metadata, "spec": manifest["spec"]}, separators=(",", ":"))
         if len(text) > POD_SPEC_LIMIT:
