@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import uuid
@@ -18,10 +20,10 @@ import pytest
 
 from hibernode.children import Children
 from hibernode.drivers.workloads import cgroup, proc, trees
-from hibernode.drivers.workloads.process import Jobs, ProcessWorkloads
-from hibernode.errors import Refused
+from hibernode.drivers.workloads.process import Jobs, ProcessWorkload, ProcessWorkloads
+from hibernode.errors import DumpFailed, Refused
 from hibernode.model import Cancel, JobSpec, Target, TaskFacts, WorkloadFacts
-from hibernode.ports import CriuOptions, Fetched, Held, Prepared
+from hibernode.ports import CriuOptions, DumpStats, Fetched, Held, Prepared
 from tests import keeper
 from tests.fakes.criu import FakeCriu
 from tests.fakes.machine import Machine
@@ -69,6 +71,14 @@ class Node:
     def child(self) -> int:
         pid = os.spawnv(os.P_NOWAIT, SLEEP[0], SLEEP)
         self._started.append((pid, proc.start_time(pid)))
+        return pid
+
+    def parent_of_a_living(self) -> int:
+        program = "import os, time; os.fork(); time.sleep(60)"
+        pid = os.spawnv(os.P_NOWAIT, SLEEP[0], [sys.executable, "-S", "-c", program])
+        self._started.append((pid, proc.start_time(pid)))
+        wait_until(lambda: len(keeper.descendants(pid)) == 1, 10, "a child")
+        self._started += [(each, proc.start_time(each)) for each in keeper.descendants(pid)]
         return pid
 
     def parent(self) -> int:
@@ -119,6 +129,36 @@ def test_the_place_of_a_tree_goes_when_its_last_child_has(node: Node) -> None:
     finally:
         for pid in cgroup.members(uid):
             os.kill(pid, signal.SIGKILL)
+
+
+class Dumps(Restored):
+    """Of which only the root is in the image."""
+
+    def __init__(self, root: int) -> None:
+        super().__init__()
+        self.root = root
+
+    def dump(self, pid: int, images: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
+        return DumpStats(pages_written=0, freezing_ns=1, frozen_ns=2)
+
+    def tasks(self, images: Path) -> list[TaskFacts]:
+        return [TaskFacts(pid=self.root)]
+
+
+def test_who_has_left_the_tree_and_is_not_saved_is_not_killed_with_it(node: Node, tmp_path: Path) -> None:
+    """He was there when it was looked at, and would be killed; where nobody is killed, or he has ended, it is no matter."""
+    root = node.parent_of_a_living()
+    (child,) = keeper.descendants(root)
+    workload = ProcessWorkload(PROCESS, root, Dumps(root), node.children)
+    assert {each.pid for each in workload.processes()} == {root, child}
+    with socket.socket() as pages:
+        ours = functools.partial(workload.dump, "main", tmp_path, pages)
+        ours(CriuOptions(), Cancel())
+        with pytest.raises(DumpFailed, match=f"process {child} has left"):
+            ours(CriuOptions(leave_stopped=True), Cancel())
+        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: not keeper.alive(child), 10, "its end")
+        ours(CriuOptions(leave_stopped=True), Cancel())
 
 
 # --- the place of a restore ---------------------------------------------------------------------------------------------------

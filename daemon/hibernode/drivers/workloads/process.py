@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hibernode.children import Children
 from hibernode.drivers.workloads import cgroup, proc, trees
-from hibernode.errors import NotFound, Refused
+from hibernode.errors import DumpFailed, NotFound, Refused
 from hibernode.model import Cancel, JobSpec, Target, TaskFacts, WorkloadFacts, WorkloadView
 from hibernode.ports import Criu, CriuOptions, DumpStats, Fetched, Identity, LayerFacts, Prepared, ProcessFacts
 
@@ -85,7 +85,20 @@ class ProcessWorkload:
         return 0
 
     def dump(self, image: str, into: Path, pages: socket.socket, options: CriuOptions, cancel: Cancel) -> DumpStats:
-        return self._criu.dump(self.roots()[image], into, pages, options, cancel)
+        stats = self._criu.dump(self.roots()[image], into, pages, options, cancel)
+        if options.leave_stopped:  # it is to be killed
+            self._insist_saved(into)
+        return stats
+
+    def _insist_saved(self, into: Path) -> None:
+        """All who would be killed. Who was in the tree when it was looked at, and whose parent has ended since, is in nobody's dump."""
+        saved = {task.pid for task in self._criu.tasks(into)}
+        for pid, started in sorted(self._seen):
+            if pid not in saved and proc.alive(pid, started):
+                raise DumpFailed(
+                    f"process {pid} has left the tree of {self._pid} since it was looked at: it would be killed, and is not saved",
+                    hint="try again: it is not of the workload any more", pid=pid,
+                )  # fmt: skip
 
     def thaw(self) -> None:
         trees.thaw(self._seen, self._stopped_before)
