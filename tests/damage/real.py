@@ -71,7 +71,11 @@ class Real:
         """It is restored while it is whole, then damaged; and what the daemon makes of the next, with what is there to refer to."""
         assert self.looks is not None
         trial, program, stored = Trial(harm, ""), self.program, self.stored
-        self._verify(stored.checkpoint_id)  # while it is whole: the daemon forgets what it has found before
+        for each in (
+            *stored.bases.values(),
+            stored.checkpoint_id,
+        ):  # while they are whole: the daemon forgets what it has found before
+            self._verify(each)
         ready(self.daemon.restore(stored.checkpoint_id))
         goes_on(program, self.before)
         change(program)

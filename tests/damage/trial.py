@@ -82,6 +82,7 @@ class Bench:
     def _follow(self, trial: Trial, rig: Rig, stored: Stored, after: Objects) -> None:
         """The next increment, of the same processes: what it refers to can be read, or it refers to something else; what it would not see
         before anybody is frozen are bytes of streams. Named, it is refused before anybody is frozen."""
+        rig.node.damaged.clear()  # of a daemon that has not met the damage: what one does that has, tests of increments say
         before, rig.machine.runs = rig.machine.runs, [*stored.runs]
         seen = differing(self.looks[stored.name].following, stored.objects, after)
         if seen:
