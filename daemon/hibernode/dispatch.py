@@ -541,11 +541,12 @@ def _view(entry: Entry) -> ActionView:
 
 
 def _stuck_in(error: BaseException) -> Stuck | None:
-    """What says that somebody may stand still, if that is among what led to this error: an undo that failed later must not hide it, for
-    its entry stays open."""
+    """What says that somebody may stand still, if that was raised before this error: an undo that failed later must not hide it, for its
+    entry stays open. What another Stuck says in its own words (`raise ... from`: nobody stands still for a manifest) is not meant."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, Stuck) and seen.code == Stuck.code:
             return seen
-        seen = seen.__cause__ or seen.__context__
+        told = seen.__cause__ if isinstance(seen, Stuck) and isinstance(seen.__cause__, Stuck) else seen
+        seen = told.__context__
     return None

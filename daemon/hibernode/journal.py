@@ -251,14 +251,8 @@ class Journal:
     def take_place(self, entry: Entry, place: str, trees: tuple[Tree, ...]) -> None:
         """Whoever is born in `place` from now on is of this entry. What an older restore has left open there (somebody who could not be
         killed then) is over: the place is empty now, and what is left to do for that one must not be done to this."""
-        for other in self.all():
-            if (
-                place
-                and other is not entry
-                and not other.settled
-                and other.record.type == "restore"
-                and other.record.place == place
-            ):
+        for other in [each for each in self.all() if place and each is not entry and not each.settled]:
+            if (other.record.type, other.record.place) == ("restore", place):
                 other.update(phase="done")
         entry.update(place=place, trees=trees)
 

@@ -1208,6 +1208,23 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+async def test_a_manifest_that_cannot_be_taken_back_leaves_nobody_standing_still(tmp_path: Path) -> None:
+    """That is said with a word of its own, and its entry is closed: nobody is to be let go on at the next start."""
+
+    class NoAnswer(Script):
+        def step(self, name: str) -> None:
+            super().step(name)
+            if name.startswith(("store.put manifest", "store.delete manifest", "store.get manifest")):
+                raise StoreUnavailable("away")
+
+    rig = node(tmp_path, NoAnswer())
+    async with running(rig) as desk:
+        action = await desk.send(checkpoint_command())
+        last = await desk.end(action)
+        assert (last.code, last.retry) == ("outcome_unknown", False)
+        assert (await desk.dispatcher.action(action)).phase == "done"
+
+
 async def test_an_action_that_left_its_workload_suspended_is_recovered_at_the_next_start(tmp_path: Path) -> None:
     class ThawFails(Script):
         def step(self, name: str) -> None:
