@@ -64,16 +64,16 @@ class Yard:
             hold.release()
             self.proxy.heal()
 
-    def held_in_the_middle(self, checkpoint_id: str) -> AbstractContextManager[Hold]:
-        """One frame in the middle of what the program looks at: neither CRIU nor who is being restored needs it, and it is not all in
-        without it."""
+    def held_in_the_middle(self, checkpoint_id: str, part: float = 0.25) -> AbstractContextManager[Hold]:
+        """One frame of what the program looks at, by `part` from its beginning: neither CRIU nor who is being restored needs it, and it is
+        not all in without it. A quarter: of two processes it is the first one's."""
         manifest = Manifest.model_validate_json(json.dumps(self.daemon.manifest(checkpoint_id)))
         (image,) = manifest.images
         receiver = Receiver(self._store, Seal(checkpoint_id), image, 2, Meter())
         index = receiver.fetch_index()
         plan = Plan(receiver.sources)
         whole = [row for row in plan.rows.tolist() if plan.pages(row) == index.frames["pages"][row] == FRAME_PAGES]
-        frame = index.frames[whole[len(whole) // 4]]  # of two processes the first one's
+        frame = index.frames[whole[int(len(whole) * part)]]
         start = int(frame["offset"])
         key = f"{checkpoint_id}/{image.streams[int(frame['stream'])].key}"
         return self.held(0, key, range(start, start + int(frame["stored"])))
@@ -186,12 +186,14 @@ def insist_gone(daemon: Daemon, program: Program) -> None:
 
 
 def test_the_old_process_goes_on_before_its_memory_is_there(yard: Yard, program: Program) -> None:
-    before = program.beat()
-    done = checkpointed(yard.daemon, program, streams=3)
-    with yard.held(after=9) as hold:
+    program.beat()
+    done = checkpointed(yard.daemon, program, criu_opts={"leave_running": False})
+    before = beats(program.log.read_text().splitlines())[-1]  # after which it has said nothing more
+    at = before.counter % SIZE / SIZE  # it looks there next
+    with yard.held_in_the_middle(done.checkpoint_id, 0.75 if at < 0.375 else 0.25) as hold:  # what it comes to much later
         restore = yard.begin(done.checkpoint_id)
         restore.filling()
-        wait_until(lambda: keeper.state(program.pid) in ("R", "S", "D"), LIMIT, "a process that runs")
+        assert (program.beat().token, program.beat().counter > before.counter) == (before.token, True), "what it says now"
         wait_until(hold.held.is_set, LIMIT, "a read that is held back")
         assert [event.status for event in restore.seen] == ["processing"]
         assert not restore.ended
